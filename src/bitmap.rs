@@ -1,0 +1,401 @@
+//! Which ranges of a file: those to send again, and those that have been written.
+//!
+//! - [`Bitmap`] rounds outwards to blocks and is constant in memory. It serves where marking too much does no harm.
+//! - [`Covered`] is exact to the byte and bounded in memory. It serves where counting too much would lose data.
+//!
+//! Offsets and lengths are bytes of the file. What lies beyond its end is ignored, so no range can overflow.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Bits of a word of the map.
+const WORD: u64 = u64::BITS as u64;
+
+/// A bit for each block of a file.
+///
+/// - Invariant 1: no bit beyond the last block is set.
+/// - Invariant 2: `set_blocks` is the number of bits set.
+#[derive(Debug, Clone)]
+pub struct Bitmap {
+    words: Vec<u64>,
+    size: u64,
+    block_shift: u32,
+    set_blocks: u64,
+}
+
+impl Bitmap {
+    /// A map of a file of `size` bytes with nothing set, a bit for each `block` bytes, which is a power of two. The
+    /// memory is taken at once: 2 MiB per TiB with blocks of 64 KiB.
+    pub fn new(size: u64, block: u64) -> Self {
+        debug_assert!(block.is_power_of_two(), "offsets are shifted to block numbers");
+        let blocks = size.div_ceil(block);
+        Self { words: vec![0; memory_index(blocks.div_ceil(WORD))], size, block_shift: block.ilog2(), set_blocks: 0 }
+    }
+
+    /// Sets every block that the range touches.
+    pub fn set_range(&mut self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.size);
+        if offset < end {
+            let blocks = offset >> self.block_shift..((end - 1) >> self.block_shift) + 1;
+            self.set_blocks += for_each_word(&mut self.words, blocks, |word, mask| {
+                let added = mask & !*word;
+                *word |= mask;
+                added
+            });
+        }
+        debug_assert!(self.set_blocks <= self.blocks(), "invariants 1 and 2");
+    }
+
+    /// Clears every block that lies in the range as a whole. One that only touches it keeps its bit, because the rest
+    /// of it still counts.
+    pub fn clear_range(&mut self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.size);
+        let end_block = if end == self.size { self.blocks() } else { end >> self.block_shift };
+        let blocks = offset.div_ceil(self.block())..end_block;
+        let cleared = for_each_word(&mut self.words, blocks, |word, mask| {
+            let removed = mask & *word;
+            *word &= !mask;
+            removed
+        });
+        debug_assert!(cleared <= self.set_blocks, "invariant 2");
+        self.set_blocks = self.set_blocks.saturating_sub(cleared);
+    }
+
+    /// Clears everything.
+    pub fn clear(&mut self) {
+        self.words.fill(0);
+        self.set_blocks = 0;
+    }
+
+    /// True when the block that holds the byte at `offset` is set.
+    pub fn is_set(&self, offset: u64) -> bool {
+        offset < self.size && self.is_block_set(offset >> self.block_shift)
+    }
+
+    /// How many bytes the set blocks hold. Costs the same for every map.
+    pub fn set_bytes(&self) -> u64 {
+        let last = self.size.saturating_sub(1) >> self.block_shift;
+        if self.is_block_set(last) {
+            // The last block ends with the file.
+            ((self.set_blocks - 1) << self.block_shift) + (self.size - (last << self.block_shift))
+        } else {
+            self.set_blocks << self.block_shift
+        }
+    }
+
+    /// The first run of set blocks from the block on that holds `from`, as a range of bytes that ends with the file at
+    /// the latest. It is cut to as many whole blocks as fit in `max_len` bytes, but one at least.
+    pub fn next_set_range(&self, from: u64, max_len: u64) -> Option<Range<u64>> {
+        if from >= self.size {
+            return None;
+        }
+        let first = self.find(from >> self.block_shift, self.blocks(), 0)?;
+        let most = (max_len >> self.block_shift).max(1);
+        let limit = first.saturating_add(most).min(self.blocks());
+        let end = self.find(first, limit, u64::MAX).unwrap_or(limit);
+        let end_offset = if end == self.blocks() { self.size } else { end << self.block_shift };
+        Some(first << self.block_shift..end_offset)
+    }
+
+    fn block(&self) -> u64 {
+        1 << self.block_shift
+    }
+
+    fn blocks(&self) -> u64 {
+        self.size.div_ceil(self.block())
+    }
+
+    fn is_block_set(&self, block: u64) -> bool {
+        self.words.get(memory_index(block / WORD)).is_some_and(|word| word >> (block % WORD) & 1 == 1)
+    }
+
+    /// The first block in `from..to` whose bit is set in the map with every word flipped by `flip`: 0 finds what is
+    /// set, all ones what is clear.
+    fn find(&self, from: u64, to: u64, flip: u64) -> Option<u64> {
+        let first_word = from / WORD;
+        let words = self.words.get(memory_index(first_word)..memory_index(to.div_ceil(WORD)))?;
+        let mut ahead = u64::MAX << (from % WORD);
+        for (number, word) in (first_word..).zip(words) {
+            let found = (word ^ flip) & ahead;
+            if found != 0 {
+                return Some(number * WORD + u64::from(found.trailing_zeros())).filter(|&block| block < to);
+            }
+            ahead = u64::MAX;
+        }
+        None
+    }
+}
+
+/// Calls `change` with each word that holds a bit of `bits` and the mask of those bits, and counts the bits it returns.
+fn for_each_word(words: &mut [u64], bits: Range<u64>, mut change: impl FnMut(&mut u64, u64) -> u64) -> u64 {
+    if bits.is_empty() {
+        return 0;
+    }
+    let (first, last) = (bits.start / WORD, (bits.end - 1) / WORD);
+    let (first_mask, last_mask) = (u64::MAX << (bits.start % WORD), u64::MAX >> (WORD - 1 - (bits.end - 1) % WORD));
+    let words = words.get_mut(memory_index(first)..=memory_index(last)).unwrap_or_default();
+    let mut count = 0;
+    for (number, word) in (first..).zip(words) {
+        let mask =
+            if number == first { first_mask } else { u64::MAX } & if number == last { last_mask } else { u64::MAX };
+        count += u64::from(change(word, mask).count_ones());
+    }
+    count
+}
+
+/// A word's place in memory. One that memory cannot address is one that is not there.
+fn memory_index(word: u64) -> usize {
+    usize::try_from(word).unwrap_or(usize::MAX)
+}
+
+/// The smallest block in which [`Covered`] counts, in bytes: what file systems and most senders align to.
+const COVERED_BLOCK: u64 = 4 << 10;
+
+/// The most bits of the map of [`Covered`]: 2 MiB of memory. Files over 64 GiB get larger blocks instead of a larger map.
+const COVERED_BITS: u64 = 1 << 24;
+
+/// The most pieces of blocks that [`Covered`] remembers, about 128 KiB of memory. A sender that writes in sequence needs
+/// two for each request in flight.
+const MAX_PIECES: usize = 4096;
+
+/// Which bytes of a file have been written, whatever the order and the sizes of the writes.
+///
+/// It never claims a byte that was not noted. When a sender leaves more unfinished blocks behind than are remembered, it
+/// forgets some of their bytes: those must be noted again before the file counts as complete.
+///
+/// - Invariant 1: a block is set in `whole` only when each of its bytes has been noted.
+/// - Invariant 2: a piece (`start -> end`) is a part of one block that is not set. It is not empty, not the whole block,
+///   and does not overlap or touch another of that block.
+/// - Invariant 3: there are at most [`MAX_PIECES`] pieces.
+#[derive(Debug, Clone)]
+pub struct Covered {
+    whole: Bitmap,
+    pieces: BTreeMap<u64, u64>,
+}
+
+impl Covered {
+    /// Nothing covered of a file of `size` bytes.
+    pub fn new(size: u64) -> Self {
+        let block = size.div_ceil(COVERED_BITS).max(COVERED_BLOCK);
+        Self { whole: Bitmap::new(size, block.next_power_of_two()), pieces: BTreeMap::new() }
+    }
+
+    /// Notes that the range has been written.
+    pub fn note(&mut self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(self.whole.size);
+        if offset >= end {
+            return;
+        }
+        let head = self.block_around(offset);
+        if head.end >= end {
+            return self.note_within(&head, offset..end);
+        }
+        let tail = self.block_around(end - 1);
+        self.note_within(&head, offset..head.end);
+        if head.end < tail.start {
+            self.whole.set_range(head.end, tail.start - head.end);
+            while let Some((&piece, _)) = self.pieces.range(head.end..tail.start).next() {
+                self.pieces.remove(&piece);
+            }
+        }
+        self.note_within(&tail, tail.start..end);
+    }
+
+    /// True when every byte of the file has been noted.
+    pub fn is_complete(&self) -> bool {
+        self.whole.set_bytes() == self.whole.size
+    }
+
+    /// Forgets everything.
+    pub fn reset(&mut self) {
+        self.whole.clear();
+        self.pieces.clear();
+    }
+
+    /// The block that holds the byte at `offset`, as bytes. The last one ends with the file.
+    fn block_around(&self, offset: u64) -> Range<u64> {
+        let start = offset & !(self.whole.block() - 1);
+        start..start.saturating_add(self.whole.block()).min(self.whole.size)
+    }
+
+    /// Notes a range that lies in one block, joined with the pieces it overlaps or touches.
+    fn note_within(&mut self, block: &Range<u64>, mut range: Range<u64>) {
+        if self.whole.is_set(block.start) {
+            return;
+        }
+        while let Some((&start, &end)) = self.pieces.range(block.start..=range.end.min(block.end - 1)).next_back() {
+            if end < range.start {
+                break;
+            }
+            range = range.start.min(start)..range.end.max(end);
+            self.pieces.remove(&start);
+        }
+        if range == *block {
+            self.whole.set_range(block.start, block.end - block.start);
+            return;
+        }
+        if self.pieces.len() >= MAX_PIECES {
+            // Senders go upwards, so the lowest piece is the one that has waited longest for its other half.
+            self.pieces.pop_first();
+        }
+        self.pieces.insert(range.start, range.end);
+        debug_assert!(self.pieces.len() <= MAX_PIECES, "invariant 3");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Xorshift: reproducible, and enough to reach every corner.
+    struct Random(u64);
+
+    impl Random {
+        fn new(seed: u64) -> Self {
+            Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+        }
+
+        fn below(&mut self, bound: u64) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 % bound
+        }
+    }
+
+    const SIZES: [u64; 12] = [0, 1, 511, 512, 513, 4096, 32_768, 32_769, 65_535, 100_000, 1 << 17, (1 << 17) + 700];
+
+    #[test]
+    fn a_bitmap_agrees_with_a_naive_model() {
+        for (seed, size) in (1_u64..).zip(SIZES.into_iter().cycle().take(96)) {
+            let mut random = Random::new(seed);
+            let block = size.div_ceil(2048).max(1).next_power_of_two() << random.below(8);
+            let mut map = Bitmap::new(size, block);
+            let mut model = vec![false; memory_index(size.div_ceil(block))];
+            let bytes = |number: usize| number as u64 * block..(number as u64 + 1).saturating_mul(block).min(size);
+            for _ in 0..200 {
+                let offset = random.below(size + 10);
+                let len = random.below(size + 10) >> random.below(16);
+                let end = (offset + len).min(size);
+                match random.below(8) {
+                    0..=3 => {
+                        map.set_range(offset, len);
+                        for (number, bit) in model.iter_mut().enumerate() {
+                            *bit |= bytes(number).start < end && offset < bytes(number).end && offset < end;
+                        }
+                    }
+                    4..=6 => {
+                        map.clear_range(offset, len);
+                        for (number, bit) in model.iter_mut().enumerate() {
+                            *bit &= !(offset <= bytes(number).start && bytes(number).end <= end);
+                        }
+                    }
+                    _ if random.below(20) == 0 => {
+                        map.clear();
+                        model.fill(false);
+                    }
+                    _ => {}
+                }
+                let set = |number: &usize| model.get(*number) == Some(&true);
+                let total: u64 = (0..model.len()).filter(set).map(|n| bytes(n).end - bytes(n).start).sum();
+                assert_eq!(map.set_bytes(), total, "seed {seed}");
+                let (from, max_len) = (random.below(size + 10), random.below(block * 100));
+                let expected = (0..model.len()).find(|n| bytes(*n).end > from && set(n)).map(|first| {
+                    let most = memory_index((max_len / block).max(1));
+                    let last = (first..first + most).take_while(set).last().unwrap();
+                    bytes(first).start..bytes(last).end
+                });
+                assert_eq!(map.next_set_range(from, max_len), expected, "seed {seed} from {from} max {max_len}");
+                assert_eq!(map.is_set(from), from < size && set(&memory_index(from / block)));
+            }
+        }
+    }
+
+    #[test]
+    fn ranges_at_the_edge_of_numbers_do_no_harm() {
+        let size = (1 << 62) + 5;
+        let mut map = Bitmap::new(size, 1 << 50);
+        map.set_range(u64::MAX, u64::MAX);
+        map.set_range(size, 1);
+        map.set_range(0, 0);
+        assert_eq!((map.set_bytes(), map.next_set_range(0, u64::MAX)), (0, None));
+        map.set_range(size - 1, u64::MAX);
+        assert_eq!((map.set_bytes(), map.next_set_range(0, 0)), (5, Some(1 << 62..size)));
+        map.set_range(0, u64::MAX);
+        assert_eq!((map.set_bytes(), map.next_set_range(0, u64::MAX)), (size, Some(0..size)));
+        map.clear_range(u64::MAX, u64::MAX);
+        map.clear_range(1, u64::MAX - 1);
+        assert_eq!(map.set_bytes(), 1 << 50);
+        let mut covered = Covered::new(size);
+        covered.note(1, u64::MAX);
+        covered.note(u64::MAX, 1);
+        assert!(!covered.is_complete());
+        covered.note(0, 1);
+        assert!(covered.is_complete());
+    }
+
+    #[test]
+    fn nothing_is_complete_when_there_is_nothing() {
+        assert!(Covered::new(0).is_complete());
+        assert!(!Covered::new(1).is_complete());
+    }
+
+    #[test]
+    fn coverage_agrees_with_a_naive_model() {
+        for (seed, size) in (1_u64..).zip(SIZES.into_iter().skip(1).cycle().take(110)) {
+            let mut random = Random::new(seed);
+            let mut covered = Covered::new(size);
+            let mut model = vec![false; memory_index(size)];
+            for _ in 0..300 {
+                let offset = random.below(size + 10);
+                let len = random.below(size + 10) >> random.below(16);
+                covered.note(offset, len);
+                let end = memory_index((offset + len).min(size));
+                model.get_mut(memory_index(offset)..end).unwrap_or_default().fill(true);
+                assert_eq!(covered.is_complete(), !model.contains(&false), "seed {seed}");
+            }
+            for (start, chunk) in (0..).step_by(64).zip(model.chunks(64)) {
+                for (at, _) in (start..).zip(chunk).filter(|(_, written)| !**written) {
+                    assert!(!covered.is_complete());
+                    covered.note(at, 1);
+                }
+            }
+            assert!(covered.is_complete(), "seed {seed}");
+            assert!(covered.pieces.is_empty());
+            covered.reset();
+            assert!(!covered.is_complete());
+        }
+    }
+
+    #[test]
+    fn odd_writes_that_meet_within_blocks_count() {
+        let size = 100_003;
+        for step in [1, 7, 511, 513, 4095, 4097, 65_537, size] {
+            let mut covered = Covered::new(size);
+            let offsets: Vec<u64> = (0..size).step_by(memory_index(step)).collect();
+            for &offset in offsets.iter().rev().filter(|&&offset| offset != 0) {
+                covered.note(offset, step);
+            }
+            assert!(!covered.is_complete());
+            covered.note(0, step);
+            assert!(covered.is_complete());
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded_and_what_is_forgotten_is_missing() {
+        let blocks = MAX_PIECES as u64 + 100;
+        let mut covered = Covered::new(blocks * COVERED_BLOCK);
+        for block in 0..blocks {
+            covered.note(block * COVERED_BLOCK, 100);
+        }
+        assert_eq!(covered.pieces.len(), MAX_PIECES);
+        for block in 0..blocks {
+            covered.note(block * COVERED_BLOCK + 100, COVERED_BLOCK - 100);
+        }
+        assert!(!covered.is_complete());
+        covered.note(0, blocks * COVERED_BLOCK / 2);
+        assert!(covered.is_complete());
+        assert!(Covered::new(1 << 62).whole.words.len() <= memory_index(COVERED_BITS / WORD));
+    }
+}

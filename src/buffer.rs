@@ -1,0 +1,233 @@
+//! Memory for bytes on their way between a socket and the disk.
+//!
+//! A [`Buffer`] is a fixed piece of memory with a filled window. It is moved, never shared: a session fills it from
+//! the socket, a disk operation owns it until it is done, the outbox owns it until the socket has taken it.
+//! A [`Pool`] hands buffers out and takes them back, and holds the memory of all clients together under one cap.
+
+/// The largest piece of a payload that is held in memory at once, in bytes. Longer requests are streamed in slices.
+pub const SLICE: usize = 256 << 10;
+
+/// The sizes a buffer can have, in bytes: few, so that a returned buffer soon fits another request.
+const CLASSES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, SLICE];
+
+/// A fixed piece of memory with a filled window `start..end`.
+///
+/// Invariant 1: `start <= end <= bytes.len()`.
+#[derive(Debug)]
+pub struct Buffer {
+    bytes: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Buffer {
+    /// A buffer of `capacity` bytes that belongs to no pool.
+    pub fn with_capacity(capacity: usize) -> Self {
+        Self { bytes: vec![0; capacity].into_boxed_slice(), start: 0, end: 0 }
+    }
+
+    /// How many bytes it can hold.
+    pub fn capacity(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// How many bytes are filled and not consumed.
+    pub fn len(&self) -> usize {
+        self.end - self.start
+    }
+
+    /// True when nothing is filled.
+    pub fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// The filled bytes.
+    pub fn filled(&self) -> &[u8] {
+        self.bytes.get(self.start..self.end).unwrap_or_default()
+    }
+
+    /// The memory behind the filled bytes, to be written and then reported with [`Buffer::advance`].
+    pub fn spare(&mut self) -> &mut [u8] {
+        self.bytes.get_mut(self.end..).unwrap_or_default()
+    }
+
+    /// Counts `n` bytes written into [`Buffer::spare`] as filled.
+    pub fn advance(&mut self, n: usize) {
+        debug_assert!(n <= self.bytes.len() - self.end, "invariant 1");
+        self.end = self.end.saturating_add(n).min(self.bytes.len());
+    }
+
+    /// Drops the first `n` filled bytes.
+    pub fn consume(&mut self, n: usize) {
+        debug_assert!(n <= self.len(), "invariant 1");
+        self.start = self.start.saturating_add(n).min(self.end);
+        if self.start == self.end {
+            self.clear();
+        }
+    }
+
+    /// Appends as much of `bytes` as there is room for and says how much that was.
+    pub fn append(&mut self, bytes: &[u8]) -> usize {
+        let n = bytes.len().min(self.spare().len());
+        let (Some(to), Some(from)) = (self.spare().get_mut(..n), bytes.get(..n)) else { return 0 };
+        to.copy_from_slice(from);
+        self.advance(n);
+        n
+    }
+
+    /// Moves the filled bytes to the front, so that the spare room is one piece as large as it can be.
+    pub fn compact(&mut self) {
+        self.bytes.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+    }
+
+    /// Forgets what is filled.
+    pub fn clear(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+}
+
+/// Hands out buffers and takes them back.
+///
+/// Invariant 2: `allocated` is the memory of every buffer of this pool, handed out or free; it exceeds `cap` only by
+/// reserve buffers ([`Pool::take_reserve`]), of which each connection holds at most two: one to receive into, one for a
+/// payload.
+#[derive(Debug)]
+pub struct Pool {
+    free: [Vec<Buffer>; CLASSES.len()],
+    allocated: usize,
+    cap: usize,
+}
+
+impl Pool {
+    /// A pool that owns at most `cap` bytes; it owns none yet.
+    pub fn new(cap: usize) -> Self {
+        Self { free: [const { Vec::new() }; CLASSES.len()], allocated: 0, cap }
+    }
+
+    /// An empty buffer of at least `len` bytes (at most [`SLICE`]), or `None` when the cap is reached.
+    pub fn take(&mut self, len: usize) -> Option<Buffer> {
+        let class = Self::class_for(len);
+        if let Some(buffer) = self.free.get_mut(class).and_then(Vec::pop) {
+            return Some(buffer);
+        }
+        let capacity = *CLASSES.get(class)?;
+        self.make_room(capacity).then(|| self.allocate(capacity))
+    }
+
+    /// An empty buffer of `len` bytes or, when memory is short, of as much as there is; `None` when there is none.
+    pub fn take_up_to(&mut self, len: usize) -> Option<Buffer> {
+        let largest = Self::class_for(len);
+        self.take(len).or_else(|| CLASSES.iter().take(largest).rev().find_map(|&size| self.take(size)))
+    }
+
+    /// An empty buffer of the smallest size, even beyond the cap. For a connection that holds no other buffer, so that
+    /// each goes on, in small steps, while others hold all of the pool.
+    pub fn take_reserve(&mut self) -> Buffer {
+        self.take(1).unwrap_or_else(|| self.allocate(CLASSES[0]))
+    }
+
+    /// Takes a buffer back.
+    pub fn give(&mut self, mut buffer: Buffer) {
+        buffer.clear();
+        let class = CLASSES.iter().position(|&size| size == buffer.capacity());
+        match class.and_then(|class| self.free.get_mut(class)) {
+            Some(free) if self.allocated <= self.cap => free.push(buffer),
+            Some(_) => self.allocated = self.allocated.saturating_sub(buffer.capacity()),
+            None => debug_assert!(false, "invariant 2: not a buffer of a pool"),
+        }
+    }
+
+    /// Moves what is filled into the smallest buffer that holds it, so that a few bytes do not keep a large one.
+    pub fn shrink(&mut self, buffer: Buffer) -> Buffer {
+        self.resize(buffer.len(), buffer)
+    }
+
+    /// Moves what is filled into a buffer of at least `len` bytes, if there is one; else returns the buffer, compacted.
+    pub fn grow(&mut self, len: usize, buffer: Buffer) -> Buffer {
+        self.resize(len.max(buffer.len()), buffer)
+    }
+
+    fn resize(&mut self, len: usize, mut buffer: Buffer) -> Buffer {
+        let fits = CLASSES.get(Self::class_for(len)) == Some(&buffer.capacity());
+        let Some(mut other) = (!fits).then(|| self.take(len)).flatten() else {
+            buffer.compact();
+            return buffer;
+        };
+        other.append(buffer.filled());
+        self.give(buffer);
+        other
+    }
+
+    /// The bytes of memory that could be handed out now.
+    pub fn available(&self) -> usize {
+        let free: usize = self.free.iter().flatten().map(Buffer::capacity).sum();
+        self.cap.saturating_sub(self.allocated) + free
+    }
+
+    fn class_for(len: usize) -> usize {
+        debug_assert!(len <= SLICE, "no buffer is larger than a slice");
+        CLASSES.iter().position(|&size| len <= size).unwrap_or(CLASSES.len() - 1)
+    }
+
+    fn allocate(&mut self, capacity: usize) -> Buffer {
+        self.allocated += capacity;
+        Buffer::with_capacity(capacity)
+    }
+
+    /// Drops free buffers of other sizes until `capacity` more bytes fit under the cap.
+    fn make_room(&mut self, capacity: usize) -> bool {
+        while self.allocated + capacity > self.cap {
+            let Some(dropped) = self.free.iter_mut().rev().find_map(Vec::pop) else { return false };
+            self.allocated -= dropped.capacity();
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_moves_through_the_buffer() {
+        let mut buffer = Buffer::with_capacity(8);
+        assert_eq!(buffer.append(b"abcdefghij"), 8);
+        buffer.consume(5);
+        assert_eq!(buffer.filled(), b"fgh");
+        assert!(buffer.spare().is_empty());
+        buffer.compact();
+        assert_eq!(buffer.spare().len(), 5);
+        assert_eq!(buffer.append(b"xy"), 2);
+        assert_eq!(buffer.filled(), b"fghxy");
+        buffer.consume(5);
+        assert_eq!(buffer.spare().len(), 8);
+    }
+
+    #[test]
+    fn the_cap_holds_whatever_sizes_are_asked_for() {
+        let mut pool = Pool::new(SLICE);
+        let small: Vec<_> = (0..64).filter_map(|_| pool.take(4096)).collect();
+        assert_eq!((small.len(), pool.available()), (64, 0));
+        assert!(pool.take(1).is_none());
+        let reserve = pool.take_reserve();
+        assert_eq!(reserve.capacity(), 4096);
+        pool.give(reserve);
+        assert_eq!(pool.available(), 0);
+        for buffer in small {
+            pool.give(buffer);
+        }
+        assert_eq!(pool.take(SLICE).map(|buffer| buffer.capacity()), Some(SLICE), "free buffers make room for others");
+        assert!(pool.take(1).is_none());
+    }
+
+    #[test]
+    fn a_returned_buffer_comes_back_empty() {
+        let mut pool = Pool::new(SLICE);
+        let mut buffer = pool.take(10).unwrap();
+        buffer.append(b"secret");
+        pool.give(buffer);
+        assert!(pool.take(10).unwrap().is_empty());
+    }
+}

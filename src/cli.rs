@@ -1,0 +1,488 @@
+//! The command line: raw arguments -> checked configuration -> the mode's entry point -> exit code.
+//!
+//! [`args`] holds the definitions; here their values are checked as far as it takes the project to judge them, before
+//! anything is started. Whatever is wrong with them is a usage error, exit code 2, as `clap`'s own are. An error of
+//! the mode itself is one `F` line, exit code 1.
+
+pub mod args;
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
+
+use crate::acl::{self, Acl};
+use crate::endpoint::Endpoint;
+use crate::logging::{self, fatal, Verbosity};
+use crate::remote::{self, Target};
+use crate::server;
+use args::{AclArgs, CommandLine, HelpArgs, LogFlags, Mode, ServeArgs, StatusArgs, TransferArgs};
+
+/// Stands for the program's name where a command line is made here; the definitions carry the one that is shown.
+const PROGRAM: &str = "flexnbd";
+
+/// What a command line asks for, checked.
+#[derive(Debug)]
+enum Job {
+    Serve(server::Config),
+    Read(Target),
+    Write(Target),
+    Control { sock: PathBuf, words: Vec<String> },
+}
+
+/// Does what the arguments (the program's name first) ask for, and returns the program's exit code: 0 a clean stop,
+/// 1 an abnormal end, 2 wrong usage; in a control mode the code of the server's answer.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    match parse(args) {
+        Ok((verbosity, job)) => {
+            logging::init(verbosity);
+            perform(job)
+        }
+        Err(answer) => {
+            // Help goes to stdout, a usage error to stderr; if either is closed, nobody is there to be told.
+            let _ = answer.print();
+            u8::try_from(answer.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
+        }
+    }
+}
+
+fn perform(job: Job) -> ExitCode {
+    match job {
+        Job::Serve(config) => ended(server::serve(config).map(|()| 0)),
+        Job::Read(target) => ended(remote::read(&target, &mut io::stdout()).map(|()| 0)),
+        Job::Write(target) => ended(remote::write(&target).map(|()| 0)),
+        Job::Control { sock, words } => {
+            let words: Vec<_> = words.iter().map(String::as_str).collect();
+            ended(remote::control(&sock, &words, &mut io::stdout(), &mut io::stderr()))
+        }
+    }
+}
+
+fn ended(outcome: Result<u8, impl Display>) -> ExitCode {
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            fatal!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The error is what `clap` wants printed, requested help included.
+fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<(Verbosity, Job), clap::Error> {
+    let line = match CommandLine::try_parse_from(args) {
+        // Options but no mode: the same help on stderr as for no arguments at all.
+        Err(error) if error.kind() == ErrorKind::MissingSubcommand => return parse([PROGRAM]),
+        parsed => parsed?,
+    };
+    let (mode, log, job) = match line.mode {
+        Mode::Serve(args) => ("serve", args.log, serve(args)),
+        Mode::Read(args) => ("read", args.log, transfer(args).map(Job::Read)),
+        Mode::Write(args) => ("write", args.log, transfer(args).map(Job::Write)),
+        Mode::Acl(args) => ("acl", args.log, replace_acl(args)),
+        Mode::Status(StatusArgs { sock, log }) => {
+            ("status", log, Ok(Job::Control { sock, words: vec!["status".into()] }))
+        }
+        Mode::Help(HelpArgs { mode: Some(mode), .. }) => return parse([PROGRAM, &mode, "--help"]),
+        Mode::Help(HelpArgs { mode: None, .. }) => return parse([PROGRAM, "--help"]),
+    };
+    Ok((verbosity(line.log, log), job.map_err(|why| usage_error(mode, why))?))
+}
+
+/// The flags after the mode come later than those before it; within each group `clap` keeps only the last one.
+fn verbosity(before: LogFlags, after: LogFlags) -> Verbosity {
+    let last = if after.verbose || after.quiet { after } else { before };
+    match last {
+        LogFlags { quiet: true, .. } => Verbosity::Quiet,
+        LogFlags { verbose: true, .. } => Verbosity::Verbose,
+        LogFlags { .. } => Verbosity::Normal,
+    }
+}
+
+fn serve(args: ServeArgs) -> Result<Job, String> {
+    Ok(Job::Serve(server::Config {
+        listen: endpoint(args.addr, args.port)?,
+        file: args.file,
+        control: args.sock,
+        acl: Acl::new(args.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, args.default_deny),
+        killswitch_ms: args.killswitch_ms,
+        max_clients: args.max_clients,
+    }))
+}
+
+fn transfer(args: TransferArgs) -> Result<Target, String> {
+    let server = endpoint(args.addr, args.port)?;
+    let bind = args.bind.as_deref().map(|text| ip("--bind <BIND_ADDR>", text)).transpose()?;
+    match (&server, bind) {
+        (Endpoint::Unix(_), Some(_)) => Err("--bind <BIND_ADDR> does not go with a UNIX socket; leave it out".into()),
+        (Endpoint::Tcp(remote), Some(local)) if remote.is_ipv4() != local.is_ipv4() => {
+            Err(format!("--bind {local} cannot reach --addr {}; both must be IPv4 or both IPv6", remote.ip()))
+        }
+        _ => Ok(Target { server, bind, offset: args.from, length: args.size }),
+    }
+}
+
+fn replace_acl(args: AclArgs) -> Result<Job, String> {
+    args.acl.iter().try_for_each(|text| acl_entry(text).map(drop))?;
+    Ok(Job::Control { sock: args.sock, words: std::iter::once("acl".into()).chain(args.acl).collect() })
+}
+
+fn endpoint(addr: String, port: Option<u16>) -> Result<Endpoint, String> {
+    if addr.starts_with('/') {
+        return Ok(Endpoint::Unix(addr.into()));
+    }
+    let ip = ip("--addr <ADDR>", &addr)?;
+    let port = port.ok_or("--port <PORT> is required, unless --addr <ADDR> is the path of a UNIX socket")?;
+    Ok(Endpoint::Tcp(SocketAddr::new(ip, port)))
+}
+
+fn ip(option: &str, text: &str) -> Result<IpAddr, String> {
+    acl::parse_ip(text).map_err(|why| invalid(option, text, why))
+}
+
+fn acl_entry(text: &str) -> Result<acl::Entry, String> {
+    text.parse().map_err(|why| invalid("[ACL_ENTRY]", text, why))
+}
+
+/// Worded as `clap` words its own.
+fn invalid(option: &str, value: &str, why: impl Display) -> String {
+    format!("invalid value '{value}' for '{option}': {why}")
+}
+
+fn usage_error(mode: &str, why: String) -> clap::Error {
+    let mut command = CommandLine::command();
+    command.build();
+    command.find_subcommand(mode).cloned().unwrap_or(command).error(ErrorKind::ValueValidation, why)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may fail by panic")]
+mod tests {
+    use super::args::MODES;
+    use super::*;
+
+    const SERVE: &str = "serve -l 127.0.0.1 -p 4777 -f disk";
+    const READ: &str = "read -l 127.0.0.1 -p 4777 -F 0 -S 512";
+
+    fn parsed(line: &str) -> Result<(Verbosity, Job), clap::Error> {
+        // A lone `''` stands for an empty argument.
+        parse([PROGRAM].into_iter().chain(line.split_whitespace().map(|word| if word == "''" { "" } else { word })))
+    }
+
+    fn job(line: &str) -> Job {
+        parsed(line).unwrap_or_else(|error| panic!("{line}: {error}")).1
+    }
+
+    fn config(line: &str) -> server::Config {
+        let Job::Serve(config) = job(line) else { panic!("{line}: not serve") };
+        config
+    }
+
+    fn target(line: &str) -> Target {
+        let (Job::Read(target) | Job::Write(target)) = job(line) else { panic!("{line}: neither read nor write") };
+        target
+    }
+
+    /// Asserts exit code 2 and stderr, and returns the message.
+    fn refused(line: &str) -> String {
+        let error = parsed(line).expect_err(line);
+        assert_eq!((error.exit_code(), error.use_stderr()), (2, true), "{line}: {error}");
+        error.to_string()
+    }
+
+    /// Asserts exit code 0 and stdout, and returns the text.
+    fn shown(line: &str) -> String {
+        let error = parsed(line).expect_err(line);
+        assert_eq!((error.exit_code(), error.use_stderr()), (0, false), "{line}: {error}");
+        error.to_string()
+    }
+
+    /// Asserts that the message names the option and the value, and the usage of the mode.
+    #[track_caller]
+    fn refused_value(line: &str, option: &str, value: &str) {
+        let message = refused(line);
+        assert!(message.contains(&format!("invalid value '{value}' for '{option}': ")), "{line}: {message}");
+    }
+
+    #[test]
+    fn the_definitions_are_sound() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_takes_every_option_in_any_order() {
+        let long = "serve 10.0.0.1 --addr 127.0.0.1 --port 4777 --file disk --sock ctl --default-deny --killswitch \
+                    --max-clients 7 10.0.0.2";
+        let short = "serve -k -d -p4777 10.0.0.1 -s ctl 10.0.0.2 --max-clients=7 -l 127.0.0.1 -fdisk";
+        let packed = "serve -dkp 4777 -l127.0.0.1 -f disk -sctl --max-clients 7 -- 10.0.0.1 10.0.0.2";
+        for line in [long, short, packed] {
+            let config = config(line);
+            assert_eq!(config.listen, Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777))), "{line}");
+            assert_eq!((config.file, config.control), ("disk".into(), Some("ctl".into())), "{line}");
+            assert_eq!((config.killswitch_ms, config.max_clients), (Some(120_000), 7), "{line}");
+        }
+    }
+
+    #[test]
+    fn serve_has_defaults() {
+        let config = config(SERVE);
+        assert_eq!((config.control, config.killswitch_ms, config.max_clients), (None, None, 100));
+    }
+
+    #[test]
+    fn addresses_come_in_every_form() {
+        for (text, address) in
+            [("127.0.0.1", "127.0.0.1:0"), ("0", "0.0.0.0:0"), ("::1", "[::1]:0"), ("[::1]", "[::1]:0")]
+        {
+            let expected = Endpoint::Tcp(address.parse().unwrap());
+            assert_eq!(config(&format!("serve -p 0 -f disk --addr {text}")).listen, expected);
+        }
+        let unix = Endpoint::Unix("/run/nbd".into());
+        assert_eq!(config("serve -f disk -l /run/nbd").listen, unix);
+        assert_eq!(config("serve -f disk -l /run/nbd -p 4777").listen, unix);
+        assert_eq!(target("read -l /run/nbd -F 0 -S 1").server, Endpoint::Unix("/run/nbd".into()));
+    }
+
+    #[test]
+    fn the_killswitch_takes_seconds_only_with_an_equals_sign() {
+        for (option, ms) in [
+            ("-k", 120_000),
+            ("--killswitch", 120_000),
+            ("--killswitch=120", 120_000),
+            ("--killswitch=0.5", 500),
+            ("-k=0.5", 500),
+            ("-k=1.05", 1_050),
+            ("-k=0.001", 1),
+            ("-k=31536000", 31_536_000_000),
+        ] {
+            assert_eq!(config(&format!("{SERVE} {option}")).killswitch_ms, Some(ms), "{option}");
+            assert_eq!(config(&format!("{SERVE} {option} 10.0.0.1")).killswitch_ms, Some(ms), "{option}");
+        }
+        let bad = ["0", "0.0", "0.0004", "-1", "+1", "1e3", "0x10", "5s", "1.", ".5", ".", "1.2.3", "inf", "NaN"];
+        for value in bad.into_iter().chain(["31536000.001", "18446744073709551615", "99999999999999999999"]) {
+            refused_value(&format!("{SERVE} --killswitch={value}"), "--killswitch[=<SECONDS>]", value);
+        }
+        assert!(refused(&format!("{SERVE} --killswitch=")).contains("--killswitch"));
+    }
+
+    #[test]
+    fn transfers_take_every_option() {
+        let expected = Target {
+            server: Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777))),
+            bind: Some(IpAddr::from([127, 0, 0, 2])),
+            offset: 1 << 62,
+            length: 1 << 30,
+        };
+        for options in [
+            "--addr 127.0.0.1 --port 4777 --from 4611686018427387904 --size 1073741824 --bind 127.0.0.2",
+            "-b 127.0.0.2 -S 1073741824 -F 4611686018427387904 -p 4777 -l 127.0.0.1",
+        ] {
+            assert_eq!(target(&format!("read {options}")), expected);
+            assert_eq!(target(&format!("write {options}")), expected);
+        }
+        assert!(matches!(job(READ), Job::Read(Target { bind: None, offset: 0, length: 512, .. })));
+        assert!(matches!(job(&READ.replace("read", "write")), Job::Write(_)));
+    }
+
+    #[test]
+    fn a_local_address_must_suit_the_remote_one() {
+        assert!(refused("read -l /run/nbd -F 0 -S 1 -b 127.0.0.1").contains("--bind <BIND_ADDR> does not go with"));
+        assert!(refused(&format!("{READ} -b ::1")).contains("--bind ::1 cannot reach --addr 127.0.0.1"));
+    }
+
+    #[test]
+    fn control_modes_become_words() {
+        for line in ["acl --sock ctl 10.0.0.1 10.0.0.0/8", "acl 10.0.0.1 -s ctl 10.0.0.0/8"] {
+            let Job::Control { sock, words } = job(line) else { panic!("{line}") };
+            assert_eq!((sock, words.join(" ")), ("ctl".into(), "acl 10.0.0.1 10.0.0.0/8".into()));
+        }
+        let Job::Control { sock, words } = job("status -s ctl") else { panic!() };
+        assert_eq!((sock, words.join(" ")), ("ctl".into(), "status".into()));
+    }
+
+    #[test]
+    fn the_last_of_verbose_and_quiet_wins() {
+        use Verbosity::{Normal, Quiet, Verbose};
+        for (before, after, expected) in [
+            ("", "", Normal),
+            ("-v", "", Verbose),
+            ("", "-v", Verbose),
+            ("--quiet", "", Quiet),
+            ("", "--quiet", Quiet),
+            ("-q", "-v", Verbose),
+            ("-v", "-q", Quiet),
+            ("-vq", "", Quiet),
+            ("-q -v -q -v", "", Verbose),
+            ("", "-vvqqv", Verbose),
+            ("", "-v -q --verbose --quiet", Quiet),
+            ("-v -q", "-q -v", Verbose),
+            ("-v -q", "-v -q", Quiet),
+            ("-v -v", "-v -v", Verbose),
+        ] {
+            for mode in [SERVE, READ, "acl -s ctl ::1", "status -s ctl"] {
+                let line = format!("{before} {mode} {after}");
+                assert_eq!(parsed(&line).unwrap().0, expected, "{line}");
+            }
+        }
+        assert_eq!(parsed(&format!("serve -q {} -v", &SERVE[6..])).unwrap().0, Verbose);
+    }
+
+    #[test]
+    fn missing_options_are_named() {
+        for (line, missing) in [
+            ("serve", "--addr <ADDR>"),
+            ("serve", "--file <FILE>"),
+            ("serve -p 1 -f disk", "--addr <ADDR>"),
+            ("serve -l ::1 -p 1", "--file <FILE>"),
+            ("serve -l ::1 -f disk", "--port <PORT>"),
+            ("read -l ::1 -F 0 -S 1", "--port <PORT>"),
+            ("read -p 1 -F 0 -S 1", "--addr <ADDR>"),
+            ("read -l ::1 -p 1 -S 1", "--from <OFFSET>"),
+            ("write -l ::1 -p 1 -F 0", "--size <SIZE>"),
+            ("acl ::1", "--sock <SOCK>"),
+            ("acl -s ctl", "<ACL_ENTRY>"),
+            ("status", "--sock <SOCK>"),
+            ("serve -p 1 -f disk -l", "--addr <ADDR>"),
+        ] {
+            let message = refused(line);
+            assert!(message.contains(missing), "{line}: {message}");
+            let mode = line.split(' ').next().unwrap();
+            let described = message.contains(&format!("Usage: flexnbd {mode}")) || message.contains("--help");
+            assert!(described, "{line}: {message}");
+        }
+    }
+
+    #[test]
+    fn unknown_arguments_are_refused() {
+        for line in [
+            "frobnicate",
+            "--frobnicate",
+            "serve --frobnicate",
+            "serve -x",
+            "status -s ctl extra",
+            "read -l ::1 -p 1 -F 0 -S 1 extra",
+            "status -s ctl -s ctl",
+            "serve --from 1",
+            "help serve read",
+            "help --addr ::1",
+        ] {
+            assert!(refused(line).contains("--help"), "{line}");
+        }
+    }
+
+    #[test]
+    fn bad_numbers_are_refused() {
+        let junk = ["-1", "-x", "+1", "''", "0x10", "1k", "1.5", "1_000", "ten", "99999999999999999999"];
+        for (line, option, limit) in [
+            ("serve -l ::1 -f disk --port", "--port <PORT>", "65536"),
+            ("serve -l ::1 -f disk -p 1 --max-clients", "--max-clients <N>", "1000001"),
+            ("serve -l ::1 -f disk -p 1 --max-clients", "--max-clients <N>", "0"),
+            ("read -l ::1 -F 0 -S 1 --port", "--port <PORT>", "0"),
+            ("write -l ::1 -F 0 -S 1 --port", "--port <PORT>", "65536"),
+            ("read -l ::1 -p 1 -F 0 --size", "--size <SIZE>", "1073741825"),
+            ("write -l ::1 -p 1 -S 0 --from", "--from <OFFSET>", "4611686018427387905"),
+        ] {
+            for value in junk.into_iter().chain([limit]) {
+                let shown = if value == "''" { "" } else { value };
+                refused_value(&format!("{line} {value}"), option, shown);
+                refused_value(&format!("{line}={shown}"), option, shown);
+            }
+        }
+    }
+
+    #[test]
+    fn bad_addresses_are_refused() {
+        for value in
+            ["localhost", "1.2.3", "1.2.3.4.5", "300.0.0.1", "::g", "[::1", "1.2.3.4:5", "fe80::1%lo", "./sock"]
+        {
+            refused_value(&format!("serve -p 1 -f disk -l {value}"), "--addr <ADDR>", value);
+            refused_value(&format!("read -p 1 -F 0 -S 1 -l {value}"), "--addr <ADDR>", value);
+            refused_value(&format!("{READ} -b {value}"), "--bind <BIND_ADDR>", value);
+        }
+        refused_value("serve -p 1 -f disk -l ''", "--addr <ADDR>", "");
+        refused_value("read -p 1 -F 0 -S 1 -b ::1 -l ''", "--addr <ADDR>", "");
+    }
+
+    #[test]
+    fn bad_acl_entries_are_refused() {
+        for value in ["host", "10.0.0.0/x", "10.0.0.0/", "10.0.0/8", "''"] {
+            let shown = if value == "''" { "" } else { value };
+            refused_value(&format!("{SERVE} 10.0.0.1 {value}"), "[ACL_ENTRY]", shown);
+            let message = refused(&format!("acl -s ctl ::1 {value}"));
+            assert!(message.contains("Usage: flexnbd acl"), "{message}");
+        }
+    }
+
+    #[test]
+    fn empty_paths_are_refused() {
+        assert!(refused("serve -l ::1 -p 1 -f ''").contains("--file <FILE>"));
+        assert!(refused("status -s ''").contains("--sock <SOCK>"));
+    }
+
+    #[test]
+    fn help_comes_in_all_forms() {
+        let whole = shown("help");
+        assert_eq!(
+            [shown("--help"), shown("-h"), shown("help -q -v"), shown("-v help")],
+            [(); 4].map(|()| whole.clone())
+        );
+        for expected in ["Exit codes:", "--verbose", "--quiet", "--help", "flexnbd help MODE"] {
+            assert!(whole.contains(expected), "{expected}");
+        }
+        for mode in MODES {
+            assert!(whole.contains(&format!("\n  {mode} ")), "{mode}");
+            let text = shown(&format!("help {mode}"));
+            assert!(text.contains(&format!("Usage: flexnbd {mode}")) && text.contains("Example"), "{text}");
+            assert!(text.contains("--verbose") && text.contains("--quiet") && text.contains("--help"), "{text}");
+            for line in [
+                format!("{mode} --help"),
+                format!("{mode} -h"),
+                format!("-q {mode} -v -h"),
+                format!("help {mode} -v"),
+                format!("help -q {mode}"),
+                format!("-v help {mode}"),
+            ] {
+                assert_eq!(shown(&line), text, "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn help_fits_a_terminal() {
+        for mode in MODES.into_iter().chain([""]) {
+            for line in shown(&format!("help {mode}")).lines() {
+                assert!(line.len() <= 80, "{mode}: {line}");
+            }
+        }
+    }
+
+    #[test]
+    fn help_knows_all_modes_and_no_others() {
+        assert_eq!(CommandLine::command().get_subcommands().map(clap::Command::get_name).collect::<Vec<_>>(), MODES);
+        for (mode, value) in [("frobnicate", "frobnicate"), ("''", ""), ("-- -v", "-v"), ("-- --version", "--version")]
+        {
+            let message = refused(&format!("help {mode}"));
+            assert!(
+                value.is_empty() || message.contains(&format!("invalid value '{value}' for '[MODE]'")),
+                "{message}"
+            );
+            assert!(MODES.iter().all(|mode| message.contains(mode)), "{message}");
+        }
+    }
+
+    #[test]
+    fn no_mode_gets_help_on_stderr() {
+        assert_eq!(refused(""), refused("-v -q"));
+        assert!(refused("").contains("Exit codes:"));
+    }
+
+    #[test]
+    fn the_version_is_shown() {
+        assert_eq!(shown("--version"), format!("flexnbd {}\n", env!("CARGO_PKG_VERSION")));
+    }
+}

@@ -1,0 +1,459 @@
+//! The language of the control socket: lines to a [`Command`], an [`Answer`] to a line, and both ways back for clients.
+//!
+//! A command is its name and its arguments, a line each, ended by an empty line or by the end of the stream. Arguments
+//! may also follow the name on the first line, between spaces. White space around a line does not count, so a line of
+//! nothing else is an empty one, and a carriage return does no harm. One line comes back: `CODE: text`.
+//!
+//! Everything here is pure. Addresses stay text: what they mean is for whoever uses them.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// The longest line of a command in bytes, without its end: several times the longest address, or any path.
+pub const MAX_LINE: usize = 1 << 10;
+
+/// The longest command in bytes, without the empty line: an access control list of over a thousand long entries.
+pub const MAX_COMMAND: usize = 64 << 10;
+
+/// The longest piece of a client's input that is repeated to it, in characters: more than any address with a mask.
+const MAX_ECHO: usize = 128;
+
+/// What a control client asks for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Command {
+    /// `acl ENTRY...`: put these entries in place of the access control list. They are not checked yet; without any,
+    /// the list becomes empty.
+    Acl(Vec<String>),
+    /// `status`: say how the server is.
+    Status,
+    /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]]`: start a migration.
+    Mirror(Mirror),
+    /// `mirror_max_bps N`: limit the running migration to N bytes per second; 0 (`None`) ends the limit.
+    MirrorMaxBps(Option<u64>),
+    /// `break`: stop the running migration.
+    Break,
+}
+
+/// Where to migrate to, and how.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Mirror {
+    /// The destination's address, as written and not checked yet.
+    pub addr: String,
+    /// The destination's port, never 0.
+    pub port: u16,
+    /// What to do once the destination has everything.
+    pub action: Action,
+    /// The local address to connect from, as written and not checked yet. `None` if there was none, or `0`, which
+    /// leaves the choice to the system.
+    pub bind: Option<String>,
+    /// The most bytes to send per second; `None` if there was no limit, or 0.
+    pub max_bytes_per_s: Option<u64>,
+}
+
+/// What the source does once the destination has everything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Action {
+    /// `exit`: end, with success.
+    #[default]
+    Exit,
+    /// `unlink`: delete the file, then end.
+    Unlink,
+    /// `nothing`: go on serving.
+    Nothing,
+}
+
+/// The one line a command is answered with.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Answer {
+    /// 0 for success; else the exit code of a client that passes it on.
+    pub code: u8,
+    /// What to tell the user.
+    pub text: String,
+}
+
+impl Answer {
+    /// The command has done what it should.
+    pub fn ok(text: impl Into<String>) -> Self {
+        Self { code: 0, text: text.into() }
+    }
+
+    /// The command was understood and has failed.
+    pub fn failed(text: impl Into<String>) -> Self {
+        Self { code: 1, text: text.into() }
+    }
+
+    /// An access control list entry does not parse.
+    pub fn bad_spec(entry: &str) -> Self {
+        Self::failed(format!("bad spec: {}", echo(entry)))
+    }
+
+    fn missing_command() -> Self {
+        Self { code: 9, text: "missing command".into() }
+    }
+
+    fn unknown_command() -> Self {
+        Self { code: 10, text: "unknown command".into() }
+    }
+
+    /// The answer as bytes: one line whatever the text holds, because control characters are escaped.
+    pub fn encode(&self) -> Vec<u8> {
+        format!("{}: {}\n", self.code, escape(self.text.chars())).into_bytes()
+    }
+}
+
+/// The bytes a server sent are not an answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct MalformedAnswer;
+
+impl fmt::Display for MalformedAnswer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the server's answer is incomplete or not of the form CODE: TEXT")
+    }
+}
+
+impl std::error::Error for MalformedAnswer {}
+
+/// Parses all that a server sent before it closed. What follows the first line is ignored; a line without its end was
+/// cut off and is no answer.
+pub fn parse_answer(bytes: &[u8]) -> Result<Answer, MalformedAnswer> {
+    let end = bytes.iter().position(|&byte| byte == b'\n').ok_or(MalformedAnswer)?;
+    let line = String::from_utf8_lossy(bytes.get(..end).unwrap_or_default());
+    let (code, text) = line.split_once(':').ok_or(MalformedAnswer)?;
+    let code = parse_number(code).ok_or(MalformedAnswer)?;
+    Ok(Answer { code, text: text.trim().into() })
+}
+
+/// A command and its arguments as bytes, for a client to send. No word may be empty or hold the end of a line.
+pub fn encode_command(words: &[&str]) -> Vec<u8> {
+    debug_assert!(words.iter().all(|word| !word.trim().is_empty() && !word.contains('\n')), "a word is a line");
+    let mut bytes = words.join("\n").into_bytes();
+    bytes.extend(b"\n\n");
+    bytes
+}
+
+/// Collects the bytes of one command.
+///
+/// Invariant 1: `text` is at most [`MAX_COMMAND`] bytes, and the last line in it, which begins at `line_start`, at most
+/// [`MAX_LINE`].
+#[derive(Debug, Default)]
+pub struct Reader {
+    text: Vec<u8>,
+    line_start: usize,
+}
+
+impl Reader {
+    /// A reader that has seen nothing and owns no memory.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the next bytes. `Ok(None)` asks for more; a command ends what the client may say, so anything that follows
+    /// it is dropped. An error is the answer to send instead of carrying a command out. After either, the reader is
+    /// as new.
+    pub fn push(&mut self, mut bytes: &[u8]) -> Result<Option<Command>, Answer> {
+        while let Some(newline) = bytes.iter().position(|&byte| byte == b'\n') {
+            let (piece, rest) = bytes.split_at(newline);
+            self.append(piece)?;
+            if self.line().trim_ascii().is_empty() {
+                return self.end_of_stream().map(Some);
+            }
+            if self.text.len() == MAX_COMMAND {
+                return Err(self.refuse("command too long"));
+            }
+            self.text.push(b'\n');
+            self.line_start = self.text.len();
+            bytes = rest.get(1..).unwrap_or_default();
+        }
+        self.append(bytes)?;
+        Ok(None)
+    }
+
+    /// Takes the end of the stream for the end of the command. The reader is as new afterwards.
+    pub fn end_of_stream(&mut self) -> Result<Command, Answer> {
+        parse_command(&std::mem::take(self).text)
+    }
+
+    /// Adds a piece of the current line. Which limit is named does not depend on how the input was cut up.
+    fn append(&mut self, piece: &[u8]) -> Result<(), Answer> {
+        let line_room = MAX_LINE.saturating_sub(self.line().len());
+        let command_room = MAX_COMMAND.saturating_sub(self.text.len());
+        if piece.len() > line_room.min(command_room) {
+            return Err(self.refuse(if line_room <= command_room { "line too long" } else { "command too long" }));
+        }
+        self.text.extend(piece);
+        debug_assert!(self.text.len() <= MAX_COMMAND && self.line().len() <= MAX_LINE, "invariant 1");
+        Ok(())
+    }
+
+    fn line(&self) -> &[u8] {
+        self.text.get(self.line_start..).unwrap_or_default()
+    }
+
+    fn refuse(&mut self, why: &str) -> Answer {
+        *self = Self::new();
+        Answer::failed(why)
+    }
+}
+
+/// Parses the lines of one command, without the empty line.
+fn parse_command(text: &[u8]) -> Result<Command, Answer> {
+    let mut lines = text.split(|&byte| byte == b'\n');
+    let first = lines.next().unwrap_or_default();
+    let words = first.split(u8::is_ascii_whitespace).chain(lines.map(<[u8]>::trim_ascii));
+    let mut words = words.filter(|word| !word.is_empty());
+    let name = words.next().ok_or_else(Answer::missing_command)?;
+    let mut arguments = words.map(readable);
+    let command = match name {
+        b"acl" => Command::Acl(arguments.by_ref().collect()),
+        b"status" => Command::Status,
+        b"mirror" => Command::Mirror(parse_mirror(&mut arguments)?),
+        b"mirror_max_bps" => Command::MirrorMaxBps(parse_speed(&arguments.next().unwrap_or_default())?),
+        b"break" => Command::Break,
+        _ => return Err(Answer::unknown_command()),
+    };
+    match arguments.next() {
+        None => Ok(command),
+        Some(_) => Err(Answer::failed("too many arguments")),
+    }
+}
+
+/// Takes the arguments of `mirror`, each in its place, and leaves what follows them. A missing one is a bad one.
+fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, Answer> {
+    let addr = arguments.next().ok_or_else(|| Answer::failed("bad IP address"))?;
+    let port = arguments.next().and_then(|port| parse_number(&port)).filter(|&port| port != 0);
+    let port = port.ok_or_else(|| Answer::failed("bad IP port number"))?;
+    let action = match arguments.next().as_deref() {
+        None => Action::default(),
+        Some("exit") => Action::Exit,
+        Some("unlink") => Action::Unlink,
+        Some("nothing") => Action::Nothing,
+        Some(_) => return Err(Answer::failed("bad action")),
+    };
+    let bind = arguments.next().filter(|bind| bind != "0");
+    let max_bytes_per_s = arguments.next().map_or(Ok(None), |speed| parse_speed(&speed))?;
+    Ok(Mirror { addr, port, action, bind, max_bytes_per_s })
+}
+
+/// Bytes per second, where 0 is no limit.
+fn parse_speed(text: &str) -> Result<Option<u64>, Answer> {
+    let speed = parse_number(text).ok_or_else(|| Answer::failed("bad speed"))?;
+    Ok(Some(speed).filter(|&speed| speed != 0))
+}
+
+/// A decimal number and nothing else: no sign, no white space.
+fn parse_number<T: FromStr>(text: &str) -> Option<T> {
+    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
+}
+
+/// An argument as text. One that is not UTF-8 is escaped as a whole; no address, name or number looks like that, so it
+/// is refused wherever it is used.
+fn readable(argument: &[u8]) -> String {
+    std::str::from_utf8(argument).map_or_else(|_| argument.escape_ascii().to_string(), str::to_owned)
+}
+
+/// What a client wrote, fit to be repeated in a line: without control characters, and not longer than [`MAX_ECHO`].
+fn echo(text: &str) -> String {
+    let mut chars = text.chars();
+    let mut echoed = escape(chars.by_ref().take(MAX_ECHO));
+    if chars.next().is_some() {
+        echoed.push_str("...");
+    }
+    echoed
+}
+
+fn escape(chars: impl Iterator<Item = char>) -> String {
+    let mut escaped = String::new();
+    for char in chars {
+        if char.is_control() {
+            escaped.extend(char.escape_default());
+        } else {
+            escaped.push(char);
+        }
+    }
+    escaped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(bytes: &[u8]) -> Result<Command, Answer> {
+        let mut reader = Reader::new();
+        match reader.push(bytes)? {
+            Some(command) => Ok(command),
+            None => reader.end_of_stream(),
+        }
+    }
+
+    fn strings(words: &[&str]) -> Vec<String> {
+        words.iter().map(|&word| word.into()).collect()
+    }
+
+    fn mirror(action: Action, bind: Option<&str>, max_bytes_per_s: Option<u64>) -> Command {
+        let bind = bind.map(str::to_owned);
+        Command::Mirror(Mirror { addr: "10.0.0.1".into(), port: 4777, action, bind, max_bytes_per_s })
+    }
+
+    #[test]
+    fn commands_parse_in_every_form() {
+        for text in ["status\n\n", "status", "status\n", " status \r\n\r\n", "status\n \n", "\tstatus\n\nbreak\n\n"] {
+            assert_eq!(parse(text.as_bytes()), Ok(Command::Status), "{text:?}");
+        }
+        let both = Ok(Command::Acl(strings(&["10.0.0.0/8", "::1"])));
+        for text in
+            ["acl\n10.0.0.0/8\n::1\n\n", "acl 10.0.0.0/8 ::1\n\n", "acl  10.0.0.0/8\r\n\t::1", "acl\n10.0.0.0/8\n::1\n"]
+        {
+            assert_eq!(parse(text.as_bytes()), both, "{text:?}");
+        }
+        assert_eq!(parse(b"acl\n\n"), Ok(Command::Acl(Vec::new())));
+        assert_eq!(parse(b"acl\na b\n\n"), Ok(Command::Acl(strings(&["a b"]))));
+        assert_eq!(parse(b"break\n\n"), Ok(Command::Break));
+        assert_eq!(parse(b"mirror_max_bps\n1000\n\n"), Ok(Command::MirrorMaxBps(Some(1000))));
+        assert_eq!(parse(b"mirror_max_bps 0\n\n"), Ok(Command::MirrorMaxBps(None)));
+    }
+
+    #[test]
+    fn mirror_takes_its_arguments_in_order() {
+        assert_eq!(parse(b"mirror\n10.0.0.1\n4777\n\n"), Ok(mirror(Action::Exit, None, None)));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit\n\n"), Ok(mirror(Action::Exit, None, None)));
+        assert_eq!(parse(b"mirror\n10.0.0.1\n4777\nunlink\n\n"), Ok(mirror(Action::Unlink, None, None)));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 nothing ::1\n\n"), Ok(mirror(Action::Nothing, Some("::1"), None)));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit 0 5\n\n"), Ok(mirror(Action::Exit, None, Some(5))));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit ::1 0\n\n"), Ok(mirror(Action::Exit, Some("::1"), None)));
+    }
+
+    #[test]
+    fn bad_commands_get_their_answer() {
+        for (text, code, answer) in [
+            ("", 9, "missing command"),
+            ("\n", 9, "missing command"),
+            ("  \n\n", 9, "missing command"),
+            ("\r\nstatus\n\n", 9, "missing command"),
+            ("statu\n\n", 10, "unknown command"),
+            ("STATUS\n\n", 10, "unknown command"),
+            ("status\0\n\n", 10, "unknown command"),
+            ("status\nx\n\n", 1, "too many arguments"),
+            ("break x\n\n", 1, "too many arguments"),
+            ("mirror_max_bps\n\n", 1, "bad speed"),
+            ("mirror_max_bps -1\n\n", 1, "bad speed"),
+            ("mirror_max_bps +1\n\n", 1, "bad speed"),
+            ("mirror_max_bps 18446744073709551616\n\n", 1, "bad speed"),
+            ("mirror_max_bps 1 2\n\n", 1, "too many arguments"),
+            ("mirror\n\n", 1, "bad IP address"),
+            ("mirror 10.0.0.1\n\n", 1, "bad IP port number"),
+            ("mirror 10.0.0.1 0\n\n", 1, "bad IP port number"),
+            ("mirror 10.0.0.1 65536\n\n", 1, "bad IP port number"),
+            ("mirror 10.0.0.1 nbd\n\n", 1, "bad IP port number"),
+            ("mirror 10.0.0.1 4777 delete\n\n", 1, "bad action"),
+            ("mirror 10.0.0.1 4777 exit ::1 fast\n\n", 1, "bad speed"),
+            ("mirror 10.0.0.1 4777 exit ::1 5 more\n\n", 1, "too many arguments"),
+        ] {
+            assert_eq!(parse(text.as_bytes()), Err(Answer { code, text: answer.into() }), "{text:?}");
+        }
+        assert_eq!(parse(b"\xff\xfe\n\n"), Err(Answer::unknown_command()));
+    }
+
+    #[test]
+    fn arguments_that_are_no_text_are_escaped() {
+        assert_eq!(parse(b"acl\n\xff\x80x\n\n"), Ok(Command::Acl(strings(&["\\xff\\x80x"]))));
+        assert_eq!(Answer::bad_spec("\\xff\u{1b}[2J\n\u{85}").text, "bad spec: \\xff\\u{1b}[2J\\n\\u{85}");
+        let long = Answer::bad_spec(&"é".repeat(500));
+        assert_eq!(long.text, format!("bad spec: {}...", "é".repeat(MAX_ECHO)));
+        assert_eq!(Answer::bad_spec(&"x".repeat(MAX_ECHO)).text.len(), "bad spec: ".len() + MAX_ECHO);
+    }
+
+    /// What the reader says when it gets the input in these pieces.
+    fn parse_pieces<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Result<Command, Answer> {
+        let mut reader = Reader::new();
+        for piece in pieces {
+            if let Some(command) = reader.push(piece)? {
+                return Ok(command);
+            }
+        }
+        reader.end_of_stream()
+    }
+
+    #[test]
+    fn every_split_gives_the_same() {
+        for text in [
+            &b"mirror\r\n10.0.0.1\r\n4777\r\nexit\r\n\r\nstatus\n\n"[..],
+            b"acl 10.0.0.1\n  ::1  \n\n\n",
+            b"acl\n10.0.0.1",
+            b"\n\n",
+            b"",
+            b"nonsense \xff\n\n",
+        ] {
+            let whole = parse(text);
+            assert_eq!(parse_pieces(text.chunks(1)), whole);
+            for first in 0..=text.len() {
+                for second in first..=text.len() {
+                    let pieces = [&text[..first], &text[first..second], &text[second..]];
+                    assert_eq!(parse_pieces(pieces.into_iter()), whole, "{pieces:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn limits_are_exact_and_the_same_for_every_split() {
+        let entry = "x".repeat(MAX_LINE);
+        let fits = format!("acl\n{entry}\n\n");
+        assert_eq!(parse(fits.as_bytes()), Ok(Command::Acl(vec![entry.clone()])));
+        let line = "y".repeat(1023);
+        let full = format!("acl{}\n{}", " ".repeat(1020), format!("{line}\n").repeat(63));
+        assert_eq!(full.len(), MAX_COMMAND);
+        let too_long = Err(Answer::failed("line too long"));
+        let too_much = Err(Answer::failed("command too long"));
+        for (text, expected) in [
+            (format!("acl\n{entry}x\n\n"), too_long.clone()),
+            (format!("acl\n{entry}x"), too_long.clone()),
+            (format!("acl\n{entry}\r\n\n"), too_long.clone()),
+            (entry.repeat(1000), too_long),
+            (format!("{full}\n"), Ok(Command::Acl(vec![line; 63]))),
+            (format!("{full}x\n\n"), too_much.clone()),
+            (format!("{full}{entry}x\n\n"), too_much.clone()),
+            (format!("{}x\n\n", &full[..MAX_COMMAND - 1]), too_much.clone()),
+            ("acl\n".to_owned() + &"1\n".repeat(MAX_COMMAND), too_much),
+        ] {
+            assert_eq!(parse(text.as_bytes()), expected);
+            for size in [1, 2, 7, 1000, 1024, 1025, 4096, 65_535, 65_536] {
+                assert_eq!(parse_pieces(text.as_bytes().chunks(size)), expected, "pieces of {size}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_reader_is_as_new_after_an_answer() {
+        let mut reader = Reader::new();
+        assert!(reader.push(&[b'x'; MAX_LINE + 1]).is_err());
+        assert_eq!(reader.push(b"status\n\n"), Ok(Some(Command::Status)));
+        assert_eq!(reader.text.capacity(), 0);
+        assert_eq!(reader.push(b"break\n"), Ok(None));
+        assert_eq!(reader.end_of_stream(), Ok(Command::Break));
+        assert_eq!(reader.end_of_stream(), Err(Answer::missing_command()));
+    }
+
+    #[test]
+    fn answers_survive_the_way_there_and_back() {
+        for answer in
+            [Answer::ok("updated"), Answer::failed("bad spec: a: b"), Answer::missing_command(), Answer::ok("")]
+        {
+            assert_eq!(parse_answer(&answer.encode()), Ok(answer));
+        }
+        assert_eq!(Answer::unknown_command().encode(), b"10: unknown command\n");
+        assert_eq!(Answer::ok("a\nb\r\u{7f}").encode(), b"0: a\\nb\\r\\u{7f}\n");
+        assert_eq!(parse_answer(b"0: pid=1 x=y\r\nmore\n"), Ok(Answer::ok("pid=1 x=y")));
+        assert_eq!(parse_answer(b"1:\xff\n"), Ok(Answer::failed("\u{fffd}")));
+        for bad in [&b""[..], b"\n", b"0: cut", b"updated\n", ": x\n".as_bytes(), b"256: x\n", b"-1: x\n", b"x: y\n"] {
+            assert_eq!(parse_answer(bad), Err(MalformedAnswer), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn encoded_commands_parse_as_what_they_say() {
+        let words = ["mirror", "10.0.0.1", "4777", "unlink", "0", "7"];
+        assert_eq!(encode_command(&words), b"mirror\n10.0.0.1\n4777\nunlink\n0\n7\n\n");
+        assert_eq!(parse(&encode_command(&words)), Ok(mirror(Action::Unlink, None, Some(7))));
+        assert_eq!(parse(&encode_command(&["status"])), Ok(Command::Status));
+    }
+}

@@ -1,0 +1,200 @@
+//! A slab whose keys are never mistaken for those of a slot that came later.
+//!
+//! Invariant 1: no two keys handed out by one [`Slots`] are equal, until 2^32 more insertions have passed; a key would
+//! have to be kept that long, and meet its own index again, to find a slot that is not its own.
+
+use std::convert::Infallible;
+use std::fmt;
+
+use mio::Token;
+use slab::Slab;
+
+/// Names one slot for as long as it lives, and nothing afterwards.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, PartialOrd, Ord)]
+pub struct Key {
+    index: u32,
+    generation: u32,
+}
+
+impl Key {
+    /// The key as a number, for interfaces that carry one along.
+    pub fn to_u64(self) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(self.index)
+    }
+
+    /// The key that [`Key::to_u64`] made this number of.
+    pub fn from_u64(number: u64) -> Self {
+        Self { index: (number & 0xffff_ffff) as u32, generation: (number >> 32) as u32 }
+    }
+
+    /// The key as the token under which its slot is registered with poll.
+    pub fn token(self) -> Token {
+        // By way of bytes, so that a target whose usize is not 64 bits wide does not compile.
+        Token(usize::from_ne_bytes(self.to_u64().to_ne_bytes()))
+    }
+
+    /// The key that [`Key::token`] made this token of.
+    pub fn from_token(token: Token) -> Self {
+        Self::from_u64(u64::from_ne_bytes(token.0.to_ne_bytes()))
+    }
+
+    /// The place of its slot, small and soon used again.
+    pub(super) fn index(self) -> usize {
+        self.index as usize
+    }
+}
+
+/// The index alone: short, and unique among what is alive.
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.index.fmt(f)
+    }
+}
+
+#[derive(Debug)]
+struct Slot<T> {
+    generation: u32,
+    value: T,
+}
+
+/// Values by [`Key`], each reached in constant time.
+#[derive(Debug)]
+pub struct Slots<T> {
+    slab: Slab<Slot<T>>,
+    next_generation: u32,
+}
+
+impl<T> Default for Slots<T> {
+    fn default() -> Self {
+        Self { slab: Slab::new(), next_generation: 0 }
+    }
+}
+
+impl<T> Slots<T> {
+    /// No slots.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Inserts the value that `make` makes of its own key.
+    pub fn insert_with(&mut self, make: impl FnOnce(Key) -> T) -> Key {
+        match self.try_insert_with(|key| Ok::<_, Infallible>(make(key))) {
+            Ok(key) => key,
+            Err(never) => match never {},
+        }
+    }
+
+    /// Inserts the value that `make` makes of its own key, such as a socket registered under it. When `make` fails,
+    /// nothing is inserted, the error is handed on, and the key is not used again.
+    pub fn try_insert_with<E>(&mut self, make: impl FnOnce(Key) -> Result<T, E>) -> Result<Key, E> {
+        let generation = self.next_generation;
+        self.next_generation = generation.wrapping_add(1);
+        let vacant = self.slab.vacant_entry();
+        let key = key_at(vacant.key(), generation);
+        vacant.insert(Slot { generation, value: make(key)? });
+        Ok(key)
+    }
+
+    /// The value of `key`, if it is still there.
+    pub fn get(&self, key: Key) -> Option<&T> {
+        self.slab.get(key.index()).filter(|slot| slot.generation == key.generation).map(|slot| &slot.value)
+    }
+
+    /// The value of `key`, if it is still there.
+    pub fn get_mut(&mut self, key: Key) -> Option<&mut T> {
+        self.slab.get_mut(key.index()).filter(|slot| slot.generation == key.generation).map(|slot| &mut slot.value)
+    }
+
+    /// Takes the value of `key` out, if it is still there. From now on the key finds nothing.
+    pub fn remove(&mut self, key: Key) -> Option<T> {
+        self.get(key)?;
+        self.slab.try_remove(key.index()).map(|slot| slot.value)
+    }
+
+    /// How many values there are.
+    pub fn len(&self) -> usize {
+        self.slab.len()
+    }
+
+    /// True when there is no value.
+    pub fn is_empty(&self) -> bool {
+        self.slab.is_empty()
+    }
+
+    /// All values with their keys, in the order of their indices.
+    pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
+        self.slab.iter().map(|(index, slot)| (key_at(index, slot.generation), &slot.value))
+    }
+
+    /// All values with their keys, in the order of their indices.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (Key, &mut T)> {
+        self.slab.iter_mut().map(|(index, slot)| (key_at(index, slot.generation), &mut slot.value))
+    }
+}
+
+/// The key of the slot at `index`.
+fn key_at(index: usize, generation: u32) -> Key {
+    let index = u32::try_from(index);
+    debug_assert!(index.is_ok(), "memory ends long before 2^32 slots");
+    Key { index: index.unwrap_or(u32::MAX), generation }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_survives_the_way_through_numbers_and_tokens() {
+        for (index, generation) in [(0, 0), (1, 2), (u32::MAX, 0), (0, u32::MAX), (u32::MAX, u32::MAX)] {
+            let key = Key { index, generation };
+            assert_eq!(Key::from_u64(key.to_u64()), key);
+            assert_eq!(Key::from_token(key.token()), key);
+            assert_eq!(key.to_string(), index.to_string());
+        }
+    }
+
+    #[test]
+    fn an_old_key_finds_nothing() {
+        let mut slots = Slots::new();
+        let old = slots.insert_with(|_| "old");
+        assert_eq!(slots.remove(old), Some("old"));
+        let new = slots.insert_with(|_| "new");
+        assert_eq!(new.index(), old.index());
+        assert_eq!(slots.get(old), None);
+        assert_eq!(slots.get_mut(old), None);
+        assert_eq!(slots.remove(old), None);
+        assert_eq!((slots.get(new), slots.len()), (Some(&"new"), 1));
+    }
+
+    #[test]
+    fn a_failed_insertion_leaves_nothing_and_uses_up_its_key() {
+        let mut slots = Slots::<u8>::new();
+        let mut seen = None;
+        assert_eq!(slots.try_insert_with(|key| Err::<u8, _>(seen.insert(key).index())), Err(0));
+        assert!(slots.is_empty());
+        let key = slots.insert_with(|_| 7);
+        assert_ne!(Some(key), seen);
+    }
+
+    #[test]
+    fn generations_wrap() {
+        let mut slots = Slots { next_generation: u32::MAX, ..Slots::new() };
+        let last = slots.insert_with(|key| key);
+        slots.remove(last);
+        let first = slots.insert_with(|key| key);
+        assert_eq!((last.generation, first.generation), (u32::MAX, 0));
+        assert_eq!((slots.get(last), slots.get(first)), (None, Some(&first)));
+    }
+
+    #[test]
+    fn iterators_yield_every_value_with_its_key() {
+        let mut slots = Slots::new();
+        let keys: Vec<Key> = (0..5).map(|n| slots.insert_with(|_| n)).collect();
+        slots.remove(keys[2]);
+        for (_, value) in slots.iter_mut() {
+            *value *= 10;
+        }
+        let seen: Vec<(Key, i32)> = slots.iter().map(|(key, &value)| (key, value)).collect();
+        assert_eq!(seen, [(keys[0], 0), (keys[1], 10), (keys[3], 30), (keys[4], 40)]);
+    }
+}

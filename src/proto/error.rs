@@ -1,0 +1,83 @@
+//! The two ways the protocol says no: an [`Errno`] goes into a reply, a [`Violation`] ends the connection.
+
+use std::fmt;
+
+/// The error values of the specification ("Error values"). No other value leaves this server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Errno {
+    /// Operation not permitted.
+    Perm = 1,
+    /// Input/output error.
+    Io = 5,
+    /// Out of memory.
+    NoMem = 12,
+    /// Invalid argument.
+    Inval = 22,
+    /// No space left on the device.
+    NoSpc = 28,
+    /// Not supported.
+    NotSup = 95,
+}
+
+impl Errno {
+    /// The number on the wire.
+    pub fn to_wire(self) -> u32 {
+        self as u32
+    }
+
+    /// The name of a number another server sent, for people.
+    pub fn name(error: u32) -> &'static str {
+        match error {
+            1 => "EPERM",
+            5 => "EIO",
+            12 => "ENOMEM",
+            22 => "EINVAL",
+            28 => "ENOSPC",
+            75 => "EOVERFLOW",
+            95 => "ENOTSUP",
+            108 => "ESHUTDOWN",
+            _ => "an error the specification does not know",
+        }
+    }
+}
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", Self::name(self.to_wire()), self.to_wire())
+    }
+}
+
+/// What a peer did after which its bytes mean nothing any more. The connection must end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Violation {
+    /// A request does not start with the request magic.
+    BadRequestMagic(u32),
+    /// A reply does not start with the reply magic.
+    BadReplyMagic(u32),
+    /// A reply carries a cookie nobody waits for.
+    UnknownCookie(u64),
+    /// The first 16 bytes are no oldstyle greeting.
+    NotOldstyle(u64, u64),
+    /// The end of the stream came inside a message.
+    Truncated,
+    /// A read failed when its reply had begun; a simple reply cannot take that back.
+    ReplyCutShort(Errno),
+}
+
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::BadRequestMagic(magic) => write!(f, "not an NBD request: it starts with {magic:#010x}"),
+            Self::BadReplyMagic(magic) => write!(f, "not an NBD reply: it starts with {magic:#010x}"),
+            Self::UnknownCookie(cookie) => write!(f, "a reply with a cookie nobody waits for: {cookie:#018x}"),
+            Self::NotOldstyle(first, second) => {
+                write!(f, "not an oldstyle NBD greeting: it starts with {first:#018x} {second:#018x}")
+            }
+            Self::Truncated => write!(f, "hung up in the middle of a message"),
+            Self::ReplyCutShort(errno) => write!(f, "a read failed with {errno} in the middle of its reply"),
+        }
+    }
+}
+
+impl std::error::Error for Violation {}

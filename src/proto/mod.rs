@@ -1,0 +1,22 @@
+//! PURE: the NBD protocol as functions from bytes to meaning and back.
+//!
+//! ```text
+//!  oldstyle:  greeting ──> Request ──> (Payload ──>) Request ... ──> Closing
+//!             "Oldstyle      "Request message",        DISC, end of stream, violation:
+//!              negotiation"  "Simple reply message"    "Terminating the transmission phase"
+//! ```
+//!
+//! [`wire`] holds the constants and fixed messages, [`error`] what can be wrong, [`request`] what may be asked,
+//! [`session`] the server's side of a conversation, [`client`] the other one, [`outbox`] what waits to be sent.
+//!
+//! Everything that comes from a peer is hostile here: lengths are checked before they are used, memory is bounded by
+//! what the pool hands out, and nothing indexes or adds without looking.
+#![warn(clippy::indexing_slicing, clippy::cast_possible_truncation)]
+#![cfg_attr(test, allow(clippy::indexing_slicing, clippy::unwrap_used, clippy::cast_possible_truncation))]
+
+pub mod client;
+pub mod error;
+pub mod outbox;
+pub mod request;
+pub mod session;
+pub mod wire;

@@ -1,0 +1,173 @@
+//! What waits to be written to one connection: message heads and payloads in their order, and how much of the first
+//! has gone already. One vectored write takes many replies.
+
+use crate::buffer::{Buffer, Pool};
+use std::collections::VecDeque;
+use std::io::IoSlice;
+
+/// The longest head kept in place, in bytes; it fits every reply and chunk head of the transmission phase.
+const INLINE: usize = 32;
+
+/// How many pieces one vectored write takes at most: a head and a payload for each request a client may have in flight.
+pub const PIECES: usize = 64;
+
+#[derive(Debug)]
+enum Piece {
+    Head { bytes: [u8; INLINE], start: u8, end: u8 },
+    Handshake { bytes: Vec<u8>, start: usize },
+    Payload(Buffer),
+}
+
+impl Piece {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Head { bytes, start, end } => bytes.get(usize::from(*start)..usize::from(*end)).unwrap_or_default(),
+            Self::Handshake { bytes, start } => bytes.get(*start..).unwrap_or_default(),
+            Self::Payload(buffer) => buffer.filled(),
+        }
+    }
+
+    fn consume(&mut self, n: usize) {
+        match self {
+            // A head is at most 32 bytes long, so that n fits.
+            #[allow(clippy::cast_possible_truncation)]
+            Self::Head { start, .. } => *start += n as u8,
+            Self::Handshake { start, .. } => *start += n,
+            Self::Payload(buffer) => buffer.consume(n),
+        }
+    }
+}
+
+/// The queue of bytes for one connection.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    pieces: VecDeque<(u64, Piece)>,
+    replies: usize,
+}
+
+impl Outbox {
+    /// Queues bytes of the handshake, which count as no reply.
+    pub fn push_handshake(&mut self, bytes: Vec<u8>, since_ms: u64) {
+        self.pieces.push_back((since_ms, Piece::Handshake { bytes, start: 0 }));
+    }
+
+    /// Queues the head of a reply to a request that came at `since_ms`. A head is at most 32 bytes long.
+    pub fn push_head(&mut self, head: &[u8], since_ms: u64) {
+        let mut bytes = [0; INLINE];
+        let len = head.len().min(INLINE);
+        debug_assert_eq!(len, head.len(), "a head is at most 32 bytes long");
+        if let (Some(to), Some(from)) = (bytes.get_mut(..len), head.get(..len)) {
+            to.copy_from_slice(from);
+        }
+        #[allow(clippy::cast_possible_truncation)] // at most INLINE
+        self.pieces.push_back((since_ms, Piece::Head { bytes, start: 0, end: len as u8 }));
+        self.replies += 1;
+    }
+
+    /// Queues payload bytes behind what is queued already.
+    pub fn push_payload(&mut self, payload: Buffer, since_ms: u64) {
+        self.pieces.push_back((since_ms, Piece::Payload(payload)));
+    }
+
+    /// True when nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// How many heads of replies wait.
+    pub fn replies(&self) -> usize {
+        self.replies
+    }
+
+    /// When the oldest request came whose reply has not gone entirely.
+    pub fn oldest_ms(&self) -> Option<u64> {
+        self.pieces.iter().map(|(since_ms, _)| *since_ms).min()
+    }
+
+    /// The bytes to write next, for one vectored write; says how many slices it filled.
+    pub fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES]) -> usize {
+        let waiting = self.pieces.iter().map(|(_, piece)| piece.bytes());
+        slices.iter_mut().zip(waiting).map(|(slice, bytes)| *slice = IoSlice::new(bytes)).count()
+    }
+
+    /// Drops the first `n` bytes: the socket has taken them. Payloads that have gone go back to the pool; says how much
+    /// memory that was.
+    pub fn sent(&mut self, mut n: usize, pool: &mut Pool) -> usize {
+        let mut freed = 0;
+        while let Some((_, piece)) = self.pieces.front_mut() {
+            let len = piece.bytes().len();
+            if n < len {
+                piece.consume(n);
+                break;
+            }
+            n -= len;
+            match self.pieces.pop_front() {
+                Some((_, Piece::Payload(buffer))) => {
+                    freed += buffer.capacity();
+                    pool.give(buffer);
+                }
+                Some((_, Piece::Head { .. })) => self.replies -= 1,
+                Some((_, Piece::Handshake { .. })) | None => {}
+            }
+        }
+        freed
+    }
+
+    /// Forgets everything: the connection is gone.
+    pub fn release(&mut self, pool: &mut Pool) {
+        for (_, piece) in self.pieces.drain(..) {
+            if let Piece::Payload(buffer) = piece {
+                pool.give(buffer);
+            }
+        }
+        self.replies = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::SLICE;
+
+    fn written(outbox: &Outbox) -> Vec<u8> {
+        let mut slices = [IoSlice::new(&[]); PIECES];
+        let n = outbox.slices(&mut slices);
+        slices[..n].iter().flat_map(|slice| slice.to_vec()).collect()
+    }
+
+    #[test]
+    fn a_write_may_stop_at_every_byte() {
+        let all: &[u8] = b"greeting-head1payload-head2";
+        for step in 1..=all.len() {
+            let mut pool = Pool::new(SLICE);
+            let mut outbox = Outbox::default();
+            outbox.push_handshake(b"greeting".to_vec(), 5);
+            outbox.push_head(b"-head1", 3);
+            let mut payload = pool.take(7).unwrap();
+            payload.append(b"payload");
+            outbox.push_payload(payload, 3);
+            outbox.push_head(b"-head2", 9);
+            assert_eq!((outbox.replies(), outbox.oldest_ms()), (2, Some(3)));
+            let (mut seen, mut freed) = (Vec::new(), 0);
+            while !outbox.is_empty() {
+                let bytes = written(&outbox);
+                let n = step.min(bytes.len());
+                seen.extend_from_slice(&bytes[..n]);
+                freed += outbox.sent(n, &mut pool);
+            }
+            assert_eq!(seen, all);
+            assert_eq!((freed, outbox.replies(), pool.available()), (4096, 0, SLICE));
+        }
+    }
+
+    #[test]
+    fn a_dropped_outbox_returns_its_memory() {
+        let mut pool = Pool::new(SLICE);
+        let mut outbox = Outbox::default();
+        outbox.push_head(b"head", 0);
+        outbox.push_payload(pool.take(SLICE).unwrap(), 0);
+        assert_eq!(pool.available(), 0);
+        outbox.release(&mut pool);
+        assert_eq!((pool.available(), outbox.is_empty(), outbox.replies()), (SLICE, true, 0));
+    }
+}

@@ -1,0 +1,535 @@
+//! One client's conversation from the server's side: bytes in, requests out; outcomes in, bytes out.
+//!
+//! Owns the memory of the conversation (what was received, payloads on their way in, replies on their way out) and the
+//! list of requests that are not answered yet. Never sees a socket, a file or a clock; time comes in as a parameter.
+//!
+//! Specification: "Transmission", "Request types", "Error values", "Terminating the transmission phase".
+//!
+//! Invariants:
+//! 1. Requests taken and replies that wait are together at most [`MAX_IN_FLIGHT`].
+//! 2. `held` is the memory of all buffers that requests and replies of this session own; it exceeds [`MAX_HELD`] only
+//!    by one buffer.
+//! 3. The slices of one simple reply follow each other on the wire: a read that needs several runs alone.
+
+use super::error::{Errno, Violation};
+use super::outbox::{Outbox, PIECES};
+use super::request::{refuse, without_payload, Action, Export, Refusal, Request};
+use super::wire::{command, kind, Greeting, RequestHead, SimpleReply, REQUEST_LEN, REQUEST_MAGIC};
+use crate::buffer::{Buffer, Pool, SLICE};
+use slab::Slab;
+use std::io::IoSlice;
+
+/// Requests of one client that may be unanswered; further ones wait in the socket.
+pub const MAX_IN_FLIGHT: usize = 32;
+/// Memory one client's payloads may take, in bytes: four slices, so that sixteen busy clients fit the pool.
+pub const MAX_HELD: usize = 4 * SLICE;
+/// How much is received at once besides a payload, in bytes: thousands of bare requests, fifteen writes of 4 KiB.
+/// What is larger is received straight into the payload's buffer, so more here would only be copied once more.
+const RECEIVE: usize = 64 << 10;
+/// Slices of a long write end on multiples of this, in bytes, so that zero blocks stay whole ones for the disk.
+const BLOCK: u64 = 4096;
+
+/// Why a conversation ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The client sent DISC.
+    Disconnect,
+    /// The client closed its side between two requests.
+    EndOfStream,
+    /// The client broke the protocol; it has been answered where that is owed.
+    Violation(Violation),
+}
+
+/// What [`ServerSession::next_step`] found.
+#[derive(Debug)]
+pub enum Step {
+    /// Work for the disk.
+    Request(Request),
+    /// A request was refused; its reply comes when its payload has been swallowed.
+    Refused(Refusal),
+    /// Nothing to do before more bytes are received.
+    NeedBytes,
+    /// Nothing to do before something is completed or sent.
+    NeedRoom,
+}
+
+/// What a session has done since it began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// READs answered.
+    pub reads: u64,
+    /// WRITEs and `WRITE_ZEROES` answered.
+    pub writes: u64,
+    /// TRIMs answered.
+    pub trims: u64,
+    /// `FLUSH`es answered.
+    pub flushes: u64,
+    /// Bytes of successful READs.
+    pub read_bytes: u64,
+    /// Bytes of successful WRITEs and `WRITE_ZEROES`.
+    pub written_bytes: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+}
+
+impl std::ops::AddAssign for Tally {
+    fn add_assign(&mut self, other: Self) {
+        self.reads += other.reads;
+        self.writes += other.writes;
+        self.trims += other.trims;
+        self.flushes += other.flushes;
+        self.read_bytes += other.read_bytes;
+        self.written_bytes += other.written_bytes;
+        self.errors += other.errors;
+    }
+}
+
+/// A request that is not answered yet.
+#[derive(Debug)]
+struct Pending {
+    head: RequestHead,
+    since_ms: u64,
+    /// Pieces the disk has.
+    in_disk: u32,
+    /// Bytes of a READ that are queued for the client.
+    replied: u32,
+    error: Option<Errno>,
+}
+
+/// The payload of a WRITE on its way in.
+#[derive(Debug)]
+struct Incoming {
+    tag: u32,
+    /// Where the next slice goes, in bytes.
+    offset: u64,
+    /// Payload bytes that belong to later slices.
+    left: u32,
+    /// The slice being filled, and how many bytes it still takes.
+    slice: Option<(Buffer, usize)>,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Request,
+    Payload(Incoming),
+    Closing(End),
+}
+
+/// One client's conversation.
+#[derive(Debug)]
+pub struct ServerSession {
+    export: Export,
+    phase: Phase,
+    inbox: Option<Buffer>,
+    /// When the first byte of the inbox came, and when the last did.
+    inbox_ms: (u64, u64),
+    pending: Slab<Pending>,
+    /// The read that runs alone (invariant 3).
+    long_read: Option<u32>,
+    held: usize,
+    outbox: Outbox,
+    tally: Tally,
+}
+
+impl ServerSession {
+    /// A session that greets in the oldstyle way ("Oldstyle negotiation").
+    pub fn oldstyle(export: Export, now_ms: u64) -> Self {
+        let greeting = Greeting { size: export.size, flags: u32::from(export.flags) };
+        let mut outbox = Outbox::default();
+        outbox.push_handshake(greeting.encode().to_vec(), now_ms);
+        Self {
+            export,
+            phase: Phase::Request,
+            inbox: None,
+            inbox_ms: (now_ms, now_ms),
+            pending: Slab::new(),
+            long_read: None,
+            held: 0,
+            outbox,
+            tally: Tally::default(),
+        }
+    }
+
+    /// Where to receive into, in this order: the rest of the payload's slice, then what follows it. At least one is not
+    /// empty when the last step was [`Step::NeedBytes`].
+    pub fn recv_space(&mut self, pool: &mut Pool) -> [&mut [u8]; 2] {
+        let (slice, followed_by_payload) = match &mut self.phase {
+            Phase::Payload(Incoming { slice: Some((buffer, room)), left, .. }) => {
+                (buffer.spare().get_mut(..*room).unwrap_or_default(), *left > 0)
+            }
+            _ => (<&mut [u8]>::default(), false),
+        };
+        if followed_by_payload {
+            return [slice, <&mut [u8]>::default()];
+        }
+        let inbox = match self.inbox.take() {
+            // What is left of the last receive is the beginning of a message: little to move.
+            Some(inbox) => pool.grow(RECEIVE, inbox),
+            None => pool.take_up_to(RECEIVE).unwrap_or_else(|| pool.take_reserve()),
+        };
+        [slice, self.inbox.insert(inbox).spare()]
+    }
+
+    /// Counts `n` bytes received into [`ServerSession::recv_space`] at `now_ms`.
+    pub fn received(&mut self, mut n: usize, now_ms: u64) {
+        if let Phase::Payload(Incoming { slice: Some((buffer, room)), .. }) = &mut self.phase {
+            let taken = n.min(*room);
+            buffer.advance(taken);
+            *room -= taken;
+            n -= taken;
+        }
+        if let Some(inbox) = &mut self.inbox {
+            if inbox.is_empty() {
+                self.inbox_ms.0 = now_ms;
+            }
+            inbox.advance(n);
+        }
+        self.inbox_ms.1 = now_ms;
+    }
+
+    /// The peer has closed its side. [`Violation::Truncated`] when it did so inside a request.
+    pub fn end_of_stream(&mut self) -> Result<(), Violation> {
+        let between = self.inbox.as_ref().is_none_or(Buffer::is_empty);
+        match self.phase {
+            Phase::Request if between => self.phase = Phase::Closing(End::EndOfStream),
+            Phase::Closing(_) => {}
+            Phase::Request | Phase::Payload(_) => return Err(Violation::Truncated),
+        }
+        Ok(())
+    }
+
+    /// What to do next. To be called until it needs something.
+    pub fn next_step(&mut self, pool: &mut Pool) -> Step {
+        if let Some(tag) = self.long_read {
+            return self.read_on(tag, pool);
+        }
+        loop {
+            let step = match &mut self.phase {
+                Phase::Request => self.take_request(pool),
+                Phase::Payload(_) => self.take_payload(pool),
+                // What comes behind the last request is not looked at, only kept from filling the socket.
+                Phase::Closing(_) => {
+                    self.drop_inbox(pool);
+                    Some(Step::NeedBytes)
+                }
+            };
+            if let Some(step) = step {
+                return step;
+            }
+        }
+    }
+
+    /// Takes the outcome of one piece of work. The buffer of it comes back, filled for a READ that went well.
+    /// A [`Violation`] when the connection cannot go on.
+    pub fn complete(
+        &mut self,
+        tag: u32,
+        result: Result<(), Errno>,
+        buffer: Option<Buffer>,
+        pool: &mut Pool,
+    ) -> Result<(), Violation> {
+        let Some(pending) = self.pending.get_mut(tag as usize) else {
+            debug_assert!(false, "a tag nobody waits for");
+            return Ok(());
+        };
+        pending.in_disk -= 1;
+        pending.error = pending.error.or(result.err());
+        match (buffer, pending.error) {
+            (Some(payload), None) if pending.head.kind == kind::READ => {
+                self.queue_read(tag, payload);
+                return Ok(());
+            }
+            (Some(buffer), error) => {
+                self.held -= buffer.capacity();
+                pool.give(buffer);
+                if let Some(errno) = error.filter(|_| pending.replied > 0) {
+                    return Err(Violation::ReplyCutShort(errno));
+                }
+            }
+            (None, _) => {}
+        }
+        self.finish_if_done(tag);
+        Ok(())
+    }
+
+    /// The request a tag stands for, while it is not answered.
+    pub fn request(&self, tag: u32) -> Option<&RequestHead> {
+        self.pending.get(tag as usize).map(|pending| &pending.head)
+    }
+
+    /// The bytes to write next, for one vectored write; says how many slices it filled.
+    pub fn to_send<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES]) -> usize {
+        self.outbox.slices(slices)
+    }
+
+    /// The socket has taken the first `n` of those bytes.
+    pub fn sent(&mut self, n: usize, pool: &mut Pool) {
+        self.held -= self.outbox.sent(n, pool);
+    }
+
+    /// True while there are bytes to write.
+    pub fn wants_send(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// Why the conversation is over, once everything owed has been sent.
+    pub fn finished(&self) -> Option<End> {
+        match self.phase {
+            Phase::Closing(end) if self.pending.is_empty() && self.outbox.is_empty() => Some(end),
+            _ => None,
+        }
+    }
+
+    /// When the oldest request came that is not wholly answered, its first byte counting; `None` when idle.
+    pub fn oldest_ms(&self) -> Option<u64> {
+        let partial = self.inbox.as_ref().filter(|inbox| !inbox.is_empty()).map(|_| self.inbox_ms.0);
+        let taken = self.pending.iter().map(|(_, pending)| pending.since_ms).min();
+        [partial, taken, self.outbox.oldest_ms()].into_iter().flatten().min()
+    }
+
+    /// Gives back memory that the session does not need while it waits for its peer.
+    pub fn park(&mut self, pool: &mut Pool) {
+        match self.inbox.take() {
+            Some(inbox) if inbox.is_empty() => pool.give(inbox),
+            Some(inbox) => self.inbox = Some(pool.shrink(inbox)),
+            None => {}
+        }
+    }
+
+    /// Gives back all memory: the connection is gone.
+    pub fn release(&mut self, pool: &mut Pool) {
+        self.drop_inbox(pool);
+        self.outbox.release(pool);
+        if let Phase::Payload(Incoming { slice: Some((buffer, _)), .. }) =
+            std::mem::replace(&mut self.phase, Phase::Closing(End::EndOfStream))
+        {
+            pool.give(buffer);
+        }
+    }
+
+    /// What it has done so far.
+    pub fn tally(&self) -> Tally {
+        self.tally
+    }
+
+    fn drop_inbox(&mut self, pool: &mut Pool) {
+        if let Some(inbox) = self.inbox.take() {
+            pool.give(inbox);
+        }
+    }
+
+    /// Takes one request head from the inbox. `None`: look again, the phase has changed.
+    fn take_request(&mut self, pool: &mut Pool) -> Option<Step> {
+        let Some(bytes) = self.inbox.as_ref().and_then(|inbox| inbox.filled().first_chunk::<REQUEST_LEN>()) else {
+            return Some(Step::NeedBytes);
+        };
+        if self.pending.len() + self.outbox.replies() >= MAX_IN_FLIGHT {
+            return Some(Step::NeedRoom);
+        }
+        let (magic, head) = RequestHead::parse(bytes);
+        if magic != REQUEST_MAGIC {
+            self.outbox.push_head(
+                &SimpleReply { error: Errno::Inval.to_wire(), cookie: head.cookie }.encode(),
+                self.inbox_ms.0,
+            );
+            self.tally.errors += 1;
+            self.phase = Phase::Closing(End::Violation(Violation::BadRequestMagic(magic)));
+            return None;
+        }
+        if head.kind == kind::DISC {
+            self.phase = Phase::Closing(End::Disconnect);
+            return None;
+        }
+        let refusal = refuse(&head, self.export.size);
+        if refusal.is_none() && head.kind == kind::READ && head.length > 0 {
+            return Some(self.start_read(head, pool));
+        }
+        let tag = self.accept(head);
+        if let Some(refusal) = refusal {
+            if let Some(pending) = self.pending.get_mut(tag as usize) {
+                pending.error = Some(refusal.errno);
+            }
+            if head.kind == kind::WRITE && head.length > 0 {
+                self.phase = Phase::Payload(Incoming { tag, offset: head.offset, left: head.length, slice: None });
+            } else {
+                self.finish_if_done(tag);
+            }
+            return Some(Step::Refused(refusal));
+        }
+        if head.kind == kind::WRITE && head.length > 0 {
+            self.phase = Phase::Payload(Incoming { tag, offset: head.offset, left: head.length, slice: None });
+            return None;
+        }
+        let action = without_payload(&head);
+        if action.is_none() {
+            self.finish_if_done(tag);
+        }
+        action.map(|action| self.hand_out(tag, action))
+    }
+
+    /// Moves a request head from the inbox to the list of those in flight.
+    fn accept(&mut self, head: RequestHead) -> u32 {
+        if let Some(inbox) = &mut self.inbox {
+            inbox.consume(REQUEST_LEN);
+        }
+        let since_ms = std::mem::replace(&mut self.inbox_ms.0, self.inbox_ms.1);
+        let tag = self.pending.insert(Pending { head, since_ms, in_disk: 0, replied: 0, error: None });
+        debug_assert!(self.pending.len() <= MAX_IN_FLIGHT, "invariant 1");
+        u32::try_from(tag).unwrap_or(u32::MAX)
+    }
+
+    fn hand_out(&mut self, tag: u32, action: Action) -> Step {
+        if let Some(pending) = self.pending.get_mut(tag as usize) {
+            pending.in_disk += 1;
+        }
+        Step::Request(Request { tag, action })
+    }
+
+    /// A buffer for up to `len` bytes of payload, if this session may hold one more.
+    fn take_buffer(&mut self, len: usize, pool: &mut Pool) -> Option<Buffer> {
+        let want = len.min(SLICE);
+        if self.held > 0 && self.held + want > MAX_HELD {
+            return None;
+        }
+        let reserve = self.held == 0;
+        let buffer = pool.take_up_to(want).or_else(|| reserve.then(|| pool.take_reserve()))?;
+        self.held += buffer.capacity();
+        Some(buffer)
+    }
+
+    /// Starts a READ whose head is still in the inbox.
+    fn start_read(&mut self, head: RequestHead, pool: &mut Pool) -> Step {
+        let Some(buffer) = self.take_buffer(head.length as usize, pool) else { return Step::NeedRoom };
+        let long = buffer.capacity() < head.length as usize;
+        if long && !self.pending.is_empty() {
+            self.held -= buffer.capacity();
+            pool.give(buffer);
+            return Step::NeedRoom;
+        }
+        let tag = self.accept(head);
+        self.long_read = long.then_some(tag);
+        let length = buffer.capacity().min(head.length as usize);
+        self.hand_out(tag, Action::Read { offset: head.offset, length, buffer })
+    }
+
+    /// The next slice of the read that runs alone.
+    fn read_on(&mut self, tag: u32, pool: &mut Pool) -> Step {
+        let Some(Pending { head, in_disk: 0, replied, .. }) = self.pending.get(tag as usize) else {
+            return Step::NeedRoom;
+        };
+        let left = (head.length - replied) as usize;
+        let offset = head.offset + u64::from(*replied);
+        let Some(buffer) = self.take_buffer(left, pool) else { return Step::NeedRoom };
+        let length = buffer.capacity().min(left);
+        self.hand_out(tag, Action::Read { offset, length, buffer })
+    }
+
+    /// Queues what was read, behind the head of the reply if it is the first slice.
+    fn queue_read(&mut self, tag: u32, payload: Buffer) {
+        let Some(pending) = self.pending.get_mut(tag as usize) else { return };
+        if pending.replied == 0 {
+            let reply = SimpleReply { error: 0, cookie: pending.head.cookie };
+            self.outbox.push_head(&reply.encode(), pending.since_ms);
+        }
+        pending.replied += u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        debug_assert!(pending.replied <= pending.head.length, "a reply as long as its request");
+        self.outbox.push_payload(payload, pending.since_ms);
+        if pending.replied == pending.head.length {
+            self.tally.reads += 1;
+            self.tally.read_bytes += u64::from(pending.head.length);
+            self.pending.remove(tag as usize);
+            self.long_read = None;
+        }
+    }
+
+    /// Moves payload bytes from the inbox on to the disk. `None`: look again, the phase has changed.
+    fn take_payload(&mut self, pool: &mut Pool) -> Option<Step> {
+        let Phase::Payload(incoming) = &mut self.phase else { return None };
+        let tag = incoming.tag;
+        let failed = self.pending.get(tag as usize).is_none_or(|pending| pending.error.is_some());
+        if failed {
+            if let Some((buffer, room)) = incoming.slice.take() {
+                incoming.left += u32::try_from(room).unwrap_or(u32::MAX);
+                self.held -= buffer.capacity();
+                pool.give(buffer);
+            }
+            if let Some(inbox) = &mut self.inbox {
+                let n = inbox.len().min(incoming.left as usize);
+                inbox.consume(n);
+                incoming.left -= u32::try_from(n).unwrap_or(u32::MAX);
+            }
+            if incoming.left > 0 {
+                return Some(Step::NeedBytes);
+            }
+            self.phase = Phase::Request;
+            self.finish_if_done(tag);
+            return None;
+        }
+        let Some((mut buffer, room)) = incoming.slice.take() else {
+            let (offset, left) = (incoming.offset, incoming.left);
+            let Some(buffer) = self.take_buffer(left as usize, pool) else { return Some(Step::NeedRoom) };
+            let room = slice_len(offset, left, buffer.capacity());
+            if let Phase::Payload(incoming) = &mut self.phase {
+                incoming.left -= room;
+                incoming.slice = Some((buffer, room as usize));
+            }
+            return None;
+        };
+        let mut room = room;
+        if let Some(inbox) = &mut self.inbox {
+            let n = buffer.append(inbox.filled().get(..room.min(inbox.len())).unwrap_or_default());
+            inbox.consume(n);
+            room -= n;
+        }
+        if room > 0 {
+            incoming.slice = Some((buffer, room));
+            return Some(Step::NeedBytes);
+        }
+        let (offset, last) = (incoming.offset, incoming.left == 0);
+        incoming.offset += buffer.len() as u64;
+        if last {
+            self.phase = Phase::Request;
+        }
+        let fua = last && self.request(tag).is_some_and(|head| head.flags & command::FUA != 0);
+        Some(self.hand_out(tag, Action::Write { offset, payload: buffer, fua }))
+    }
+
+    /// Answers a request of which the disk has no piece any more and whose payload has arrived.
+    fn finish_if_done(&mut self, tag: u32) {
+        let receiving = matches!(&self.phase, Phase::Payload(incoming) if incoming.tag == tag);
+        let waits = self.pending.get(tag as usize).is_none_or(|pending| pending.in_disk > 0);
+        if receiving || waits {
+            return;
+        }
+        let Pending { head, since_ms, error, .. } = self.pending.remove(tag as usize);
+        self.long_read = self.long_read.filter(|&long| long != tag);
+        let reply = SimpleReply { error: error.map_or(0, Errno::to_wire), cookie: head.cookie };
+        self.outbox.push_head(&reply.encode(), since_ms);
+        let bytes = if error.is_none() { u64::from(head.length) } else { 0 };
+        self.tally.errors += u64::from(error.is_some());
+        match head.kind {
+            kind::READ => self.tally.reads += 1,
+            kind::WRITE | kind::WRITE_ZEROES => {
+                self.tally.writes += 1;
+                self.tally.written_bytes += bytes;
+            }
+            kind::TRIM => self.tally.trims += 1,
+            kind::FLUSH => self.tally.flushes += 1,
+            _ => {}
+        }
+    }
+}
+
+/// How many of the `left` bytes at `offset` go into a slice of `capacity` bytes: all, or as many as end on a block.
+fn slice_len(offset: u64, left: u32, capacity: usize) -> u32 {
+    let capacity = u32::try_from(capacity).unwrap_or(u32::MAX);
+    if left <= capacity {
+        return left;
+    }
+    let over = (offset.wrapping_add(u64::from(capacity)) % BLOCK) as u32;
+    if over < capacity {
+        capacity - over
+    } else {
+        capacity
+    }
+}

@@ -1,0 +1,283 @@
+//! The bytes of the protocol: constants, and fixed arrays to structs and back. Nothing here decides anything.
+//!
+//! Specification: doc/proto.md, "Oldstyle negotiation", "Request message", "Simple reply message", "Values".
+
+use super::error::Violation;
+
+/// The first eight bytes of every NBD server.
+pub const NBDMAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
+/// The second eight bytes of an oldstyle server.
+pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
+/// Starts every request.
+pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Starts every simple reply.
+pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+
+/// Length of the oldstyle greeting, in bytes, its 124 zeroes included.
+pub const GREETING_LEN: usize = 152;
+/// Length of a request without its payload, in bytes.
+pub const REQUEST_LEN: usize = 28;
+/// Length of a simple reply without its payload, in bytes.
+pub const SIMPLE_REPLY_LEN: usize = 16;
+
+/// Transmission flags: what an export offers ("Transmission flags").
+pub mod transmission {
+    /// Always set: the other bits mean something.
+    pub const HAS_FLAGS: u16 = 1;
+    /// FLUSH is understood.
+    pub const SEND_FLUSH: u16 = 4;
+    /// The FUA command flag is understood.
+    pub const SEND_FUA: u16 = 8;
+    /// TRIM is understood.
+    pub const SEND_TRIM: u16 = 32;
+    /// `WRITE_ZEROES` is understood.
+    pub const SEND_WRITE_ZEROES: u16 = 64;
+    /// A flush on one connection covers all connections.
+    pub const CAN_MULTI_CONN: u16 = 256;
+}
+
+/// Command flags of a request ("Command flags").
+pub mod command {
+    /// Reply only when the data is on stable storage.
+    pub const FUA: u16 = 1;
+    /// `WRITE_ZEROES` must leave the range allocated.
+    pub const NO_HOLE: u16 = 2;
+}
+
+/// Request types ("Request types").
+pub mod kind {
+    /// Read a range.
+    pub const READ: u16 = 0;
+    /// Write a range; the payload follows.
+    pub const WRITE: u16 = 1;
+    /// End the connection; no reply.
+    pub const DISC: u16 = 2;
+    /// Put everything written on stable storage.
+    pub const FLUSH: u16 = 3;
+    /// The range is not needed any more.
+    pub const TRIM: u16 = 4;
+    /// Zero a range without a payload.
+    pub const WRITE_ZEROES: u16 = 6;
+
+    /// The name of a request type, for people.
+    pub fn name(kind: u16) -> &'static str {
+        match kind {
+            READ => "READ",
+            WRITE => "WRITE",
+            DISC => "DISC",
+            FLUSH => "FLUSH",
+            TRIM => "TRIM",
+            5 => "CACHE",
+            WRITE_ZEROES => "WRITE_ZEROES",
+            7 => "BLOCK_STATUS",
+            _ => "unknown request",
+        }
+    }
+}
+
+/// Reads big-endian numbers off the front of a slice; `None` once it is used up.
+#[derive(Debug, Clone, Copy)]
+pub struct Fields<'a>(pub &'a [u8]);
+
+impl Fields<'_> {
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*head)
+    }
+
+    /// The next two bytes.
+    pub fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_be_bytes)
+    }
+
+    /// The next four bytes.
+    pub fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    /// The next eight bytes.
+    pub fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_be_bytes)
+    }
+}
+
+/// Writes big-endian numbers one after the other into an array that starts as zeroes.
+struct Encoder<const N: usize> {
+    bytes: [u8; N],
+    at: usize,
+}
+
+impl<const N: usize> Encoder<N> {
+    fn new() -> Self {
+        Self { bytes: [0; N], at: 0 }
+    }
+
+    fn put(mut self, field: &[u8]) -> Self {
+        let end = self.at + field.len();
+        if let Some(to) = self.bytes.get_mut(self.at..end) {
+            to.copy_from_slice(field);
+        }
+        debug_assert!(end <= N, "the message is longer than its array");
+        self.at = end;
+        self
+    }
+}
+
+/// The oldstyle greeting: all a server says before the first request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Greeting {
+    /// Size of the export in bytes.
+    pub size: u64,
+    /// Transmission flags; oldstyle has room for 32 bits.
+    pub flags: u32,
+}
+
+impl Greeting {
+    /// The 152 bytes of it.
+    pub fn encode(&self) -> [u8; GREETING_LEN] {
+        Encoder::new()
+            .put(&NBDMAGIC.to_be_bytes())
+            .put(&OLDSTYLE_MAGIC.to_be_bytes())
+            .put(&self.size.to_be_bytes())
+            .put(&self.flags.to_be_bytes())
+            .bytes
+    }
+
+    /// Reads the 152 bytes. A [`Violation`] when they are no oldstyle greeting.
+    pub fn parse(bytes: &[u8; GREETING_LEN]) -> Result<Self, Violation> {
+        let mut fields = Fields(bytes);
+        let magics = (fields.u64().unwrap_or(0), fields.u64().unwrap_or(0));
+        if magics != (NBDMAGIC, OLDSTYLE_MAGIC) {
+            return Err(Violation::NotOldstyle(magics.0, magics.1));
+        }
+        Ok(Self { size: fields.u64().unwrap_or(0), flags: fields.u32().unwrap_or(0) })
+    }
+}
+
+/// A request without its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestHead {
+    /// Command flags.
+    pub flags: u16,
+    /// Request type, as it came: it may be unknown.
+    pub kind: u16,
+    /// What the reply repeats; opaque.
+    pub cookie: u64,
+    /// Where in the export, in bytes.
+    pub offset: u64,
+    /// How many bytes.
+    pub length: u32,
+}
+
+impl RequestHead {
+    /// The 28 bytes of it.
+    pub fn encode(&self) -> [u8; REQUEST_LEN] {
+        Encoder::new()
+            .put(&REQUEST_MAGIC.to_be_bytes())
+            .put(&self.flags.to_be_bytes())
+            .put(&self.kind.to_be_bytes())
+            .put(&self.cookie.to_be_bytes())
+            .put(&self.offset.to_be_bytes())
+            .put(&self.length.to_be_bytes())
+            .bytes
+    }
+
+    /// Reads the 28 bytes: the magic as it came, and the rest.
+    pub fn parse(bytes: &[u8; REQUEST_LEN]) -> (u32, Self) {
+        let mut fields = Fields(bytes);
+        let magic = fields.u32().unwrap_or(0);
+        let head = Self {
+            flags: fields.u16().unwrap_or(0),
+            kind: fields.u16().unwrap_or(0),
+            cookie: fields.u64().unwrap_or(0),
+            offset: fields.u64().unwrap_or(0),
+            length: fields.u32().unwrap_or(0),
+        };
+        (magic, head)
+    }
+
+    /// The first byte behind the range, or `None` when that does not fit 64 bits.
+    pub fn end(&self) -> Option<u64> {
+        self.offset.checked_add(u64::from(self.length))
+    }
+}
+
+impl std::fmt::Display for RequestHead {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (type {}, flags {:#x}) ", kind::name(self.kind), self.kind, self.flags)?;
+        write!(f, "of {} bytes at offset {}", self.length, self.offset)
+    }
+}
+
+/// A simple reply without its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SimpleReply {
+    /// 0, or why the request failed.
+    pub error: u32,
+    /// The cookie of the request.
+    pub cookie: u64,
+}
+
+impl SimpleReply {
+    /// The 16 bytes of it.
+    pub fn encode(&self) -> [u8; SIMPLE_REPLY_LEN] {
+        Encoder::new()
+            .put(&SIMPLE_REPLY_MAGIC.to_be_bytes())
+            .put(&self.error.to_be_bytes())
+            .put(&self.cookie.to_be_bytes())
+            .bytes
+    }
+
+    /// Reads the 16 bytes. A [`Violation`] when they are no simple reply.
+    pub fn parse(bytes: &[u8; SIMPLE_REPLY_LEN]) -> Result<Self, Violation> {
+        let mut fields = Fields(bytes);
+        match fields.u32().unwrap_or(0) {
+            SIMPLE_REPLY_MAGIC => Ok(Self { error: fields.u32().unwrap_or(0), cookie: fields.u64().unwrap_or(0) }),
+            magic => Err(Violation::BadReplyMagic(magic)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_greeting_is_the_predecessors() {
+        let bytes = Greeting { size: 0x0102_0304_0506_0708, flags: 0x6d }.encode();
+        assert_eq!(&bytes[..8], b"NBDMAGIC");
+        assert_eq!(bytes[8..16], [0x00, 0x00, 0x42, 0x02, 0x81, 0x86, 0x12, 0x53]);
+        assert_eq!(bytes[16..24], [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(bytes[24..28], [0, 0, 0, 0x6d]);
+        assert!(bytes[28..].iter().all(|&byte| byte == 0));
+        assert_eq!(Greeting::parse(&bytes), Ok(Greeting { size: 0x0102_0304_0506_0708, flags: 0x6d }));
+    }
+
+    #[test]
+    fn a_request_is_28_bytes_in_the_order_of_the_specification() {
+        let head = RequestHead { flags: 0x0102, kind: 0x0304, cookie: 0x1122_3344_5566_7788, offset: 9, length: 10 };
+        let bytes = head.encode();
+        assert_eq!(bytes[..8], [0x25, 0x60, 0x95, 0x13, 1, 2, 3, 4]);
+        assert_eq!(bytes[8..16], [0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77, 0x88]);
+        assert_eq!(bytes[16..], [0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 10]);
+        assert_eq!(RequestHead::parse(&bytes), (REQUEST_MAGIC, head));
+    }
+
+    #[test]
+    fn a_range_that_wraps_has_no_end() {
+        let head = RequestHead { flags: 0, kind: 1, cookie: 0, offset: u64::MAX - 4095, length: 4096 };
+        assert_eq!(head.end(), None);
+        assert_eq!(RequestHead { length: 4095, ..head }.end(), Some(u64::MAX));
+    }
+
+    #[test]
+    fn a_simple_reply_goes_both_ways_and_nothing_else_passes() {
+        let reply = SimpleReply { error: 28, cookie: 7 };
+        let mut bytes = reply.encode();
+        assert_eq!(bytes[..8], [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 28]);
+        assert_eq!(SimpleReply::parse(&bytes), Ok(reply));
+        bytes[0] = 0;
+        assert_eq!(SimpleReply::parse(&bytes), Err(Violation::BadReplyMagic(0x0044_6698)));
+    }
+}

@@ -1,0 +1,313 @@
+//! The modes that only talk to a server, one step after the other: `read`, `write`, and every control command.
+//!
+//! They block, each step under a deadline, so that none hangs on a server that does.
+
+use crate::buffer::Buffer;
+use crate::command::{encode_command, parse_answer};
+use crate::endpoint::Endpoint;
+use crate::proto::client::{ClientSession, Event};
+use crate::proto::error::Errno;
+use crate::proto::wire::{command, kind, transmission, Greeting, RequestHead};
+use crate::sys;
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long a connection may take to be made.
+const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+/// How long a server may take to greet.
+const GREETING_LIMIT: Duration = Duration::from_secs(5);
+/// How long a request may go without a byte moving.
+const REQUEST_LIMIT: Duration = Duration::from_secs(60);
+/// How long the answer to a control command may take: a `mirror` waits for a connection and a greeting.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// How often a control socket whose backlog is full is tried again.
+const BACKLOG_RETRY: Duration = Duration::from_millis(20);
+/// The longest answer line that is read, in bytes.
+const MAX_ANSWER: usize = 64 << 10;
+/// How much is moved at once, in bytes.
+const PIECE: usize = 256 << 10;
+
+/// Why a mode failed: the text of its one line.
+#[derive(Debug)]
+pub struct Error(String);
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A range of an export of a server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    /// Where the server is.
+    pub server: Endpoint,
+    /// The local address to connect from.
+    pub bind: Option<IpAddr>,
+    /// Where the range starts, in bytes.
+    pub offset: u64,
+    /// How long it is, in bytes.
+    pub length: u32,
+}
+
+/// Reads the range in one request and writes it to `out`.
+pub fn read(target: &Target, out: &mut impl Write) -> Result<(), Error> {
+    let mut server = Connection::open(target)?;
+    let head = server.request(kind::READ, 0, target)?;
+    server.await_reply(&head, target.length, |bytes| {
+        out.write_all(bytes).map_err(|error| Error(format!("cannot write to stdout: {error}")))
+    })?;
+    out.flush().map_err(|error| Error(format!("cannot write to stdout: {error}")))?;
+    server.disconnect()
+}
+
+/// Writes the range in one request from standard input. Durable when it returns, where the server offers that.
+///
+/// All of the input is there before the first byte is sent: a request that ends in the middle would leave the export
+/// half written.
+pub fn write(target: &Target) -> Result<(), Error> {
+    let mut server = Connection::open(target)?;
+    let mut input = whole_input(u64::from(target.length))?;
+    let fua = if server.greeting.flags & u32::from(transmission::SEND_FUA) == 0 { 0 } else { command::FUA };
+    let head = server.request(kind::WRITE, fua, target)?;
+    let mut piece = vec![0; PIECE];
+    let mut left = target.length as usize;
+    while left > 0 {
+        let piece = piece.get_mut(..left.min(PIECE)).unwrap_or_default();
+        input.read_exact(piece).map_err(|error| Error(format!("cannot read the input: {error}")))?;
+        server.send(piece)?;
+        left -= piece.len();
+    }
+    server.await_reply(&head, 0, |_| Ok(()))?;
+    server.disconnect()
+}
+
+/// Sends a command to a control socket. Prints the text of a good answer to `out`, of another one to `err`; returns the
+/// code of the answer.
+pub fn control(path: &Path, words: &[&str], out: &mut impl Write, err: &mut impl Write) -> Result<u8, Error> {
+    let failed = |what: &str, error: &io::Error| Error(format!("{}: {what}: {}", path.display(), explain(error)));
+    let mut stream = connect_unix(path, ANSWER_LIMIT)?;
+    set_limits(&stream.as_fd(), ANSWER_LIMIT).map_err(|error| failed("cannot set a limit", &error))?;
+    stream.write_all(&encode_command(words)).map_err(|error| failed("cannot send the command", &error))?;
+    let mut line = Vec::new();
+    let mut piece = [0; 4096];
+    while !line.contains(&b'\n') && line.len() < MAX_ANSWER {
+        match stream.read(&mut piece).map_err(|error| failed("no answer", &error))? {
+            0 => break,
+            n => line.extend_from_slice(piece.get(..n).unwrap_or_default()),
+        }
+    }
+    let answer = parse_answer(&line).map_err(|error| Error(format!("{}: {error}", path.display())))?;
+    let printed = if answer.code == 0 { writeln!(out, "{}", answer.text) } else { writeln!(err, "{}", answer.text) };
+    printed.map_err(|error| Error(format!("cannot print the answer: {error}")))?;
+    Ok(answer.code)
+}
+
+/// A connection to an NBD server whose greeting has come.
+struct Connection {
+    stream: File,
+    session: ClientSession,
+    input: Buffer,
+    greeting: Greeting,
+    server: String,
+}
+
+impl Connection {
+    fn open(target: &Target) -> Result<Self, Error> {
+        let server = target.server.to_string();
+        let fd = match &target.server {
+            Endpoint::Tcp(_) => connect_tcp(target)?,
+            Endpoint::Unix(path) => connect_unix(path, CONNECT_LIMIT)?.into(),
+        };
+        let failed = |error: io::Error| Error(format!("{server}: cannot set a limit: {error}"));
+        set_limits(&fd.as_fd(), GREETING_LIMIT).map_err(failed)?;
+        let mut connection = Self {
+            stream: File::from(fd),
+            session: ClientSession::default(),
+            input: Buffer::with_capacity(PIECE),
+            greeting: Greeting { size: 0, flags: 0 },
+            server,
+        };
+        let mut greeting = None;
+        while greeting.is_none() {
+            connection.events(|event| {
+                if let Event::Greeting(found) = event {
+                    greeting = Some(found);
+                }
+                Ok(())
+            })?;
+        }
+        connection.greeting = greeting.unwrap_or(connection.greeting);
+        set_limits(&connection.stream.as_fd(), REQUEST_LIMIT)
+            .map_err(|error| Error(format!("{}: cannot set a limit: {error}", connection.server)))?;
+        let size = connection.greeting.size;
+        if target.offset.saturating_add(u64::from(target.length)) > size {
+            return Err(Error(format!(
+                "{}: {} bytes at offset {} go beyond the end of the export, which has {size} bytes",
+                connection.server, target.length, target.offset
+            )));
+        }
+        Ok(connection)
+    }
+
+    fn request(&mut self, kind: u16, flags: u16, target: &Target) -> Result<RequestHead, Error> {
+        let (bytes, cookie) = self.session.request(kind, flags, target.offset, target.length);
+        self.send(&bytes)?;
+        Ok(RequestHead { flags, kind, cookie, offset: target.offset, length: target.length })
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.stream
+            .write_all(bytes)
+            .map_err(|error| Error(format!("{}: cannot send: {}", self.server, explain(&error))))
+    }
+
+    /// Receives once and passes on what it means.
+    fn events(&mut self, mut take: impl FnMut(Event<'_>) -> Result<(), Error>) -> Result<(), Error> {
+        self.input.compact();
+        match self.stream.read(self.input.spare()) {
+            Ok(0) if self.greeting.size == 0 => {
+                let why = "the server closed the connection before its greeting: \
+                           its access control list may refuse this address, or it has no room for a client";
+                return Err(Error(format!("{}: {why}", self.server)));
+            }
+            Ok(0) => return Err(Error(format!("{}: the server closed the connection half-way", self.server))),
+            Ok(n) => self.input.advance(n),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(Error(format!("{}: cannot receive: {}", self.server, explain(&error)))),
+        }
+        loop {
+            let found = self.session.parse(self.input.filled());
+            match found.map_err(|violation| Error(format!("{}: {violation}", self.server)))? {
+                None => return Ok(()),
+                Some((event, used)) => {
+                    take(event)?;
+                    self.input.consume(used);
+                }
+            }
+        }
+    }
+
+    /// Waits for the reply to the only request there is, and the `left` bytes of data behind it.
+    fn await_reply(
+        &mut self,
+        head: &RequestHead,
+        mut left: u32,
+        mut data: impl FnMut(&[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let server = self.server.clone();
+        let mut answered = false;
+        while !answered || left > 0 {
+            self.events(|event| match event {
+                Event::Reply { error: 0, .. } => {
+                    answered = true;
+                    Ok(())
+                }
+                Event::Reply { error, .. } => {
+                    Err(Error(format!("{server}: the server refused {head}: {} ({error})", Errno::name(error))))
+                }
+                Event::Data { bytes, .. } => {
+                    left = left.saturating_sub(u32::try_from(bytes.len()).unwrap_or(left));
+                    data(bytes)
+                }
+                Event::Greeting(_) => Ok(()),
+            })?;
+        }
+        Ok(())
+    }
+
+    fn disconnect(mut self) -> Result<(), Error> {
+        let (bytes, _) = self.session.request(kind::DISC, 0, 0, 0);
+        self.send(&bytes)
+    }
+}
+
+fn connect_tcp(target: &Target) -> Result<OwnedFd, Error> {
+    let Endpoint::Tcp(addr) = target.server else { return Err(Error("not a network address".into())) };
+    let from = target.bind.map(|bind| format!(" from {bind}")).unwrap_or_default();
+    let failed = |error: &dyn fmt::Display| Error(format!("cannot connect to {addr}{from}: {error}"));
+    let stream = sys::connect_tcp(target.bind, addr).map_err(|error| failed(&error))?;
+    let limit_ms = u64::try_from(CONNECT_LIMIT.as_millis()).unwrap_or(u64::MAX);
+    if !sys::wait_writable(stream.as_fd(), limit_ms).map_err(|error| failed(&error))? {
+        return Err(failed(&format_args!("no answer in {} s", CONNECT_LIMIT.as_secs())));
+    }
+    if let Some(error) = stream.take_error().map_err(|error| failed(&error))? {
+        return Err(failed(&error));
+    }
+    stream.set_nonblocking(false).map_err(|error| failed(&error))?;
+    sys::set_tcp_options(stream.as_fd()).map_err(|error| failed(&error))?;
+    Ok(stream.into())
+}
+
+/// Connects to a UNIX socket; a full backlog is waited for, up to `limit`.
+fn connect_unix(path: &Path, limit: Duration) -> Result<UnixStream, Error> {
+    let failed = |error: &dyn fmt::Display| Error(format!("cannot connect to {}: {error}", path.display()));
+    let give_up = Instant::now() + limit;
+    loop {
+        match mio::net::UnixStream::connect(path) {
+            Ok(stream) => {
+                let stream = UnixStream::from(OwnedFd::from(stream));
+                stream.set_nonblocking(false).map_err(|error| failed(&error))?;
+                return Ok(stream);
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock && Instant::now() < give_up => {
+                thread::sleep(BACKLOG_RETRY);
+            }
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                return Err(failed(&"nobody listens there; the server is gone"));
+            }
+            Err(error) => return Err(failed(&error)),
+        }
+    }
+}
+
+fn set_limits(fd: &impl AsFd, limit: Duration) -> io::Result<()> {
+    sys::set_io_timeout(fd.as_fd(), limit)
+}
+
+/// A socket whose time is up says «would block»; a person wants to hear what that means.
+fn explain(error: &io::Error) -> String {
+    match error.kind() {
+        ErrorKind::WouldBlock => "the server did not move a byte in time".into(),
+        ErrorKind::UnexpectedEof => "the server closed the connection".into(),
+        _ => error.to_string(),
+    }
+}
+
+/// Standard input, once it is known to hold `length` bytes: a file is asked, anything else is kept in a file first.
+fn whole_input(length: u64) -> Result<File, Error> {
+    let failed = |error: io::Error| Error(format!("cannot read the input: {error}"));
+    let fd = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
+    let mut input = File::from(fd);
+    let metadata = input.metadata().map_err(failed)?;
+    let (file, found) = if metadata.is_file() {
+        let position = input.stream_position().map_err(failed)?;
+        (input, metadata.len().saturating_sub(position))
+    } else {
+        let mut spool = spool_file().map_err(|error| Error(format!("cannot keep the input in a file: {error}")))?;
+        let found = io::copy(&mut input.take(length), &mut spool).map_err(failed)?;
+        spool.seek(SeekFrom::Start(0)).map_err(failed)?;
+        (spool, found)
+    };
+    if found < length {
+        return Err(Error(format!("the input ended after {found} of {length} bytes; nothing was written")));
+    }
+    Ok(file)
+}
+
+/// A file without a name in the temporary directory; it goes with the process.
+fn spool_file() -> io::Result<File> {
+    let name = format!("flexnbd-write-{}-{}", std::process::id(), sys::monotonic_ms());
+    let path = std::env::temp_dir().join(name);
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+    fs::remove_file(&path)?;
+    Ok(file)
+}

@@ -1,0 +1,129 @@
+//! One control connection: a command comes in, one answer line goes out, the connection ends.
+
+use super::effect::Effect;
+use super::stream::Stream;
+use super::{Next, Reason, Shared};
+use crate::command::{Answer, Reader};
+use crate::event::ready::Ready;
+use crate::event::slots::Key;
+use log::debug;
+use std::fmt;
+use std::io::{Read, Write};
+
+/// How long a control connection may take, from being accepted to its answer having gone, in milliseconds.
+const DEADLINE_MS: u64 = 10_000;
+/// How much is received at once, in bytes: every sensible command.
+const RECEIVE: usize = 4096;
+
+#[derive(Debug)]
+enum Phase {
+    Reading(Reader),
+    /// The command is being carried out.
+    Waiting,
+    Answering {
+        line: Vec<u8>,
+        sent: usize,
+    },
+}
+
+/// A control connection.
+#[derive(Debug)]
+pub struct Control {
+    id: u64,
+    stream: Stream,
+    ready: Ready,
+    phase: Phase,
+}
+
+impl Control {
+    /// A connection that has just been accepted; its deadline runs from now.
+    pub fn new(id: u64, stream: Stream, key: Key, sh: &mut Shared) -> Self {
+        sh.wheel.arm(sh.now_ms.saturating_add(DEADLINE_MS), key);
+        Self { id, stream, ready: Ready::default(), phase: Phase::Reading(Reader::default()) }
+    }
+
+    /// Its socket, to be registered.
+    pub fn stream(&mut self) -> &mut Stream {
+        &mut self.stream
+    }
+
+    /// The readiness of its socket.
+    pub fn ready(&mut self) -> &mut Ready {
+        &mut self.ready
+    }
+
+    /// Receives once; a complete command becomes an effect.
+    pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+        let Phase::Reading(reader) = &mut self.phase else { return Next::Idle };
+        if !self.ready.readable() {
+            return Next::Idle;
+        }
+        let mut bytes = [0; RECEIVE];
+        let command = match self.stream.read(&mut bytes) {
+            Ok(0) => {
+                self.ready.note_end_of_stream();
+                reader.end_of_stream().map(Some)
+            }
+            Ok(n) => {
+                if n < RECEIVE {
+                    self.ready.clear_readable();
+                }
+                reader.push(bytes.get(..n).unwrap_or_default())
+            }
+            Err(error) => {
+                return match self.ready.failed_read(error) {
+                    Ok(()) => Next::Idle,
+                    Err(error) => Next::Close(Reason::Socket(error)),
+                };
+            }
+        };
+        match command {
+            Ok(None) => return Next::Again,
+            Ok(Some(command)) => {
+                self.phase = Phase::Waiting;
+                sh.effects.push(Effect::Command(key, command));
+            }
+            Err(answer) => self.answer(&answer),
+        }
+        Next::Idle
+    }
+
+    /// Queues the answer; it goes out in the next write step.
+    pub fn answer(&mut self, answer: &Answer) {
+        self.phase = Phase::Answering { line: answer.encode(), sent: 0 };
+    }
+
+    /// Sends the answer.
+    pub fn write_step(&mut self) -> Next {
+        let Phase::Answering { line, sent } = &mut self.phase else { return Next::Idle };
+        if !self.ready.writable() {
+            return Next::Idle;
+        }
+        match self.stream.write(line.get(*sent..).unwrap_or_default()) {
+            Ok(n) => *sent += n,
+            Err(error) => {
+                if let Err(error) = self.ready.failed_write(error) {
+                    return Next::Close(Reason::Socket(error));
+                }
+            }
+        }
+        if *sent >= line.len() {
+            Next::Close(Reason::Answered)
+        } else if self.ready.writable() {
+            Next::Again
+        } else {
+            Next::Idle
+        }
+    }
+
+    /// Says why it went.
+    pub fn closed(&self, reason: &Reason) {
+        debug!("{self}: closed: {reason}");
+    }
+}
+
+impl fmt::Display for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "control {}", self.id)
+    }
+}

@@ -1,0 +1,16 @@
+//! What one slot asks of others. Slots never touch each other: they push an effect, and the turn applies it last.
+
+use super::stream::{Peer, Stream};
+use crate::command::Command;
+use crate::event::slots::Key;
+
+/// Something to do when every slot has had its turn.
+#[derive(Debug)]
+pub enum Effect {
+    /// A client was accepted.
+    Connected(Stream, Peer),
+    /// A control connection was accepted.
+    ControlConnected(Stream),
+    /// A control connection has sent a command and waits for the answer.
+    Command(Key, Command),
+}

@@ -1,0 +1,214 @@
+//! Listening sockets: how they come to be, and accepting from them.
+
+use super::effect::Effect;
+use super::stream::{Peer, Stream};
+use super::{Fatal, Next, Shared};
+use crate::endpoint::Endpoint;
+use crate::event::ready::Ready;
+use crate::event::slots::Key;
+use crate::logging::Throttle;
+use crate::sys::{self, SignalFd};
+use log::{debug, warn};
+use mio::event::Source;
+use mio::net::{TcpListener, UnixListener};
+use mio::{Interest, Registry, Token};
+use std::fmt;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net;
+use std::path::{Path, PathBuf};
+
+/// Connections accepted in one turn: a burst of them must not keep clients waiting.
+const ACCEPTS_PER_TURN: usize = 16;
+/// How long accepting rests when descriptors have run out, in milliseconds.
+const REST_MS: u64 = 200;
+/// How long an address may be on its way to this machine, in milliseconds.
+const ADDRESS_WAIT_MS: u64 = 10_000;
+/// How often it is tried meanwhile, in milliseconds.
+const ADDRESS_RETRY_MS: u64 = 250;
+/// Refused connections are logged at most this often, in milliseconds.
+const REFUSED_LOG_MS: u64 = 10_000;
+
+/// What connections of a listener are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// The block device.
+    Nbd,
+    /// Commands.
+    Control,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener, SocketFile),
+}
+
+/// A listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    purpose: Purpose,
+    ready: Ready,
+    refused: Throttle,
+}
+
+/// The path of a UNIX socket this process made; it is removed with the value.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.0) {
+            debug!("{}: {error}", self.0.display());
+        }
+    }
+}
+
+impl Listener {
+    /// Listens for NBD clients. An address that this machine does not have yet is waited for; a signal ends the wait.
+    pub fn nbd(addr: &Endpoint, signals: &SignalFd) -> Result<Self, Fatal> {
+        let socket = match addr {
+            Endpoint::Tcp(addr) => Socket::Tcp(bind_tcp(*addr, signals)?),
+            Endpoint::Unix(path) => bind_unix(path, |path| net::UnixListener::bind(path))?,
+        };
+        Ok(Self::new(socket, Purpose::Nbd))
+    }
+
+    /// Listens for commands on a path that only this user may open.
+    pub fn control(path: &Path) -> Result<Self, Fatal> {
+        Ok(Self::new(bind_unix(path, sys::bind_unix_private)?, Purpose::Control))
+    }
+
+    fn new(socket: Socket, purpose: Purpose) -> Self {
+        Self { socket, purpose, ready: Ready::default(), refused: Throttle::new(REFUSED_LOG_MS) }
+    }
+
+    /// Registers the socket under `token`.
+    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        match &mut self.socket {
+            Socket::Tcp(socket) => socket.register(registry, token, Interest::READABLE),
+            Socket::Unix(socket, _) => socket.register(registry, token, Interest::READABLE),
+        }
+    }
+
+    /// The readiness of the socket.
+    pub fn ready(&mut self) -> &mut Ready {
+        &mut self.ready
+    }
+
+    /// Accepts what has come.
+    pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+        for _ in 0..ACCEPTS_PER_TURN {
+            if !self.ready.readable() || (self.purpose == Purpose::Control && sh.controls_full()) {
+                return Next::Idle;
+            }
+            match self.accept() {
+                Ok((stream, peer)) => self.admit(stream, peer, sh),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.ready.clear_readable(),
+                // The peer gave up before it was accepted, or a signal came: the next one may be fine.
+                Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
+                Err(error) => {
+                    self.log_refused(sh, &format_args!("cannot accept: {error}; trying again every {REST_MS} ms"));
+                    sh.wheel.arm(sh.now_ms.saturating_add(REST_MS), key);
+                    return Next::Idle;
+                }
+            }
+        }
+        Next::Again
+    }
+
+    fn accept(&self) -> io::Result<(Stream, Peer)> {
+        match &self.socket {
+            Socket::Tcp(socket) => socket.accept().map(|(stream, addr)| (Stream::Tcp(stream), Peer::Net(addr))),
+            Socket::Unix(socket, _) => socket.accept().map(|(stream, _)| (Stream::Unix(stream), Peer::Local)),
+        }
+    }
+
+    /// Lets a connection in, or drops it, which closes it without a word.
+    fn admit(&mut self, stream: Stream, peer: Peer, sh: &mut Shared) {
+        if self.purpose == Purpose::Control {
+            sh.effects.push(Effect::ControlConnected(stream));
+            sh.controls += 1;
+            return;
+        }
+        if !peer.ip().is_none_or(|ip| sh.acl.allows(ip)) {
+            self.log_refused(sh, &format_args!("refused {peer}: the access control list does not allow it"));
+        } else if sh.clients >= sh.limits.max_clients {
+            let max = sh.limits.max_clients;
+            self.log_refused(sh, &format_args!("refused {peer}: {max} clients are connected; see --max-clients"));
+        } else if let Err(error) = stream.set_options() {
+            self.log_refused(sh, &format_args!("lost {peer} before it was served: {error}"));
+        } else {
+            sh.effects.push(Effect::Connected(stream, peer));
+            sh.clients += 1;
+        }
+    }
+
+    fn log_refused(&mut self, sh: &Shared, what: &dyn fmt::Display) {
+        match self.refused.pass(sh.now_ms) {
+            None => {}
+            Some(0) => warn!("{self}: {what}"),
+            Some(before) => warn!("{self}: {what} ({before} more like it since the last such line)"),
+        }
+    }
+}
+
+impl fmt::Display for Listener {
+    /// The address as a peer would write it: with the port that was picked, or the path.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.socket {
+            Socket::Tcp(socket) => match socket.local_addr() {
+                Ok(addr) => addr.fmt(f),
+                Err(error) => error.fmt(f),
+            },
+            Socket::Unix(_, SocketFile(path)) => path.display().fmt(f),
+        }
+    }
+}
+
+fn bind_tcp(addr: SocketAddr, signals: &SignalFd) -> Result<TcpListener, Fatal> {
+    let give_up_ms = sys::monotonic_ms().saturating_add(ADDRESS_WAIT_MS);
+    let mut said = false;
+    loop {
+        match TcpListener::bind(addr) {
+            Ok(socket) => return Ok(socket),
+            Err(error) if error.kind() == ErrorKind::AddrNotAvailable && sys::monotonic_ms() < give_up_ms => {
+                if !std::mem::replace(&mut said, true) {
+                    warn!("{addr}: this machine does not have the address; trying for {ADDRESS_WAIT_MS} ms");
+                }
+                // Nothing is served yet, so waiting stalls nobody.
+                if sys::wait_readable(signals.as_fd(), ADDRESS_RETRY_MS).unwrap_or(false) {
+                    return Err(Fatal(format!("stopped by a signal while waiting for the address {addr}")));
+                }
+            }
+            Err(error) => return Err(Fatal(format!("cannot listen on {addr}: {error}"))),
+        }
+    }
+}
+
+/// Binds a UNIX socket. A path on which nobody answers is left from a process that died, and is replaced.
+fn bind_unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListener>) -> Result<Socket, Fatal> {
+    let fatal = |why: &dyn fmt::Display| Fatal(format!("cannot listen on {}: {why}", path.display()));
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(fatal(&"the path exists and is not a socket; remove it or choose another"));
+        }
+        Ok(_) => match mio::net::UnixStream::connect(path) {
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+                fs::remove_file(path).map_err(|error| fatal(&error))?;
+            }
+            Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(fatal(&error)),
+            _ => return Err(fatal(&"another server answers there; stop it or choose another path")),
+        },
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(fatal(&error)),
+    }
+    let socket = bind(path).map_err(|error| fatal(&error))?;
+    let file = SocketFile(path.to_owned());
+    socket.set_nonblocking(true).map_err(|error| fatal(&error))?;
+    Ok(Socket::Unix(UnixListener::from_std(socket), file))
+}
