@@ -206,6 +206,11 @@ impl Covered {
         self.whole.set_bytes() == self.whole.size
     }
 
+    /// How many bytes lie in blocks that were noted as a whole.
+    pub fn whole_bytes(&self) -> u64 {
+        self.whole.set_bytes()
+    }
+
     /// Forgets everything.
     pub fn reset(&mut self) {
         self.whole.clear();

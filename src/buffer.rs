@@ -122,10 +122,17 @@ impl Pool {
         self.take(len).or_else(|| CLASSES.iter().take(largest).rev().find_map(|&size| self.take(size)))
     }
 
+    /// An empty buffer of at least `len` bytes, even beyond the cap. For the one migration there can be, and one at a
+    /// time, so that it goes on while clients hold all of the pool.
+    pub fn take_beyond(&mut self, len: usize) -> Buffer {
+        let capacity = CLASSES.get(Self::class_for(len)).copied().unwrap_or(SLICE);
+        self.take(len).unwrap_or_else(|| self.allocate(capacity))
+    }
+
     /// An empty buffer of the smallest size, even beyond the cap. For a connection that holds no other buffer, so that
     /// each goes on, in small steps, while others hold all of the pool.
     pub fn take_reserve(&mut self) -> Buffer {
-        self.take(1).unwrap_or_else(|| self.allocate(CLASSES[0]))
+        self.take_beyond(1)
     }
 
     /// Takes a buffer back.

@@ -1,14 +1,15 @@
 //! The command line: raw arguments -> checked configuration -> the mode's entry point -> exit code.
 //!
 //! [`args`] holds the definitions; here their values are checked as far as it takes the project to judge them, before
-//! anything is started. Whatever is wrong with them is a usage error, exit code 2, as `clap`'s own are. An error of
-//! the mode itself is one `F` line, exit code 1.
+//! anything is started. So is what the environment says. Whatever is wrong with them is a usage error, exit code 2, as
+//! `clap`'s own are. An error of the mode itself is one `F` line, exit code 1.
 
 pub mod args;
 
-use std::ffi::OsString;
+use std::env;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,12 +20,19 @@ use clap::{CommandFactory, Parser};
 use crate::acl::{self, Acl};
 use crate::endpoint::Endpoint;
 use crate::logging::{self, fatal, Verbosity};
-use crate::remote::{self, Target};
+use crate::remote::{self, Style, Target};
 use crate::server;
-use args::{AclArgs, CommandLine, HelpArgs, LogFlags, Mode, ServeArgs, StatusArgs, TransferArgs};
+use args::{
+    AclArgs, CommandLine, HelpArgs, ListenArgs, LogFlags, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs, SockArgs,
+    TransferArgs,
+};
 
 /// Stands for the program's name where a command line is made here; the definitions carry the one that is shown.
 const PROGRAM: &str = "flexnbd";
+/// The environment variable that bounds how long a migration goes on without progress, in decimal seconds.
+const REQUEST_LIMIT: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
+/// The bound without it, in milliseconds: that of the predecessor.
+const REQUEST_LIMIT_MS: u64 = 60_000;
 
 /// What a command line asks for, checked.
 #[derive(Debug)]
@@ -33,6 +41,7 @@ enum Job {
     Read(Target),
     Write(Target),
     Control { sock: PathBuf, words: Vec<String> },
+    Mirror { sock: PathBuf, words: Vec<String>, wait: bool },
 }
 
 /// Does what the arguments (the program's name first) ask for, and returns the program's exit code: 0 a clean stop,
@@ -41,7 +50,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match parse(args) {
         Ok((verbosity, job)) => {
             logging::init(verbosity);
-            perform(job)
+            perform(job, verbosity)
         }
         Err(answer) => {
             // Help goes to stdout, a usage error to stderr; if either is closed, nobody is there to be told.
@@ -51,14 +60,19 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn perform(job: Job) -> ExitCode {
+fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
     match job {
         Job::Serve(config) => ended(server::serve(config).map(|()| 0)),
         Job::Read(target) => ended(remote::read(&target, &mut io::stdout()).map(|()| 0)),
         Job::Write(target) => ended(remote::write(&target).map(|()| 0)),
-        Job::Control { sock, words } => {
-            let words: Vec<_> = words.iter().map(String::as_str).collect();
-            ended(remote::control(&sock, &words, &mut io::stdout(), &mut io::stderr()))
+        Job::Control { sock, words } => ended(remote::control(&sock, &words, &mut io::stdout(), &mut io::stderr())),
+        Job::Mirror { sock, words, wait } => {
+            let progress = wait.then(|| match verbosity {
+                Verbosity::Quiet => Style::Silent,
+                _ if io::stderr().is_terminal() => Style::Redrawn,
+                _ => Style::Lines,
+            });
+            ended(remote::mirror(&sock, &words, progress, &mut io::stdout(), &mut io::stderr()))
         }
     }
 }
@@ -81,13 +95,23 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
         parsed => parsed?,
     };
     let (mode, log, job) = match line.mode {
-        Mode::Serve(args) => ("serve", args.log, serve(args)),
-        Mode::Read(args) => ("read", args.log, transfer(args).map(Job::Read)),
-        Mode::Write(args) => ("write", args.log, transfer(args).map(Job::Write)),
+        Mode::Serve(args) => ("serve", args.log, server(args, server::Role::Serve)),
+        Mode::Listen(ListenArgs { then_serve, serve }) => {
+            ("listen", serve.log, server(serve, server::Role::Listen { then_serve }))
+        }
+        Mode::Mirror(args) => ("mirror", args.log, mirror(args)),
+        Mode::MirrorSpeed(MirrorSpeedArgs { sock, max_speed, log }) => (
+            "mirror-speed",
+            log,
+            Ok(Job::Control { sock, words: vec!["mirror_max_bps".into(), max_speed.to_string()] }),
+        ),
+        Mode::Break(SockArgs { sock, log }) => ("break", log, Ok(Job::Control { sock, words: vec!["break".into()] })),
         Mode::Acl(args) => ("acl", args.log, replace_acl(args)),
-        Mode::Status(StatusArgs { sock, log }) => {
+        Mode::Status(SockArgs { sock, log }) => {
             ("status", log, Ok(Job::Control { sock, words: vec!["status".into()] }))
         }
+        Mode::Read(args) => ("read", args.log, transfer(args).map(Job::Read)),
+        Mode::Write(args) => ("write", args.log, transfer(args).map(Job::Write)),
         Mode::Help(HelpArgs { mode: Some(mode), .. }) => return parse([PROGRAM, &mode, "--help"]),
         Mode::Help(HelpArgs { mode: None, .. }) => return parse([PROGRAM, "--help"]),
     };
@@ -104,7 +128,7 @@ fn verbosity(before: LogFlags, after: LogFlags) -> Verbosity {
     }
 }
 
-fn serve(args: ServeArgs) -> Result<Job, String> {
+fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
     Ok(Job::Serve(server::Config {
         listen: endpoint(args.addr, args.port)?,
         file: args.file,
@@ -112,19 +136,56 @@ fn serve(args: ServeArgs) -> Result<Job, String> {
         acl: Acl::new(args.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, args.default_deny),
         killswitch_ms: args.killswitch_ms,
         max_clients: args.max_clients,
+        role,
+        request_limit_ms: request_limit_ms(env::var_os(REQUEST_LIMIT).as_deref())?,
     }))
+}
+
+fn request_limit_ms(value: Option<&OsStr>) -> Result<u64, String> {
+    value.map_or(Ok(REQUEST_LIMIT_MS), |value| {
+        let text = value.to_string_lossy();
+        args::seconds_to_ms(&text).map_err(|why| invalid(REQUEST_LIMIT, &text, why))
+    })
+}
+
+fn mirror(args: MirrorArgs) -> Result<Job, String> {
+    let addr = ip("--addr <ADDR>", &args.addr)?;
+    let bind = local_address(args.bind.as_deref())?;
+    bind.map_or(Ok(()), |bind| check_reach(bind, addr))?;
+    let max_speed = args.max_speed.filter(|&speed| speed != 0);
+    let action = if args.unlink { "unlink" } else { "exit" };
+    let mut words = vec!["mirror".into(), addr.to_string(), args.port.to_string(), action.into()];
+    // The predecessor's servers know arguments by their place alone, and none of ours: only what is needed is sent.
+    if bind.is_some() || max_speed.is_some() {
+        words.push(bind.map_or_else(|| "0".into(), |bind| bind.to_string()));
+    }
+    words.extend(max_speed.map(|speed| speed.to_string()));
+    words.extend(args.max_pause_ms.map(|ms| format!("max_pause_ms={ms}")));
+    Ok(Job::Mirror { sock: args.sock, words, wait: args.wait })
 }
 
 fn transfer(args: TransferArgs) -> Result<Target, String> {
     let server = endpoint(args.addr, args.port)?;
-    let bind = args.bind.as_deref().map(|text| ip("--bind <BIND_ADDR>", text)).transpose()?;
+    let bind = local_address(args.bind.as_deref())?;
     match (&server, bind) {
-        (Endpoint::Unix(_), Some(_)) => Err("--bind <BIND_ADDR> does not go with a UNIX socket; leave it out".into()),
-        (Endpoint::Tcp(remote), Some(local)) if remote.is_ipv4() != local.is_ipv4() => {
-            Err(format!("--bind {local} cannot reach --addr {}; both must be IPv4 or both IPv6", remote.ip()))
+        (Endpoint::Unix(_), Some(_)) => {
+            return Err("--bind <BIND_ADDR> does not go with a UNIX socket; leave it out".into());
         }
-        _ => Ok(Target { server, bind, offset: args.from, length: args.size }),
+        (Endpoint::Tcp(remote), Some(bind)) => check_reach(bind, remote.ip())?,
+        (_, None) => {}
     }
+    Ok(Target { server, bind, offset: args.from, length: args.size })
+}
+
+fn local_address(bind: Option<&str>) -> Result<Option<IpAddr>, String> {
+    bind.map(|text| ip("--bind <BIND_ADDR>", text)).transpose()
+}
+
+fn check_reach(local: IpAddr, remote: IpAddr) -> Result<(), String> {
+    if local.is_ipv4() == remote.is_ipv4() {
+        return Ok(());
+    }
+    Err(format!("--bind {local} cannot reach --addr {remote}; both must be IPv4 or both IPv6"))
 }
 
 fn replace_acl(args: AclArgs) -> Result<Job, String> {
@@ -167,6 +228,8 @@ mod tests {
     use super::*;
 
     const SERVE: &str = "serve -l 127.0.0.1 -p 4777 -f disk";
+    const LISTEN: &str = "listen -l 127.0.0.1 -p 4777 -f disk";
+    const MIRROR: &str = "mirror -l 10.0.0.1 -p 4777 -s ctl";
     const READ: &str = "read -l 127.0.0.1 -p 4777 -F 0 -S 512";
 
     fn parsed(line: &str) -> Result<(Verbosity, Job), clap::Error> {
@@ -179,8 +242,15 @@ mod tests {
     }
 
     fn config(line: &str) -> server::Config {
-        let Job::Serve(config) = job(line) else { panic!("{line}: not serve") };
+        let Job::Serve(config) = job(line) else { panic!("{line}: no server") };
         config
+    }
+
+    /// The words a control mode sends, between spaces.
+    fn words(line: &str) -> String {
+        let (Job::Control { sock, words } | Job::Mirror { sock, words, .. }) = job(line) else { panic!("{line}") };
+        assert_eq!(sock, PathBuf::from("ctl"), "{line}");
+        words.join(" ")
     }
 
     fn target(line: &str) -> Target {
@@ -220,11 +290,39 @@ mod tests {
                     --max-clients 7 10.0.0.2";
         let short = "serve -k -d -p4777 10.0.0.1 -s ctl 10.0.0.2 --max-clients=7 -l 127.0.0.1 -fdisk";
         let packed = "serve -dkp 4777 -l127.0.0.1 -f disk -sctl --max-clients 7 -- 10.0.0.1 10.0.0.2";
-        for line in [long, short, packed] {
-            let config = config(line);
-            assert_eq!(config.listen, Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777))), "{line}");
-            assert_eq!((config.file, config.control), ("disk".into(), Some("ctl".into())), "{line}");
-            assert_eq!((config.killswitch_ms, config.max_clients), (Some(120_000), 7), "{line}");
+        for (mode, role) in [("serve", server::Role::Serve), ("listen", server::Role::Listen { then_serve: false })] {
+            for line in [long, short, packed] {
+                let line = line.replacen("serve", mode, 1);
+                let config = config(&line);
+                assert_eq!(config.listen, Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777))), "{line}");
+                assert_eq!((config.file, config.control), ("disk".into(), Some("ctl".into())), "{line}");
+                assert_eq!((config.killswitch_ms, config.max_clients), (Some(120_000), 7), "{line}");
+                assert_eq!(config.role, role, "{line}");
+            }
+        }
+    }
+
+    #[test]
+    fn listen_may_go_on_as_a_server() {
+        for line in
+            [format!("{LISTEN} --serve"), LISTEN.replace("listen", "listen --serve"), format!("{LISTEN} --serve ::1")]
+        {
+            assert_eq!(config(&line).role, server::Role::Listen { then_serve: true }, "{line}");
+        }
+        assert!(refused(&format!("{SERVE} --serve")).contains("--serve"));
+    }
+
+    #[test]
+    fn the_request_limit_comes_from_the_environment() {
+        assert_eq!(request_limit_ms(None), Ok(60_000));
+        for (value, ms) in [("60", 60_000), ("0.5", 500), ("1.05", 1_050), ("31536000", 31_536_000_000)] {
+            assert_eq!(request_limit_ms(Some(OsStr::new(value))), Ok(ms), "{value}");
+        }
+        for value in ["", "0", "-1", "1e3", "5s", " 5", "inf", "31536001"] {
+            let message = request_limit_ms(Some(OsStr::new(value))).expect_err(value);
+            let start =
+                format!("invalid value '{value}' for 'FLEXNBD_MS_REQUEST_LIMIT_SECS': expected decimal seconds");
+            assert!(message.starts_with(&start), "{message}");
         }
     }
 
@@ -293,16 +391,43 @@ mod tests {
     fn a_local_address_must_suit_the_remote_one() {
         assert!(refused("read -l /run/nbd -F 0 -S 1 -b 127.0.0.1").contains("--bind <BIND_ADDR> does not go with"));
         assert!(refused(&format!("{READ} -b ::1")).contains("--bind ::1 cannot reach --addr 127.0.0.1"));
+        assert!(refused(&format!("{MIRROR} -b ::1")).contains("--bind ::1 cannot reach --addr 10.0.0.1"));
     }
 
     #[test]
     fn control_modes_become_words() {
-        for line in ["acl --sock ctl 10.0.0.1 10.0.0.0/8", "acl 10.0.0.1 -s ctl 10.0.0.0/8"] {
-            let Job::Control { sock, words } = job(line) else { panic!("{line}") };
-            assert_eq!((sock, words.join(" ")), ("ctl".into(), "acl 10.0.0.1 10.0.0.0/8".into()));
+        for (line, expected) in [
+            ("acl --sock ctl 10.0.0.1 10.0.0.0/8", "acl 10.0.0.1 10.0.0.0/8"),
+            ("acl 10.0.0.1 -s ctl 10.0.0.0/8", "acl 10.0.0.1 10.0.0.0/8"),
+            ("status -s ctl", "status"),
+            ("break --sock ctl", "break"),
+            ("mirror-speed --sock ctl --max-speed 1000", "mirror_max_bps 1000"),
+            ("mirror-speed -m0 -s ctl", "mirror_max_bps 0"),
+        ] {
+            assert_eq!(words(line), expected, "{line}");
         }
-        let Job::Control { sock, words } = job("status -s ctl") else { panic!() };
-        assert_eq!((sock, words.join(" ")), ("ctl".into(), "status".into()));
+    }
+
+    #[test]
+    fn mirror_sends_no_argument_that_is_not_needed() {
+        for (options, expected) in [
+            ("", "exit"),
+            ("--unlink", "unlink"),
+            ("-u --max-speed 0", "unlink"),
+            ("--bind 127.0.0.2", "exit 127.0.0.2"),
+            ("--max-speed 1000", "exit 0 1000"),
+            ("-m 18446744073709551615 -b 127.0.0.2", "exit 127.0.0.2 18446744073709551615"),
+            ("--max-pause 100", "exit max_pause_ms=100"),
+            ("--max-pause=0 -u -m 1", "unlink 0 1 max_pause_ms=0"),
+            ("--max-pause 60000 -b 127.0.0.2", "exit 127.0.0.2 max_pause_ms=60000"),
+        ] {
+            assert_eq!(words(&format!("{MIRROR} {options}")), format!("mirror 10.0.0.1 4777 {expected}"), "{options}");
+        }
+        assert_eq!(words("mirror --addr [::1] --port 1 --sock ctl --bind ::1"), "mirror ::1 1 exit ::1");
+        assert!(matches!(job(MIRROR), Job::Mirror { wait: false, .. }));
+        for option in ["-w", "--wait", "-uw"] {
+            assert!(matches!(job(&format!("{MIRROR} {option}")), Job::Mirror { wait: true, .. }), "{option}");
+        }
     }
 
     #[test]
@@ -324,7 +449,8 @@ mod tests {
             ("-v -q", "-v -q", Quiet),
             ("-v -v", "-v -v", Verbose),
         ] {
-            for mode in [SERVE, READ, "acl -s ctl ::1", "status -s ctl"] {
+            let control = ["acl -s ctl ::1", "status -s ctl", "break -s ctl", "mirror-speed -s ctl -m 1"];
+            for mode in [SERVE, LISTEN, MIRROR, READ].into_iter().chain(control) {
                 let line = format!("{before} {mode} {after}");
                 assert_eq!(parsed(&line).unwrap().0, expected, "{line}");
             }
@@ -347,6 +473,14 @@ mod tests {
             ("acl ::1", "--sock <SOCK>"),
             ("acl -s ctl", "<ACL_ENTRY>"),
             ("status", "--sock <SOCK>"),
+            ("break", "--sock <SOCK>"),
+            ("listen -p 1 -f disk", "--addr <ADDR>"),
+            ("listen -l ::1 -f disk", "--port <PORT>"),
+            ("mirror -p 1 -s ctl", "--addr <ADDR>"),
+            ("mirror -l ::1 -s ctl", "--port <PORT>"),
+            ("mirror -l ::1 -p 1", "--sock <SOCK>"),
+            ("mirror-speed -s ctl", "--max-speed <BYTES_PER_SECOND>"),
+            ("mirror-speed -m 1", "--sock <SOCK>"),
             ("serve -p 1 -f disk -l", "--addr <ADDR>"),
         ] {
             let message = refused(line);
@@ -382,6 +516,10 @@ mod tests {
             ("serve -l ::1 -f disk --port", "--port <PORT>", "65536"),
             ("serve -l ::1 -f disk -p 1 --max-clients", "--max-clients <N>", "1000001"),
             ("serve -l ::1 -f disk -p 1 --max-clients", "--max-clients <N>", "0"),
+            ("mirror -l ::1 -s ctl --port", "--port <PORT>", "0"),
+            ("mirror -l ::1 -s ctl -p 1 --max-pause", "--max-pause <MS>", "60001"),
+            ("mirror -l ::1 -s ctl -p 1 --max-speed", "--max-speed <BYTES_PER_SECOND>", "18446744073709551616"),
+            ("mirror-speed -s ctl --max-speed", "--max-speed <BYTES_PER_SECOND>", "18446744073709551616"),
             ("read -l ::1 -F 0 -S 1 --port", "--port <PORT>", "0"),
             ("write -l ::1 -F 0 -S 1 --port", "--port <PORT>", "65536"),
             ("read -l ::1 -p 1 -F 0 --size", "--size <SIZE>", "1073741825"),
@@ -403,7 +541,10 @@ mod tests {
             refused_value(&format!("serve -p 1 -f disk -l {value}"), "--addr <ADDR>", value);
             refused_value(&format!("read -p 1 -F 0 -S 1 -l {value}"), "--addr <ADDR>", value);
             refused_value(&format!("{READ} -b {value}"), "--bind <BIND_ADDR>", value);
+            refused_value(&format!("mirror -p 1 -s ctl -l {value}"), "--addr <ADDR>", value);
+            refused_value(&format!("{MIRROR} -b {value}"), "--bind <BIND_ADDR>", value);
         }
+        refused_value("mirror -p 1 -s ctl -l /run/nbd", "--addr <ADDR>", "/run/nbd");
         refused_value("serve -p 1 -f disk -l ''", "--addr <ADDR>", "");
         refused_value("read -p 1 -F 0 -S 1 -b ::1 -l ''", "--addr <ADDR>", "");
     }

@@ -4,6 +4,9 @@
 //! may also follow the name on the first line, between spaces. White space around a line does not count, so a line of
 //! nothing else is an empty one, and a carriage return does no harm. One line comes back: `CODE: text`.
 //!
+//! What the predecessor's servers do not know either has a name of its own or is a keyword argument, `KEY=VALUE`, which
+//! may stand among the arguments that may be left out; no address, number or action looks like one.
+//!
 //! Everything here is pure. Addresses stay text: what they mean is for whoever uses them.
 
 use std::fmt;
@@ -18,6 +21,10 @@ pub const MAX_COMMAND: usize = 64 << 10;
 /// The longest piece of a client's input that is repeated to it, in characters: more than any address with a mask.
 const MAX_ECHO: usize = 128;
 
+/// The longest pause a migration may be asked to keep to, in milliseconds: most clients take a disk for dead that is
+/// silent for longer.
+const MAX_PAUSE_MS: u64 = 60_000;
+
 /// What a control client asks for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Command {
@@ -26,12 +33,14 @@ pub enum Command {
     Acl(Vec<String>),
     /// `status`: say how the server is.
     Status,
-    /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]]`: start a migration.
+    /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]] [max_pause_ms=N]`: start a migration.
     Mirror(Mirror),
     /// `mirror_max_bps N`: limit the running migration to N bytes per second; 0 (`None`) ends the limit.
     MirrorMaxBps(Option<u64>),
     /// `break`: stop the running migration.
     Break,
+    /// `wait`: answer when the running migration ends, or if there is none, the next one.
+    Wait,
 }
 
 /// Where to migrate to, and how.
@@ -48,6 +57,8 @@ pub struct Mirror {
     pub bind: Option<String>,
     /// The most bytes to send per second; `None` if there was no limit, or 0.
     pub max_bytes_per_s: Option<u64>,
+    /// How long clients may be paused at the end, in milliseconds, if it was said: a target, at most a minute.
+    pub max_pause_ms: Option<u64>,
 }
 
 /// What the source does once the destination has everything.
@@ -87,11 +98,16 @@ impl Answer {
         Self::failed(format!("bad spec: {}", echo(entry)))
     }
 
+    fn bad_argument(argument: &str) -> Self {
+        Self::failed(format!("bad argument: {}", echo(argument)))
+    }
+
     fn missing_command() -> Self {
         Self { code: 9, text: "missing command".into() }
     }
 
-    fn unknown_command() -> Self {
+    /// No command has this name.
+    pub fn unknown_command() -> Self {
         Self { code: 10, text: "unknown command".into() }
     }
 
@@ -209,29 +225,47 @@ fn parse_command(text: &[u8]) -> Result<Command, Answer> {
         b"mirror" => Command::Mirror(parse_mirror(&mut arguments)?),
         b"mirror_max_bps" => Command::MirrorMaxBps(parse_speed(&arguments.next().unwrap_or_default())?),
         b"break" => Command::Break,
+        b"wait" => Command::Wait,
         _ => return Err(Answer::unknown_command()),
     };
-    match arguments.next() {
-        None => Ok(command),
-        Some(_) => Err(Answer::failed("too many arguments")),
-    }
+    end_of(arguments).map(|()| command)
 }
 
-/// Takes the arguments of `mirror`, each in its place, and leaves what follows them. A missing one is a bad one.
+fn end_of(mut arguments: impl Iterator<Item = String>) -> Result<(), Answer> {
+    arguments.next().map_or(Ok(()), |_| Err(Answer::failed("too many arguments")))
+}
+
+/// Takes all arguments of `mirror`: those without a name each in its place, where a missing one is a bad one, and then
+/// the keywords, the last of a name winning.
 fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, Answer> {
     let addr = arguments.next().ok_or_else(|| Answer::failed("bad IP address"))?;
     let port = arguments.next().and_then(|port| parse_number(&port)).filter(|&port| port != 0);
     let port = port.ok_or_else(|| Answer::failed("bad IP port number"))?;
-    let action = match arguments.next().as_deref() {
+    let (keywords, places): (Vec<_>, Vec<_>) = arguments.partition(|argument| argument.contains('='));
+    let mut places = places.into_iter();
+    let action = match places.next().as_deref() {
         None => Action::default(),
         Some("exit") => Action::Exit,
         Some("unlink") => Action::Unlink,
         Some("nothing") => Action::Nothing,
         Some(_) => return Err(Answer::failed("bad action")),
     };
-    let bind = arguments.next().filter(|bind| bind != "0");
-    let max_bytes_per_s = arguments.next().map_or(Ok(None), |speed| parse_speed(&speed))?;
-    Ok(Mirror { addr, port, action, bind, max_bytes_per_s })
+    let bind = places.next().filter(|bind| bind != "0");
+    let max_bytes_per_s = places.next().map_or(Ok(None), |speed| parse_speed(&speed))?;
+    end_of(places)?;
+    let mut mirror = Mirror { addr, port, action, bind, max_bytes_per_s, max_pause_ms: None };
+    for keyword in keywords {
+        let bad = || Answer::bad_argument(&keyword);
+        match keyword.split_once('=') {
+            Some(("max_pause_ms", ms)) => mirror.max_pause_ms = Some(parse_pause(ms).ok_or_else(bad)?),
+            _ => return Err(bad()),
+        }
+    }
+    Ok(mirror)
+}
+
+fn parse_pause(text: &str) -> Option<u64> {
+    parse_number(text).filter(|&ms| ms <= MAX_PAUSE_MS)
 }
 
 /// Bytes per second, where 0 is no limit.
@@ -291,7 +325,8 @@ mod tests {
 
     fn mirror(action: Action, bind: Option<&str>, max_bytes_per_s: Option<u64>) -> Command {
         let bind = bind.map(str::to_owned);
-        Command::Mirror(Mirror { addr: "10.0.0.1".into(), port: 4777, action, bind, max_bytes_per_s })
+        let max_pause_ms = None;
+        Command::Mirror(Mirror { addr: "10.0.0.1".into(), port: 4777, action, bind, max_bytes_per_s, max_pause_ms })
     }
 
     #[test]
@@ -308,6 +343,7 @@ mod tests {
         assert_eq!(parse(b"acl\n\n"), Ok(Command::Acl(Vec::new())));
         assert_eq!(parse(b"acl\na b\n\n"), Ok(Command::Acl(strings(&["a b"]))));
         assert_eq!(parse(b"break\n\n"), Ok(Command::Break));
+        assert_eq!(parse(b"wait\n\n"), Ok(Command::Wait));
         assert_eq!(parse(b"mirror_max_bps\n1000\n\n"), Ok(Command::MirrorMaxBps(Some(1000))));
         assert_eq!(parse(b"mirror_max_bps 0\n\n"), Ok(Command::MirrorMaxBps(None)));
     }
@@ -320,6 +356,21 @@ mod tests {
         assert_eq!(parse(b"mirror 10.0.0.1 4777 nothing ::1\n\n"), Ok(mirror(Action::Nothing, Some("::1"), None)));
         assert_eq!(parse(b"mirror 10.0.0.1 4777 exit 0 5\n\n"), Ok(mirror(Action::Exit, None, Some(5))));
         assert_eq!(parse(b"mirror 10.0.0.1 4777 exit ::1 0\n\n"), Ok(mirror(Action::Exit, Some("::1"), None)));
+    }
+
+    #[test]
+    fn a_keyword_of_mirror_stands_anywhere_after_the_port() {
+        for (text, action, bind, pause_ms) in [
+            ("mirror\n10.0.0.1\n4777\nmax_pause_ms=0\n\n", Action::Exit, None, 0),
+            ("mirror 10.0.0.1 4777 max_pause_ms=60000 nothing ::1\n\n", Action::Nothing, Some("::1"), 60_000),
+            ("mirror 10.0.0.1 4777 unlink max_pause_ms=7 ::1\n\n", Action::Unlink, Some("::1"), 7),
+            ("mirror 10.0.0.1 4777 exit 0 0 max_pause_ms=7\n\n", Action::Exit, None, 7),
+            ("mirror 10.0.0.1 4777 max_pause_ms=7 max_pause_ms=8\n\n", Action::Exit, None, 8),
+        ] {
+            let Command::Mirror(mut expected) = mirror(action, bind, None) else { unreachable!() };
+            expected.max_pause_ms = Some(pause_ms);
+            assert_eq!(parse(text.as_bytes()), Ok(Command::Mirror(expected)), "{text:?}");
+        }
     }
 
     #[test]
@@ -347,6 +398,15 @@ mod tests {
             ("mirror 10.0.0.1 4777 delete\n\n", 1, "bad action"),
             ("mirror 10.0.0.1 4777 exit ::1 fast\n\n", 1, "bad speed"),
             ("mirror 10.0.0.1 4777 exit ::1 5 more\n\n", 1, "too many arguments"),
+            ("mirror 10.0.0.1 4777 exit ::1 5 max_pause_ms=1 more\n\n", 1, "too many arguments"),
+            ("mirror max_pause_ms=1 10.0.0.1 4777\n\n", 1, "bad IP port number"),
+            ("mirror 10.0.0.1 4777 max_pause=1\n\n", 1, "bad argument: max_pause=1"),
+            ("mirror 10.0.0.1 4777 =\n\n", 1, "bad argument: ="),
+            ("mirror 10.0.0.1 4777 max_pause_ms=\n\n", 1, "bad argument: max_pause_ms="),
+            ("mirror 10.0.0.1 4777 max_pause_ms=-1\n\n", 1, "bad argument: max_pause_ms=-1"),
+            ("mirror 10.0.0.1 4777 max_pause_ms=1=1\n\n", 1, "bad argument: max_pause_ms=1=1"),
+            ("mirror 10.0.0.1 4777 max_pause_ms=60001\n\n", 1, "bad argument: max_pause_ms=60001"),
+            ("wait 1\n\n", 1, "too many arguments"),
         ] {
             assert_eq!(parse(text.as_bytes()), Err(Answer { code, text: answer.into() }), "{text:?}");
         }

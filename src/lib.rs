@@ -13,7 +13,8 @@
 //!  cli       arguments -> checked configuration; the exit codes
 //!  server    the loop: sockets, disk, protocol and clock meet here      remote   the modes that only talk to a server
 //!  proto     NBD, bytes <-> meaning          command   control lines    acl      who may connect
-//!  disk      the image                       event     parts of a loop  logging  lines on stderr
+//!  migrate   what a migration sends next     event     parts of a loop  logging  lines on stderr
+//!  disk      the image
 //!  buffer    memory for payloads             bitmap    ranges of a file sys      libc, the only unsafe code
 //!  endpoint  where a server is
 //! ```
@@ -28,7 +29,9 @@ pub mod command;
 pub mod disk;
 pub mod endpoint;
 pub mod event;
+pub mod fuzzing;
 pub mod logging;
+pub mod migrate;
 pub mod proto;
 pub mod remote;
 pub mod server;

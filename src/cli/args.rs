@@ -18,10 +18,13 @@ const FROM_MAX: u64 = 1 << 62;
 /// More connections than any process may have descriptors; keeps a slip of the finger from looking like a limit.
 const CLIENTS_MAX: u64 = 1_000_000;
 /// A year; a longer time limit limits nothing.
-const KILLSWITCH_MAX_S: u64 = 365 * 24 * 60 * 60;
+const LIMIT_MAX_S: u64 = 365 * 24 * 60 * 60;
+/// The longest pause a server lets a migration be asked to keep to, in milliseconds.
+const PAUSE_MAX_MS: u64 = 60_000;
 
 /// What `help` can explain: the names of all [`Mode`]s.
-pub const MODES: [&str; 6] = ["serve", "read", "write", "acl", "status", "help"];
+pub const MODES: [&str; 10] =
+    ["serve", "listen", "mirror", "mirror-speed", "break", "acl", "status", "read", "write", "help"];
 
 /// A fast NBD server.
 #[derive(Debug, Parser)]
@@ -36,11 +39,16 @@ Global options may stand before or after the mode. Of --verbose and --quiet the
 last one wins. 'flexnbd help MODE' explains a mode and its options.
 
 Exit codes:
-  0   a clean stop
+  0   a clean stop; of listen, only after it has received a whole image
   1   anything that ended the program abnormally; one line on stderr says what
   2   wrong usage; nothing was started
-  The control modes (acl, status) exit with the code of the server's answer:
-  0 done, 1 refused, 9 missing command, 10 unknown command."
+  The modes that take --sock SOCK of a running server (mirror, mirror-speed,
+  break, acl, status) exit with the code of its answer: 0 done, 1 refused,
+  9 missing command, 10 unknown command. mirror --wait exits with 0 when the
+  migration is completed, with 1 when it ends otherwise.
+
+The exit code of serve is 0 after a signal or a completed migration, and 1 if a
+signal ended it during a migration. That of listen is 1 after a signal."
 )]
 pub struct CommandLine {
     /// Verbosity given before the mode.
@@ -54,22 +62,67 @@ pub struct CommandLine {
 /// The modes, one of which every command line names.
 #[derive(Debug, Subcommand)]
 pub enum Mode {
-    /// Serve a file until SIGINT, SIGQUIT or SIGTERM.
+    /// Serve a file until a signal, or until it was migrated.
     #[command(after_help = "\
+SIGINT, SIGQUIT and SIGTERM stop the server at once.
+
+Environment:
+  FLEXNBD_MS_REQUEST_LIMIT_SECS  Seconds, such as 60 or 0.5, without progress on
+          a request after which an attempt at a migration has failed and the
+          next one is made. [default: 60]
+
 Example: serve disk.img to one address and one network, with a control socket:
   flexnbd serve --addr 0.0.0.0 --port 4777 --file disk.img \\
       --sock /run/disk.sock 192.0.2.7 10.0.0.0/8")]
     Serve(ServeArgs),
-    /// Read bytes from a server to stdout, in a single NBD query.
+    /// Receive a migration into a file, then exit with 0.
     #[command(after_help = "\
-Example: the first 512 bytes of a served image:
-  flexnbd read --addr 127.0.0.1 --port 4777 --from 0 --size 512 > head.bin")]
-    Read(TransferArgs),
-    /// Write bytes from stdin to a server, in a single NBD query.
+One sender at a time is taken. Until one has sent the whole image and said that
+it is complete, every attempt that fails is followed by waiting for the next;
+what was received so far is not an image to use. When the image is complete and
+on stable storage, the exit code is 0. After a signal, or an error of the file,
+it is 1. The file must exist and have the size of the image that comes.
+
+The options are those of serve. --killswitch bounds what one request of the
+sender may take; --max-clients matters after --serve only.
+
+Example: receive an image from one host:
+  flexnbd listen --addr 0.0.0.0 --port 4779 --file disk.img \\
+      --sock /run/disk.sock 192.0.2.7
+Example: the same, and serve the image from then on:
+  flexnbd listen --addr 0.0.0.0 --port 4779 --file disk.img \\
+      --sock /run/disk.sock --serve 192.0.2.7 10.0.0.0/8")]
+    Listen(ListenArgs),
+    /// Migrate what a running server serves to a server in listen mode.
     #[command(after_help = "\
-Example: put those 512 bytes back:
-  flexnbd write --addr 127.0.0.1 --port 4777 --from 0 --size 512 < head.bin")]
-    Write(TransferArgs),
+Prints 'Migration started' once the destination is connected and has the right
+size. The server then copies the image while its clients go on, and exits with 0
+when the destination has everything. A failure before 'Migration started' is
+reported. After it, every failure is followed by another attempt from the start,
+until one succeeds, the break mode, or a signal; clients do not notice. Images
+smaller than 4096 bytes cannot be migrated.
+
+Example: migrate, see how far it is, and give it less of the network:
+  flexnbd mirror --addr 192.0.2.8 --port 4779 --sock /run/disk.sock
+  flexnbd status --sock /run/disk.sock
+  flexnbd mirror-speed --sock /run/disk.sock --max-speed 50000000
+Example: stay until the image is at the destination and the file deleted:
+  flexnbd mirror --addr 192.0.2.8 --port 4779 --sock /run/disk.sock \\
+      --unlink --wait")]
+    Mirror(MirrorArgs),
+    /// Change the speed limit of a running migration.
+    // With [OPTIONS], it would not fit a terminal.
+    #[command(override_usage = "flexnbd mirror-speed --sock <SOCK> --max-speed <BYTES_PER_SECOND>")]
+    #[command(after_help = "\
+Example: at most 100 MB/s from now on, then as fast as possible:
+  flexnbd mirror-speed --sock /run/disk.sock --max-speed 100000000
+  flexnbd mirror-speed --sock /run/disk.sock --max-speed 0")]
+    MirrorSpeed(MirrorSpeedArgs),
+    /// Stop a running migration; the server and its clients go on.
+    #[command(after_help = "\
+Example:
+  flexnbd break --sock /run/disk.sock")]
+    Break(SockArgs),
     /// Replace the access control list of a running server.
     #[command(after_help = "\
 Connected clients that the new list refuses are disconnected.
@@ -81,7 +134,17 @@ Example: from now on, only this host and one network:
     #[command(after_help = "\
 Example:
   flexnbd status --sock /run/disk.sock")]
-    Status(StatusArgs),
+    Status(SockArgs),
+    /// Read bytes from a server to stdout, in a single NBD query.
+    #[command(after_help = "\
+Example: the first 512 bytes of a served image:
+  flexnbd read --addr 127.0.0.1 --port 4777 --from 0 --size 512 > head.bin")]
+    Read(TransferArgs),
+    /// Write bytes from stdin to a server, in a single NBD query.
+    #[command(after_help = "\
+Example: put those 512 bytes back:
+  flexnbd write --addr 127.0.0.1 --port 4777 --from 0 --size 512 < head.bin")]
+    Write(TransferArgs),
     /// Explain flexnbd, or one of its modes.
     #[command(after_help = "\
 Example:
@@ -100,7 +163,7 @@ pub struct LogFlags {
     pub quiet: bool,
 }
 
-/// Options of a mode that serves a file.
+/// Options of `serve`, and of `listen` with more.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub struct ServeArgs {
@@ -112,8 +175,8 @@ pub struct ServeArgs {
     /// shows. Required, unless ADDR is a path, where it is ignored.
     #[arg(short, long, value_parser = listen_port, allow_hyphen_values = true, verbatim_doc_comment)]
     pub port: Option<u16>,
-    /// File or block device to serve. It must exist, be writable and hold at
-    /// least 512 bytes; a tail of less than 512 bytes is not served.
+    /// File or block device with the image. It must exist, be writable and
+    /// hold at least 512 bytes; a tail of less than 512 bytes is left out.
     #[arg(short, long, verbatim_doc_comment)]
     pub file: PathBuf,
     /// Control socket to open, for modes such as status. It appears once
@@ -145,6 +208,87 @@ pub struct ServeArgs {
     /// 2001:db8::/32. Without any, see --default-deny.
     #[arg(value_name = "ACL_ENTRY", verbatim_doc_comment)]
     pub acl: Vec<String>,
+    /// Verbosity given after the mode.
+    #[command(flatten)]
+    pub log: LogFlags,
+}
+
+/// Options of `listen`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+pub struct ListenArgs {
+    /// All that `serve` takes.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+    /// Go on as a server on the same address and sockets once the migration
+    /// is completed, instead of exiting; the port is never closed.
+    #[arg(long = "serve", verbatim_doc_comment)]
+    pub then_serve: bool,
+}
+
+/// Options of `mirror`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+pub struct MirrorArgs {
+    /// IP address of the destination: IPv4, or IPv6 (also as [IPv6]).
+    #[arg(short = 'l', long)]
+    pub addr: String,
+    /// TCP port of the destination, 1 to 65535.
+    #[arg(short, long, value_parser = remote_port, allow_hyphen_values = true)]
+    pub port: u16,
+    /// Control socket of the local server to migrate from.
+    #[arg(short, long)]
+    pub sock: PathBuf,
+    /// Delete the file of the local server when the destination has all of
+    /// it, so that there is never a doubt which copy is the current one.
+    #[arg(short, long, verbatim_doc_comment)]
+    pub unlink: bool,
+    /// Local IP address to connect from, where the destination's access
+    /// control list asks for a certain one. [default: the system's choice]
+    #[arg(short, long, value_name = "BIND_ADDR", verbatim_doc_comment)]
+    pub bind: Option<String>,
+    /// Bytes to send per second at the most; 0 is no limit. mirror-speed
+    /// changes it later. [default: 0]
+    #[arg(
+        short = 'm',
+        long,
+        value_name = "BYTES_PER_SECOND",
+        value_parser = speed,
+        allow_hyphen_values = true,
+        verbatim_doc_comment
+    )]
+    pub max_speed: Option<u64>,
+    /// Milliseconds that clients may be paused at the end, 0 to 60000. It is
+    /// a target: they are paused once what is left can probably be sent in
+    /// that time. [default: 100]
+    #[arg(
+        long = "max-pause",
+        value_name = "MS",
+        value_parser = pause,
+        allow_hyphen_values = true,
+        verbatim_doc_comment
+    )]
+    pub max_pause_ms: Option<u64>,
+    /// Stay until the migration ends, and show its progress on stderr. Exit
+    /// with 0 when it is completed; else say why not and exit with 1. To end
+    /// the waiting (Ctrl-C) does not end the migration.
+    #[arg(short, long, verbatim_doc_comment)]
+    pub wait: bool,
+    /// Verbosity given after the mode.
+    #[command(flatten)]
+    pub log: LogFlags,
+}
+
+/// Options of `mirror-speed`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+pub struct MirrorSpeedArgs {
+    /// Control socket of the server.
+    #[arg(short, long)]
+    pub sock: PathBuf,
+    /// Bytes to send per second at the most, from now on; 0 is no limit.
+    #[arg(short = 'm', long, value_name = "BYTES_PER_SECOND", value_parser = speed, allow_hyphen_values = true)]
+    pub max_speed: u64,
     /// Verbosity given after the mode.
     #[command(flatten)]
     pub log: LogFlags,
@@ -193,10 +337,10 @@ pub struct AclArgs {
     pub log: LogFlags,
 }
 
-/// Options of `status`.
+/// Options of a mode that says nothing but which server is meant: `break` and `status`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct StatusArgs {
+pub struct SockArgs {
     /// Control socket of the server.
     #[arg(short, long)]
     pub sock: PathBuf,
@@ -237,6 +381,14 @@ fn size(text: &str) -> Result<u32, String> {
     whole(text, 0..=SIZE_MAX)
 }
 
+fn speed(text: &str) -> Result<u64, String> {
+    whole(text, 0..=u64::MAX)
+}
+
+fn pause(text: &str) -> Result<u64, String> {
+    whole(text, 0..=PAUSE_MAX_MS)
+}
+
 /// Parses decimal digits and nothing else: unlike `str::parse`, no `+`.
 fn whole<T: TryFrom<u64>>(text: &str, range: RangeInclusive<u64>) -> Result<T, String> {
     digits(text)
@@ -250,13 +402,13 @@ fn digits(text: &str) -> Option<u64> {
 }
 
 /// Parses seconds with up to three decimal places, above zero, into milliseconds.
-fn seconds_to_ms(text: &str) -> Result<u64, String> {
+pub fn seconds_to_ms(text: &str) -> Result<u64, String> {
     let parse = || {
         let (seconds, fraction) = text.split_once('.').unwrap_or((text, "0"));
         let fraction_ms = digits(&format!("{fraction:0<3}")).filter(|_| (1..=3).contains(&fraction.len()))?;
         digits(seconds)?.checked_mul(1000)?.checked_add(fraction_ms)
     };
-    parse().filter(|ms| (1..=KILLSWITCH_MAX_S * 1000).contains(ms)).ok_or_else(|| {
-        format!("expected decimal seconds from 0.001 to {KILLSWITCH_MAX_S}, with at most 3 places after the point")
+    parse().filter(|ms| (1..=LIMIT_MAX_S * 1000).contains(ms)).ok_or_else(|| {
+        format!("expected decimal seconds from 0.001 to {LIMIT_MAX_S}, with at most 3 places after the point")
     })
 }

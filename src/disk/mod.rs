@@ -21,7 +21,7 @@ use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// The unit of an image's size, in bytes: the smallest sector there is. A rest of the file is not served.
@@ -199,6 +199,22 @@ impl Disk {
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// True for a block device.
+    pub fn is_device(&self) -> bool {
+        self.image.is_device
+    }
+
+    /// Removes the name of the file, not of a link to it; what is open stays. An error when the path names another file
+    /// by now.
+    pub fn unlink(&self) -> io::Result<()> {
+        let path = fs::canonicalize(&self.path)?;
+        let (named, open) = (fs::symlink_metadata(&path)?, self.image.file.metadata()?);
+        if (named.dev(), named.ino()) != (open.dev(), open.ino()) {
+            return Err(io::Error::other("the path names another file by now"));
+        }
+        fs::remove_file(path)
     }
 
     /// Queues an operation, or hands it back when [`MAX_OPS`] are in flight. It has to lie inside the image.

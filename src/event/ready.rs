@@ -13,10 +13,12 @@ use super::slots::Key;
 /// Invariant 1: a bit that is clear is set again by an event. So `readable` stays set once the peer has closed its
 /// side, because nothing happens to the socket after that: the end of stream must be read without being announced.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // bits that a poll reports, independent of each other
 pub struct Ready {
     readable: bool,
     writable: bool,
     read_closed: bool,
+    hung_up: bool,
 }
 
 impl Ready {
@@ -25,8 +27,14 @@ impl Ready {
     /// A socket that connects is registered only once the connection is under way; before that it looks closed.
     pub fn note(&mut self, event: &Event) {
         self.read_closed |= event.is_read_closed();
+        self.hung_up |= event.is_write_closed();
         self.readable |= event.is_readable() || event.is_read_closed() || event.is_error();
         self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
+    }
+
+    /// True when the peer is gone: it takes nothing any more.
+    pub fn hung_up(self) -> bool {
+        self.hung_up
     }
 
     /// True when reading may succeed.
@@ -126,6 +134,12 @@ impl RunQueue {
     /// True when no slot has work.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+}
+
+impl Extend<Key> for RunQueue {
+    fn extend<T: IntoIterator<Item = Key>>(&mut self, keys: T) {
+        keys.into_iter().for_each(|key| self.push(key));
     }
 }
 

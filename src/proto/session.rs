@@ -49,7 +49,7 @@ pub enum Step {
     Refused(Refusal),
     /// Nothing to do before more bytes are received.
     NeedBytes,
-    /// Nothing to do before something is completed or sent.
+    /// Nothing to do before something is completed or sent, or writes may go on.
     NeedRoom,
 }
 
@@ -127,6 +127,8 @@ pub struct ServerSession {
     /// The read that runs alone (invariant 3).
     long_read: Option<u32>,
     held: usize,
+    /// Requests that change the export are not taken.
+    writes_held: bool,
     outbox: Outbox,
     tally: Tally,
 }
@@ -145,6 +147,7 @@ impl ServerSession {
             pending: Slab::new(),
             long_read: None,
             held: 0,
+            writes_held: false,
             outbox,
             tally: Tally::default(),
         }
@@ -185,6 +188,11 @@ impl ServerSession {
             inbox.advance(n);
         }
         self.inbox_ms.1 = now_ms;
+    }
+
+    /// Whether requests that change the export have to wait; their clients see them take longer.
+    pub fn hold_writes(&mut self, held: bool) {
+        self.writes_held = held;
     }
 
     /// The peer has closed its side. [`Violation::Truncated`] when it did so inside a request.
@@ -307,6 +315,11 @@ impl ServerSession {
         }
     }
 
+    /// True once the peer has asked for something.
+    pub fn has_begun(&self) -> bool {
+        !self.pending.is_empty() || self.tally != Tally::default()
+    }
+
     /// What it has done so far.
     pub fn tally(&self) -> Tally {
         self.tally
@@ -341,6 +354,9 @@ impl ServerSession {
             return None;
         }
         let refusal = refuse(&head, self.export.size);
+        if self.writes_held && refusal.is_none() && head.changes_export() {
+            return Some(Step::NeedRoom);
+        }
         if refusal.is_none() && head.kind == kind::READ && head.length > 0 {
             return Some(self.start_read(head, pool));
         }
@@ -464,6 +480,9 @@ impl ServerSession {
             self.phase = Phase::Request;
             self.finish_if_done(tag);
             return None;
+        }
+        if self.writes_held {
+            return Some(Step::NeedRoom);
         }
         let Some((mut buffer, room)) = incoming.slice.take() else {
             let (offset, left) = (incoming.offset, incoming.left);

@@ -197,6 +197,11 @@ impl RequestHead {
         (magic, head)
     }
 
+    /// True for a request after which the export may hold other bytes than before.
+    pub fn changes_export(&self) -> bool {
+        matches!(self.kind, kind::WRITE | kind::WRITE_ZEROES | kind::TRIM)
+    }
+
     /// The first byte behind the range, or `None` when that does not fit 64 bits.
     pub fn end(&self) -> Option<u64> {
         self.offset.checked_add(u64::from(self.length))

@@ -1,21 +1,27 @@
 //! One NBD client: its socket, its session, its deadline.
 
+use super::effect::Effect;
+use super::reason::Reason;
+use super::shared::Shared;
 use super::stream::{Peer, Stream};
-use super::{Next, Reason, Shared};
+use super::Next;
 use crate::disk;
 use crate::event::ready::Ready;
 use crate::event::slots::Key;
 use crate::logging::Throttle;
-use crate::proto::error::{Errno, Violation};
+use crate::proto::error::Errno;
 use crate::proto::outbox::PIECES;
 use crate::proto::request::{Action, Export, Refusal, Request};
-use crate::proto::session::{End, ServerSession, Step, Tally};
+use crate::proto::session::{ServerSession, Step, Tally};
 use log::{info, warn};
 use std::fmt;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 
 /// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
 const FAILED_LOG_MS: u64 = 10_000;
+
+/// How long a sender may be connected before its first request, in milliseconds.
+const FIRST_REQUEST_MS: u64 = 60_000;
 
 /// A connected client.
 #[derive(Debug)]
@@ -28,8 +34,8 @@ pub struct Client {
     opened_ms: u64,
     /// The session has found no room: it wants another turn when something is completed or sent.
     stalled: bool,
-    /// The wheel holds an entry of this client.
-    timer_armed: bool,
+    /// The earliest wheel entry of this client.
+    armed_ms: u64,
     failed: Throttle,
 }
 
@@ -44,7 +50,7 @@ impl Client {
             session: ServerSession::oldstyle(Export::new(sh.disk.size()), sh.now_ms),
             opened_ms: sh.now_ms,
             stalled: false,
-            timer_armed: false,
+            armed_ms: u64::MAX,
             failed: Throttle::new(FAILED_LOG_MS),
         };
         info!("{client}: connected");
@@ -73,8 +79,13 @@ impl Client {
 
     /// Receives once and hands everything understood to the disk.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+        if sh.pauses_clients() {
+            return Next::Idle;
+        }
         let mut received = false;
         self.stalled = false;
+        let held = sh.holds_writes();
+        self.session.hold_writes(held);
         while sh.disk.has_room() {
             match self.session.next_step(&mut sh.pool) {
                 Step::Request(request) => {
@@ -84,6 +95,9 @@ impl Client {
                 Step::Refused(refusal) => self.log_refusal(&refusal, sh.now_ms),
                 Step::NeedRoom => {
                     self.stalled = true;
+                    if held {
+                        sh.held.push(key);
+                    }
                     return Next::Idle;
                 }
                 Step::NeedBytes if !self.ready.readable() => {
@@ -116,7 +130,9 @@ impl Client {
                     self.ready.clear_readable();
                 }
                 self.session.received(n, sh.now_ms);
-                self.arm_killswitch(key, sh.now_ms, sh);
+                if let Some(limit_ms) = sh.limits.killswitch_ms {
+                    self.arm(sh.now_ms.saturating_add(limit_ms), key, sh);
+                }
             }
             Err(error) => self.ready.failed_read(error).map_err(Reason::Socket)?,
         }
@@ -125,6 +141,11 @@ impl Client {
 
     /// Takes a completion. The data goes out in the write step of the same turn.
     pub fn disk_done(&mut self, done: disk::Done, sh: &mut Shared) -> Next {
+        if let (Some(inbound), Some(head)) = (&mut sh.inbound, self.session.request(done.tag)) {
+            if let Err(why) = inbound.note(head, &done) {
+                sh.effects.push(Effect::Fail(why));
+            }
+        }
         let result = done.result.map_err(|error| {
             let errno = errno_of(&error);
             self.log_failure(done.tag, &error, errno, sh.now_ms);
@@ -168,9 +189,15 @@ impl Client {
         }
     }
 
-    /// A wheel entry has fired: the killswitch looks at the oldest request.
+    /// A wheel entry has fired: the true deadline is looked at.
     pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
-        self.timer_armed = false;
+        self.armed_ms = u64::MAX;
+        if let Some(silent_ms) = self.first_request_due(sh) {
+            if silent_ms <= sh.now_ms {
+                return Next::Close(Reason::Silent);
+            }
+            self.arm(silent_ms, key, sh);
+        }
         let (Some(limit_ms), Some(oldest_ms)) = (sh.limits.killswitch_ms, self.session.oldest_ms()) else {
             return Next::Idle;
         };
@@ -178,15 +205,28 @@ impl Client {
         if age_ms >= limit_ms {
             return Next::Close(Reason::Killswitch { age_ms });
         }
-        self.arm_killswitch(key, oldest_ms, sh);
+        self.arm(oldest_ms.saturating_add(limit_ms), key, sh);
         Next::Idle
     }
 
-    /// The wheel holds at most one entry of a client; when it fires, the true deadline is looked up.
-    fn arm_killswitch(&mut self, key: Key, since_ms: u64, sh: &mut Shared) {
-        if let Some(limit_ms) = sh.limits.killswitch_ms.filter(|_| !self.timer_armed) {
-            sh.wheel.arm(since_ms.saturating_add(limit_ms), key);
-            self.timer_armed = true;
+    /// Starts the deadlines that run from the beginning.
+    pub fn opened(&mut self, key: Key, sh: &mut Shared) {
+        if let Some(silent_ms) = self.first_request_due(sh) {
+            self.arm(silent_ms, key, sh);
+        }
+    }
+
+    /// When a sender has to have asked for something: whoever only connects would keep the real one out.
+    fn first_request_due(&self, sh: &Shared) -> Option<u64> {
+        let silent = sh.inbound.is_some() && !self.session.has_begun();
+        silent.then(|| self.opened_ms.saturating_add(FIRST_REQUEST_MS))
+    }
+
+    /// The wheel holds an entry that is not later than the deadline; when it fires, the true one is looked at.
+    fn arm(&mut self, at_ms: u64, key: Key, sh: &mut Shared) {
+        if at_ms < self.armed_ms {
+            sh.wheel.arm(at_ms, key);
+            self.armed_ms = at_ms;
         }
     }
 
@@ -194,10 +234,7 @@ impl Client {
     pub fn closed(&mut self, reason: &Reason, sh: &mut Shared) {
         let tally = self.session.tally();
         let seconds = sh.now_ms.saturating_sub(self.opened_ms) / 1000;
-        let level = match reason {
-            Reason::End(End::Disconnect | End::EndOfStream) | Reason::AclChanged => log::Level::Info,
-            _ => log::Level::Warn,
-        };
+        let level = if reason.is_orderly() { log::Level::Info } else { log::Level::Warn };
         log::log!(
             level,
             "{self}: closed: {reason}, {} reads, {} writes, {} errors, {seconds} s",
@@ -255,28 +292,5 @@ fn errno_of(error: &io::Error) -> Errno {
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Errno::Perm,
         ErrorKind::OutOfMemory => Errno::NoMem,
         _ => Errno::Io,
-    }
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::End(End::Disconnect) => f.write_str("peer sent DISC"),
-            Self::End(End::EndOfStream) => f.write_str("peer hung up between requests"),
-            Self::End(End::Violation(violation)) | Self::Violation(violation) => violation.fmt(f),
-            Self::Socket(error) => error.fmt(f),
-            Self::Killswitch { age_ms } => {
-                write!(f, "killswitch: a request was not done after {}.{:03} s", age_ms / 1000, age_ms % 1000)
-            }
-            Self::AclChanged => f.write_str("the access control list does not allow it any more"),
-            Self::Deadline => f.write_str("it took too long"),
-            Self::Answered => f.write_str("answered"),
-        }
-    }
-}
-
-impl From<Violation> for Reason {
-    fn from(violation: Violation) -> Self {
-        Self::Violation(violation)
     }
 }

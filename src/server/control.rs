@@ -1,8 +1,10 @@
 //! One control connection: a command comes in, one answer line goes out, the connection ends.
 
 use super::effect::Effect;
+use super::reason::Reason;
+use super::shared::Shared;
 use super::stream::Stream;
-use super::{Next, Reason, Shared};
+use super::Next;
 use crate::command::{Answer, Reader};
 use crate::event::ready::Ready;
 use crate::event::slots::Key;
@@ -10,7 +12,7 @@ use log::debug;
 use std::fmt;
 use std::io::{Read, Write};
 
-/// How long a control connection may take, from being accepted to its answer having gone, in milliseconds.
+/// How long a control connection may take to send its command, and then to take its answer, in milliseconds.
 const DEADLINE_MS: u64 = 10_000;
 /// How much is received at once, in bytes: every sensible command.
 const RECEIVE: usize = 4096;
@@ -33,13 +35,15 @@ pub struct Control {
     stream: Stream,
     ready: Ready,
     phase: Phase,
+    deadline_ms: u64,
 }
 
 impl Control {
     /// A connection that has just been accepted; its deadline runs from now.
     pub fn new(id: u64, stream: Stream, key: Key, sh: &mut Shared) -> Self {
-        sh.wheel.arm(sh.now_ms.saturating_add(DEADLINE_MS), key);
-        Self { id, stream, ready: Ready::default(), phase: Phase::Reading(Reader::default()) }
+        let deadline_ms = sh.now_ms.saturating_add(DEADLINE_MS);
+        sh.wheel.arm(deadline_ms, key);
+        Self { id, stream, ready: Ready::default(), phase: Phase::Reading(Reader::default()), deadline_ms }
     }
 
     /// Its socket, to be registered.
@@ -54,7 +58,10 @@ impl Control {
 
     /// Receives once; a complete command becomes an effect.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
-        let Phase::Reading(reader) = &mut self.phase else { return Next::Idle };
+        let Phase::Reading(reader) = &mut self.phase else {
+            // Whoever waits for a migration may give up; its place is wanted.
+            return if self.ready.hung_up() { Next::Close(Reason::HungUp) } else { Next::Idle };
+        };
         if !self.ready.readable() {
             return Next::Idle;
         }
@@ -83,14 +90,26 @@ impl Control {
                 self.phase = Phase::Waiting;
                 sh.effects.push(Effect::Command(key, command));
             }
-            Err(answer) => self.answer(&answer),
+            Err(answer) => self.answer(&answer, key, sh),
         }
         Next::Idle
     }
 
     /// Queues the answer; it goes out in the next write step.
-    pub fn answer(&mut self, answer: &Answer) {
+    pub fn answer(&mut self, answer: &Answer, key: Key, sh: &mut Shared) {
         self.phase = Phase::Answering { line: answer.encode(), sent: 0 };
+        self.deadline_ms = sh.now_ms.saturating_add(DEADLINE_MS);
+        sh.wheel.arm(self.deadline_ms, key);
+    }
+
+    /// A wheel entry has fired. There is no deadline while the command is being carried out.
+    pub fn timeout(&self, sh: &Shared) -> Next {
+        match self.phase {
+            Phase::Reading(_) | Phase::Answering { .. } if sh.now_ms >= self.deadline_ms => {
+                Next::Close(Reason::Deadline)
+            }
+            _ => Next::Idle,
+        }
     }
 
     /// Sends the answer.

@@ -1,7 +1,7 @@
 //! What one slot asks of others. Slots never touch each other: they push an effect, and the turn applies it last.
 
 use super::stream::{Peer, Stream};
-use crate::command::Command;
+use crate::command::{Answer, Command};
 use crate::event::slots::Key;
 
 /// Something to do when every slot has had its turn.
@@ -13,4 +13,12 @@ pub enum Effect {
     ControlConnected(Stream),
     /// A control connection has sent a command and waits for the answer.
     Command(Key, Command),
+    /// What a control connection asked for has come to its end.
+    Answer(Key, Answer),
+    /// Clients that were paused or held back may go on.
+    ResumeClients,
+    /// A slot wants another turn.
+    Run(Key),
+    /// This process cannot go on; why.
+    Fail(String),
 }

@@ -1,8 +1,9 @@
 //! Listening sockets: how they come to be, and accepting from them.
 
 use super::effect::Effect;
+use super::shared::Shared;
 use super::stream::{Peer, Stream};
-use super::{Fatal, Next, Shared};
+use super::{Fatal, Next};
 use crate::endpoint::Endpoint;
 use crate::event::ready::Ready;
 use crate::event::slots::Key;
@@ -137,9 +138,9 @@ impl Listener {
         }
         if !peer.ip().is_none_or(|ip| sh.acl.allows(ip)) {
             self.log_refused(sh, &format_args!("refused {peer}: the access control list does not allow it"));
-        } else if sh.clients >= sh.limits.max_clients {
-            let max = sh.limits.max_clients;
-            self.log_refused(sh, &format_args!("refused {peer}: {max} clients are connected; see --max-clients"));
+        } else if sh.clients >= sh.clients_max() {
+            let why = if sh.inbound.is_some() { "another sender" } else { "the last client --max-clients allows" };
+            self.log_refused(sh, &format_args!("refused {peer}: {why} is connected"));
         } else if let Err(error) = stream.set_options() {
             self.log_refused(sh, &format_args!("lost {peer} before it was served: {error}"));
         } else {

@@ -12,73 +12,46 @@
 //! 3. A slot that still could do something without a new event is in the run queue.
 
 mod client;
+mod commands;
+mod config;
 mod control;
 mod effect;
+mod inbound;
+mod link;
 mod listener;
+mod mirror;
+mod reason;
+mod shared;
 mod signals;
+mod start;
 mod status;
 mod stream;
 
-use crate::acl::{Acl, Entry};
-use crate::buffer::Pool;
-use crate::command::{Answer, Command};
-use crate::disk::Disk;
-use crate::endpoint::Endpoint;
+pub use config::{Config, Fatal, Role};
+
+use crate::disk::{self, Done};
 use crate::event::ready::RunQueue;
 use crate::event::slots::{Key, Slots};
-use crate::event::wheel::Wheel;
-use crate::proto::error::Violation;
-use crate::proto::session::{End, Tally};
+use crate::proto::session::End;
 use crate::sys::{self, SignalFd};
 use client::Client;
 use control::Control;
 use effect::Effect;
+use inbound::Inbound;
 use listener::Listener;
 use log::{info, warn};
-use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
-use std::fmt;
+use mirror::Mirror;
+use reason::Reason;
+use shared::Shared;
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
 use std::time::Duration;
 use stream::{Peer, Stream};
 
-/// Memory for the payloads of all clients together, in bytes.
-const POOL_BYTES: usize = 16 << 20;
-/// Control connections served at once; further ones wait in the backlog.
-const MAX_CONTROLS: usize = 64;
 /// Events taken from the kernel in one turn; more wait for the next.
 const EVENTS: usize = 256;
-/// Descriptors besides those of clients: standard streams, poll, signals, image, listeners, control connections.
-const OTHER_DESCRIPTORS: u64 = 16 + MAX_CONTROLS as u64;
-
-/// What to serve, and how.
-#[derive(Debug)]
-pub struct Config {
-    /// Where NBD clients connect.
-    pub listen: Endpoint,
-    /// The image: a regular file or a block device.
-    pub file: PathBuf,
-    /// The path of the control socket, if there is one.
-    pub control: Option<PathBuf>,
-    /// Who may connect.
-    pub acl: Acl,
-    /// How long a request may take, in milliseconds; `None` is for ever.
-    pub killswitch_ms: Option<u64>,
-    /// How many clients may be connected at once.
-    pub max_clients: usize,
-}
-
-/// What ends the program: the text of its `F` line.
-#[derive(Debug)]
-pub struct Fatal(pub String);
-
-impl fmt::Display for Fatal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
+/// Owner of the operation that makes a received image durable; no slot has this key.
+const RECEIVED: u64 = u64::MAX;
 
 /// What a slot wants next.
 #[derive(Debug)]
@@ -91,62 +64,13 @@ enum Next {
     Close(Reason),
 }
 
-/// Why a slot is closed.
-#[derive(Debug)]
-enum Reason {
-    /// The conversation came to its end.
-    End(End),
-    /// The peer broke the protocol in a way that is owed no answer.
-    Violation(Violation),
-    /// The socket failed.
-    Socket(io::Error),
-    /// A request took longer than the killswitch allows.
-    Killswitch { age_ms: u64 },
-    /// The access control list has changed.
-    AclChanged,
-    /// A control connection took too long.
-    Deadline,
-    /// A control connection has its answer.
-    Answered,
-}
-
-/// The limits of the configuration that slots ask for while they run.
-#[derive(Debug)]
-struct Limits {
-    killswitch_ms: Option<u64>,
-    max_clients: usize,
-}
-
-/// What all slots share.
-struct Shared {
-    /// When this turn began; the only clock there is.
-    now_ms: u64,
-    pool: Pool,
-    disk: Disk,
-    wheel: Wheel,
-    acl: Acl,
-    limits: Limits,
-    effects: Vec<Effect>,
-    /// Clients connected or just accepted.
-    clients: usize,
-    /// Control connections open or just accepted.
-    controls: usize,
-    /// What clients that are gone have had done.
-    closed: Tally,
-}
-
-impl Shared {
-    fn controls_full(&self) -> bool {
-        self.controls >= MAX_CONTROLS
-    }
-}
-
 #[derive(Debug)]
 enum Slot {
     Listener(Listener),
     // Boxed, so that the table is not as wide as the widest of them.
     Client(Box<Client>),
     Control(Box<Control>),
+    Mirror(Box<Mirror>),
     Signals(SignalFd),
 }
 
@@ -165,6 +89,14 @@ struct Server {
     out: RunQueue,
     shared: Shared,
     control_listener: Option<Key>,
+    /// The outgoing migration.
+    mirror: Option<Key>,
+    /// Control connections that wait for a migration to end.
+    waiters: Vec<Key>,
+    /// A sender that has sent everything and waits for it to be durable.
+    leaving: Option<Box<Client>>,
+    /// The work is done: the program ends after this turn.
+    over: bool,
     address: String,
     /// Numbers connections in the order in which they came.
     next_id: u64,
@@ -173,7 +105,8 @@ struct Server {
 /// Serves until a signal comes. An error is what ended it abnormally.
 pub fn serve(config: Config) -> Result<(), Fatal> {
     let mut server = Server::start(config)?;
-    info!("serving {} on {}", server.shared.disk.path().display(), server.address);
+    let doing = if server.shared.inbound.is_some() { "awaiting a migration to" } else { "serving" };
+    info!("{doing} {} on {}", server.shared.disk.path().display(), server.address);
     let mut events = Events::with_capacity(EVENTS);
     let mut batch = Vec::new();
     loop {
@@ -184,74 +117,6 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
 }
 
 impl Server {
-    /// Opens everything; what listens for clients listens before the control socket appears.
-    fn start(config: Config) -> Result<Self, Fatal> {
-        let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
-        let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;
-        if disk.tail() > 0 {
-            let (size, tail) = (disk.size(), disk.tail());
-            warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());
-        }
-        let wanted = OTHER_DESCRIPTORS.saturating_add(config.max_clients as u64);
-        match sys::raise_descriptor_limit(wanted) {
-            Ok(limit) if limit < wanted => {
-                warn!("--max-clients {} needs {wanted} descriptors and the limit is {limit}", config.max_clients);
-            }
-            Ok(_) => {}
-            Err(error) => warn!("cannot raise the limit of descriptors to {wanted}: {error}"),
-        }
-        let listener = Listener::nbd(&config.listen, &signals)?;
-        let address = listener.to_string();
-        let poll = Poll::new().map_err(|error| Fatal(format!("cannot wait for events: {error}")))?;
-        let now_ms = sys::monotonic_ms();
-        let mut server = Self {
-            poll,
-            slots: Slots::default(),
-            run: RunQueue::default(),
-            out: RunQueue::default(),
-            shared: Shared {
-                now_ms,
-                pool: Pool::new(POOL_BYTES),
-                disk,
-                wheel: Wheel::new(now_ms),
-                acl: config.acl,
-                limits: Limits { killswitch_ms: config.killswitch_ms, max_clients: config.max_clients },
-                effects: Vec::new(),
-                clients: 0,
-                controls: 0,
-                closed: Tally::default(),
-            },
-            control_listener: None,
-            address,
-            next_id: 1,
-        };
-        server.open_slots(listener, config.control, signals)?;
-        Ok(server)
-    }
-
-    fn open_slots(&mut self, nbd: Listener, control: Option<PathBuf>, signals: SignalFd) -> Result<(), Fatal> {
-        let failed = |error: io::Error| Fatal(format!("cannot wait for events: {error}"));
-        let registry = self.poll.registry();
-        let add = |slots: &mut Slots<Slot>, mut listener: Listener| {
-            slots.try_insert_with(|key| {
-                listener.register(registry, key.token())?;
-                Ok(Slot::Listener(listener))
-            })
-        };
-        self.slots
-            .try_insert_with(|key| {
-                let fd = signals.as_fd().as_raw_fd();
-                registry.register(&mut SourceFd(&fd), key.token(), Interest::READABLE)?;
-                Ok(Slot::Signals(signals))
-            })
-            .map_err(failed)?;
-        add(&mut self.slots, nbd).map_err(failed)?;
-        if let Some(path) = control {
-            self.control_listener = Some(add(&mut self.slots, Listener::control(&path)?).map_err(failed)?);
-        }
-        Ok(())
-    }
-
     /// One pass through the pipe. `batch` is scratch space, empty between turns.
     fn turn(&mut self, events: &mut Events, batch: &mut Vec<Key>) -> Result<Flow, Fatal> {
         self.wait(events)?;
@@ -263,54 +128,92 @@ impl Server {
             let next = self.slots.get_mut(key).map(|slot| slot.timeout(key, &mut self.shared));
             self.settle(key, next);
         }
+        if !self.shared.held.is_empty() && !self.shared.holds_writes() {
+            self.shared.held.take_batch(batch);
+            self.run.extend(batch.drain(..));
+        }
 
         self.run.take_batch(batch);
         for key in batch.drain(..) {
-            if let Some(Slot::Signals(signals)) = self.slots.get_mut(key) {
-                if signals::take_stop(signals).map_err(|error| Fatal(format!("cannot read a signal: {error}")))? {
-                    return Ok(Flow::Stop);
-                }
-                continue;
-            }
             self.out.push(key);
-            let next = self.slots.get_mut(key).map(|slot| slot.read_step(key, &mut self.shared));
+            let next = match self.slots.get_mut(key) {
+                Some(Slot::Signals(signals)) => {
+                    if signals::take_stop(signals).map_err(|error| Fatal(format!("cannot read a signal: {error}")))? {
+                        return self.stopped_by_signal();
+                    }
+                    None
+                }
+                Some(slot) => Some(slot.read_step(key, &mut self.shared)),
+                None => None,
+            };
             self.settle(key, next);
+            self.reconnect_mirror(key);
         }
 
         self.shared.disk.kick();
         while let Some(done) = self.shared.disk.pop_done() {
-            let key = Key::from_u64(done.owner);
-            self.out.push(key);
-            let next = if let Some(Slot::Client(client)) = self.slots.get_mut(key) {
-                Some(client.disk_done(done, &mut self.shared))
-            } else {
-                // The client is gone; only its memory comes back.
-                done.buffer.into_iter().for_each(|buffer| self.shared.pool.give(buffer));
-                None
-            };
-            self.settle(key, next);
+            self.finish_op(done)?;
         }
 
         self.out.take_batch(batch);
         for key in batch.drain(..) {
-            let next = self.slots.get_mut(key).map(|slot| slot.write_step(&mut self.shared));
+            let next = self.slots.get_mut(key).map(|slot| slot.write_step(key, &mut self.shared));
             self.settle(key, next);
         }
 
         let mut effects = std::mem::take(&mut self.shared.effects);
         for effect in effects.drain(..) {
-            self.apply(effect);
+            self.apply(effect)?;
         }
+        // Nothing is lost of what was pushed meanwhile.
+        effects.append(&mut self.shared.effects);
         self.shared.effects = effects;
-        Ok(Flow::Continue)
+        Ok(if self.over { Flow::Stop } else { Flow::Continue })
+    }
+
+    fn stopped_by_signal(&self) -> Result<Flow, Fatal> {
+        if self.shared.inbound.is_some() {
+            Err(Fatal("stopped by a signal before a migration was complete".into()))
+        } else if self.mirror.is_some() {
+            Err(Fatal(
+                "stopped by a signal while a migration was running; the image here is the one that counts".into(),
+            ))
+        } else {
+            Ok(Flow::Stop)
+        }
+    }
+
+    /// Hands a completion to the slot it is for.
+    fn finish_op(&mut self, done: Done) -> Result<(), Fatal> {
+        if let (Some(plan), Some(range)) = (&mut self.shared.plan, &done.touched) {
+            plan.note_write(range);
+        }
+        if done.owner == RECEIVED {
+            return self.received(done.result);
+        }
+        let key = Key::from_u64(done.owner);
+        self.out.push(key);
+        let next = match self.slots.get_mut(key) {
+            Some(Slot::Client(client)) => Some(client.disk_done(done, &mut self.shared)),
+            Some(Slot::Mirror(mirror)) => Some(self.shared.with_plan(|plan, sh| mirror.disk_done(done, key, plan, sh))),
+            _ => {
+                // Whoever asked is gone; only the memory comes back.
+                done.buffer.into_iter().for_each(|buffer| self.shared.pool.give(buffer));
+                None
+            }
+        };
+        self.settle(key, next);
+        Ok(())
     }
 
     /// Sleeps until an event, a timer, or not at all when there is work. The only place where the process waits.
     fn wait(&mut self, events: &mut Events) -> Result<(), Fatal> {
-        let timeout = if !self.run.is_empty() || self.shared.disk.in_flight() > 0 {
+        let busy = !self.run.is_empty() || !self.shared.effects.is_empty() || self.shared.disk.in_flight() > 0;
+        let timeout = if busy {
             Some(Duration::ZERO)
         } else {
-            let next = self.shared.wheel.next_expiry();
+            let held = if self.shared.held.is_empty() { None } else { self.shared.writes_held_until() };
+            let next = held.into_iter().chain(self.shared.wheel.next_expiry()).min();
             next.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(sys::monotonic_ms())))
         };
         match self.poll.poll(events, timeout) {
@@ -331,6 +234,7 @@ impl Server {
             Slot::Listener(listener) => listener.ready().note(event),
             Slot::Client(client) => client.ready().note(event),
             Slot::Control(control) => control.ready().note(event),
+            Slot::Mirror(mirror) => mirror.ready().into_iter().for_each(|ready| ready.note(event)),
             Slot::Signals(_) => {}
         }
         self.run.push(key);
@@ -342,31 +246,79 @@ impl Server {
             None | Some(Next::Idle) => {}
             Some(Next::Again) => self.run.push(key),
             Some(Next::Close(reason)) => match self.slots.remove(key) {
-                Some(Slot::Client(mut client)) => {
-                    self.shared.clients -= 1;
-                    client.closed(&reason, &mut self.shared);
-                }
+                Some(Slot::Client(client)) => self.close_client(client, &reason),
                 Some(Slot::Control(control)) => {
                     self.shared.controls -= 1;
                     control.closed(&reason);
+                    self.waiters.retain(|&waiter| waiter != key);
                     // It may have stopped accepting for want of room.
-                    self.control_listener.into_iter().for_each(|key| self.run.push(key));
+                    self.run.extend(self.control_listener);
                 }
+                Some(Slot::Mirror(mirror)) => self.mirror_ended(*mirror, &reason),
                 Some(Slot::Listener(_) | Slot::Signals(_)) | None => {}
             },
         }
     }
 
-    fn apply(&mut self, effect: Effect) {
+    fn close_client(&mut self, mut client: Box<Client>, reason: &Reason) {
+        client.closed(reason, &mut self.shared);
+        if let Some(inbound) = &self.shared.inbound {
+            if matches!(reason, Reason::End(End::Disconnect)) && inbound.is_complete() {
+                // The connection stays until everything is durable: its end tells the sender so. Nobody else is let in.
+                let op = disk::Op { owner: RECEIVED, tag: 0, action: disk::Action::Flush };
+                if self.shared.disk.submit(op).is_ok() {
+                    self.leaving = Some(client);
+                    return;
+                }
+            }
+            warn!("{client}: this was no complete migration: {}; waiting for a sender", inbound.describe());
+        }
+        self.shared.clients -= 1;
+    }
+
+    /// What a sender has sent is durable, or cannot be made so.
+    fn received(&mut self, result: io::Result<()>) -> Result<(), Fatal> {
+        result.map_err(|error| Fatal(format!("cannot make the migrated image durable: {error}")))?;
+        let then_serve = self.shared.inbound.take().is_some_and(|inbound| inbound.then_serve());
+        if let Some(client) = self.leaving.take() {
+            self.shared.clients -= 1;
+            info!("{client}: the migration is complete: {} bytes are here and durable", self.shared.disk.size());
+        }
+        if then_serve {
+            info!("serving {} on {}", self.shared.disk.path().display(), self.address);
+        }
+        self.over = !then_serve;
+        Ok(())
+    }
+
+    fn apply(&mut self, effect: Effect) -> Result<(), Fatal> {
         match effect {
             Effect::Connected(stream, peer) => self.add_client(stream, peer),
             Effect::ControlConnected(stream) => self.add_control(stream),
             Effect::Command(key, command) => {
-                let answer = self.execute(command);
-                if let Some(Slot::Control(control)) = self.slots.get_mut(key) {
-                    control.answer(&answer);
-                    self.run.push(key);
+                if let Some(answer) = self.execute(key, command) {
+                    self.answer(key, &answer);
                 }
+            }
+            Effect::Answer(key, answer) => self.answer(key, &answer),
+            Effect::ResumeClients => self.resume_clients(),
+            Effect::Run(key) => self.run.push(key),
+            Effect::Fail(why) => return Err(Fatal(why)),
+        }
+        Ok(())
+    }
+
+    /// Clients may have waited for the migration, each with requests that no event will announce again.
+    fn resume_clients(&mut self) {
+        let clients = self.slots.iter().filter(|(_, slot)| matches!(slot, Slot::Client(_))).map(|(key, _)| key);
+        self.run.extend(clients);
+    }
+
+    /// Begins the next attempt of the migration when its time has come.
+    fn reconnect_mirror(&mut self, key: Key) {
+        if let Some(Slot::Mirror(mirror)) = self.slots.get_mut(key) {
+            if mirror.wants_connect(self.shared.now_ms) {
+                mirror.reconnect(key, self.poll.registry(), &mut self.shared);
             }
         }
     }
@@ -379,9 +331,11 @@ impl Server {
 
     fn add_client(&mut self, stream: Stream, peer: Peer) {
         let mut client = Box::new(Client::new(self.take_id(), stream, peer, &self.shared));
+        self.shared.inbound.iter_mut().for_each(Inbound::begin);
         let registry = self.poll.registry();
         let added = self.slots.try_insert_with(|key| -> io::Result<Slot> {
             register(registry, client.stream(), key.token())?;
+            client.opened(key, &mut self.shared);
             Ok(Slot::Client(client))
         });
         if let Err(error) = added {
@@ -403,43 +357,6 @@ impl Server {
             self.shared.controls -= 1;
         }
     }
-
-    /// Carries a command out.
-    fn execute(&mut self, command: Command) -> Answer {
-        match command {
-            Command::Status => Answer::ok(status::line(self)),
-            Command::Acl(entries) => self.replace_acl(&entries),
-            Command::Break => Answer::failed("not mirroring"),
-            Command::MirrorMaxBps(_) => Answer::failed("Not currently mirroring"),
-            Command::Mirror(_) => Answer::failed("not there yet"),
-        }
-    }
-
-    fn replace_acl(&mut self, entries: &[String]) -> Answer {
-        let mut parsed = Vec::with_capacity(entries.len());
-        for entry in entries {
-            match entry.parse::<Entry>() {
-                Ok(entry) => parsed.push(entry),
-                Err(_) => return Answer::bad_spec(entry),
-            }
-        }
-        info!("access control list replaced: {} entries", parsed.len());
-        self.shared.acl.replace(parsed);
-        let acl = &self.shared.acl;
-        let refused: Vec<Key> = self
-            .slots
-            .iter()
-            .filter(|(_, slot)| match slot {
-                Slot::Client(client) => client.peer().ip().is_some_and(|ip| !acl.allows(ip)),
-                _ => false,
-            })
-            .map(|(key, _)| key)
-            .collect();
-        for key in refused {
-            self.settle(key, Some(Next::Close(Reason::AclChanged)));
-        }
-        Answer::ok("updated")
-    }
 }
 
 impl Slot {
@@ -448,14 +365,16 @@ impl Slot {
             Self::Listener(listener) => listener.read_step(key, sh),
             Self::Client(client) => client.read_step(key, sh),
             Self::Control(control) => control.read_step(key, sh),
+            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.read_step(key, plan, sh)),
             Self::Signals(_) => Next::Idle,
         }
     }
 
-    fn write_step(&mut self, sh: &mut Shared) -> Next {
+    fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Client(client) => client.write_step(sh),
             Self::Control(control) => control.write_step(),
+            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.write_step(key, plan, sh)),
             Self::Listener(_) | Self::Signals(_) => Next::Idle,
         }
     }
@@ -463,7 +382,8 @@ impl Slot {
     fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Client(client) => client.timeout(key, sh),
-            Self::Control(_) => Next::Close(Reason::Deadline),
+            Self::Control(control) => control.timeout(sh),
+            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.timeout(key, plan, sh)),
             // Accepting has rested.
             Self::Listener(_) => Next::Again,
             Self::Signals(_) => Next::Idle,

@@ -26,6 +26,15 @@ impl Stream {
             Self::Unix(_) => Ok(()),
         }
     }
+
+    /// Says whether a connection that was begun has been made, once the socket is writable.
+    pub fn check_connected(&self) -> io::Result<()> {
+        let (error, peer) = match self {
+            Self::Tcp(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
+            Self::Unix(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
+        };
+        error.map_or(peer, Err)
+    }
 }
 
 impl Read for Stream {

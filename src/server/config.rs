@@ -1,0 +1,49 @@
+//! What a server is told to do, and what ends it.
+
+use crate::acl::Acl;
+use crate::endpoint::Endpoint;
+use std::fmt;
+use std::path::PathBuf;
+
+/// What to serve, and how.
+#[derive(Debug)]
+pub struct Config {
+    /// Where NBD clients connect.
+    pub listen: Endpoint,
+    /// The image: a regular file or a block device.
+    pub file: PathBuf,
+    /// The path of the control socket, if there is one.
+    pub control: Option<PathBuf>,
+    /// Who may connect.
+    pub acl: Acl,
+    /// How long a request may take, in milliseconds; `None` is for ever.
+    pub killswitch_ms: Option<u64>,
+    /// How many clients may be connected at once.
+    pub max_clients: usize,
+    /// What the server is there for.
+    pub role: Role,
+    /// How long a request of a migration may go without progress, in milliseconds.
+    pub request_limit_ms: u64,
+}
+
+/// What a server is there for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// To serve the image.
+    Serve,
+    /// To take an image from another server, and then to end or to serve it.
+    Listen {
+        /// Serve it.
+        then_serve: bool,
+    },
+}
+
+/// What ends the program: the text of its `F` line.
+#[derive(Debug)]
+pub struct Fatal(pub String);
+
+impl fmt::Display for Fatal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}

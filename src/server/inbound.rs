@@ -1,0 +1,54 @@
+//! What a listener knows of the migration that comes in: which bytes of the image its sender has written.
+
+use crate::bitmap::Covered;
+use crate::disk::Done;
+use crate::proto::wire::{kind, RequestHead};
+
+/// An inbound migration that is awaited or under way.
+#[derive(Debug)]
+pub struct Inbound {
+    size: u64,
+    covered: Covered,
+    /// Go on as a server afterwards.
+    then_serve: bool,
+}
+
+impl Inbound {
+    /// Awaits an image of `size` bytes.
+    pub fn new(size: u64, then_serve: bool) -> Self {
+        Self { size, covered: Covered::new(size), then_serve }
+    }
+
+    /// A sender has come: nothing of an earlier one counts.
+    pub fn begin(&mut self) {
+        self.covered.reset();
+    }
+
+    /// Notes what the disk has done for the sender. An error of the disk is one this process cannot repair; its text is
+    /// why the process ends.
+    pub fn note(&mut self, head: &RequestHead, done: &Done) -> Result<(), String> {
+        if let Err(error) = &done.result {
+            return Err(format!("the image cannot take the migration: {head} failed: {error}"));
+        }
+        // A TRIM says nothing about what the bytes are now.
+        if let (Some(range), kind::WRITE | kind::WRITE_ZEROES) = (&done.touched, head.kind) {
+            self.covered.note(range.start, range.end - range.start);
+        }
+        Ok(())
+    }
+
+    /// True when the sender has written every byte.
+    pub fn is_complete(&self) -> bool {
+        self.covered.is_complete()
+    }
+
+    /// Go on as a server afterwards?
+    pub fn then_serve(&self) -> bool {
+        self.then_serve
+    }
+
+    /// How much of the image the sender has written, for people.
+    pub fn describe(&self) -> String {
+        format!("{} of {} bytes were written", self.covered.whole_bytes(), self.size)
+    }
+}

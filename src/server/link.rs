@@ -1,0 +1,181 @@
+//! One connection of a migration to its destination: what is asked, what waits to be sent, and how it can fail.
+
+use super::shared::Shared;
+use super::stream::Stream;
+use crate::buffer::Buffer;
+use crate::event::ready::Ready;
+use crate::migrate::{Abilities, Plan};
+use crate::proto::client::ClientSession;
+use crate::proto::error::Errno;
+use crate::proto::outbox::{Outbox, PIECES};
+use crate::proto::wire::kind;
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::ops::Range;
+
+/// How much is received at once, in bytes: hundreds of replies.
+const RECEIVE: usize = 4 << 10;
+
+/// Why an attempt is over.
+#[derive(Debug)]
+pub enum Failure {
+    /// There was no connection.
+    Connect(String),
+    /// There was no greeting in time.
+    NoGreeting,
+    /// The destination is not as large as the image.
+    Size {
+        /// What its greeting says, in bytes.
+        remote: u64,
+        /// The image, in bytes.
+        local: u64,
+    },
+    /// The destination closed the connection.
+    Closed,
+    /// Anything else, in words.
+    Broken(String),
+}
+
+impl Failure {
+    /// What the one who asked for the migration is told when this keeps it from starting.
+    pub fn answer(&self) -> &'static str {
+        match self {
+            Self::Connect(_) => "Mirror failed to connect",
+            Self::NoGreeting => "Remote server failed to respond",
+            Self::Size { .. } => "Remote size does not match local size",
+            Self::Closed | Self::Broken(_) => "Mirror was rejected",
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connect(why) => write!(f, "cannot connect: {why}"),
+            Self::NoGreeting => f.write_str("the destination did not greet in time"),
+            Self::Size { remote, local } => write!(f, "the destination has {remote} bytes, the image {local}"),
+            Self::Closed => f.write_str("the destination closed the connection"),
+            Self::Broken(why) => f.write_str(why),
+        }
+    }
+}
+
+/// What an unanswered request was for.
+#[derive(Debug)]
+pub enum Asked {
+    Range(Range<u64>),
+    Flush,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    Connecting,
+    Greeting,
+    Copying,
+    Leaving,
+}
+
+/// A connection to the destination: one attempt.
+#[derive(Debug)]
+pub struct Link {
+    pub(super) stage: Stage,
+    pub(super) stream: Stream,
+    pub(super) ready: Ready,
+    pub(super) session: ClientSession,
+    pub(super) can: Abilities,
+    pub(super) input: Buffer,
+    pub(super) outbox: Outbox,
+    /// Unanswered requests by their cookies, in the order of sending.
+    pub(super) asked: VecDeque<(u64, Asked)>,
+    /// Memory of data that the disk fills or that waits to be sent, in bytes.
+    pub(super) held: usize,
+}
+
+impl Link {
+    /// A connection that is being made.
+    pub fn new(stream: Stream) -> Self {
+        Self {
+            stage: Stage::Connecting,
+            stream,
+            ready: Ready::default(),
+            session: ClientSession::default(),
+            can: Abilities::default(),
+            input: Buffer::with_capacity(RECEIVE),
+            outbox: Outbox::default(),
+            asked: VecDeque::new(),
+            held: 0,
+        }
+    }
+
+    /// Queues a request without a payload.
+    pub fn send_request(&mut self, kind: u16, asked: Asked, now_ms: u64) {
+        let (offset, length) = match &asked {
+            Asked::Range(range) => (range.start, u32::try_from(range.end - range.start).unwrap_or(u32::MAX)),
+            Asked::Flush => (0, 0),
+        };
+        let (head, cookie) = self.session.request(kind, 0, offset, length);
+        self.outbox.push_head(&head, now_ms);
+        self.asked.push_back((cookie, asked));
+    }
+
+    /// Queues a WRITE of what is filled in `buffer`.
+    pub fn send_data(&mut self, range: Range<u64>, buffer: Buffer, now_ms: u64) {
+        self.send_request(kind::WRITE, Asked::Range(range), now_ms);
+        self.outbox.push_payload(buffer, now_ms);
+    }
+
+    /// Sends once, as much as the socket takes; says how much that was.
+    pub fn send(&mut self, sh: &mut Shared) -> io::Result<usize> {
+        let mut slices = [IoSlice::new(&[]); PIECES];
+        let pieces = self.outbox.slices(&mut slices);
+        let slices = slices.get(..pieces).unwrap_or_default();
+        let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
+        match self.stream.write_vectored(slices) {
+            Ok(n) => {
+                if n < wanted {
+                    self.ready.clear_writable();
+                }
+                self.held -= self.outbox.sent(n, &mut sh.pool);
+                Ok(n)
+            }
+            Err(error) => self.ready.failed_write(error).map(|()| 0),
+        }
+    }
+
+    /// Takes a reply.
+    pub fn answered(&mut self, cookie: u64, error: u32, plan: &mut Plan, now_ms: u64) -> Result<(), Failure> {
+        let at = self.asked.iter().position(|(asked, _)| *asked == cookie);
+        let Some((_, asked)) = at.and_then(|at| self.asked.remove(at)) else { return Ok(()) };
+        if error != 0 {
+            return Err(Failure::Broken(format!(
+                "the destination answered {asked} with {} ({error})",
+                Errno::name(error)
+            )));
+        }
+        match asked {
+            Asked::Range(range) => plan.acked(&range, now_ms),
+            Asked::Flush => plan.flushed(now_ms),
+        }
+        Ok(())
+    }
+
+    /// An error when the destination has closed or says something although nothing was asked.
+    pub fn check_open(&mut self) -> Result<(), Failure> {
+        match self.stream.read(&mut [0]) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(Failure::Broken(format!("cannot receive: {error}"))),
+            Ok(0) => Err(Failure::Closed),
+            Ok(_) => Err(Failure::Broken("the destination says something nobody asked for".into())),
+        }
+    }
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Range(range) => write!(f, "a write of {} bytes at offset {}", range.end - range.start, range.start),
+            Self::Flush => f.write_str("FLUSH"),
+        }
+    }
+}

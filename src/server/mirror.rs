@@ -1,0 +1,484 @@
+//! The outgoing migration: one more slot of the loop. The [`Plan`] decides what goes next; this file connects, reads
+//! from the disk, sends, receives, keeps the deadlines, and tells clients to pause and to go on.
+//!
+//! ```text
+//!  Connecting ─> Greeting ─> Copying ─> Leaving ─> done
+//!      ^            │           │          └ DISC has gone: there is no way back
+//!      │            v           v
+//!      └── 1 s ── Retrying <────┘  once started; a failure before that is answered and ends it
+//! ```
+
+use super::effect::Effect;
+use super::link::{Asked, Failure, Link, Stage};
+use super::reason::Reason;
+use super::shared::Shared;
+use super::stream::Stream;
+use super::Next;
+use crate::buffer::SLICE;
+use crate::command::{Action, Answer};
+use crate::disk::{self, Done};
+use crate::event::ready::Ready;
+use crate::event::slots::Key;
+use crate::migrate::{Abilities, Plan, Step, DATA_MAX};
+use crate::proto::client::Event;
+use crate::proto::wire::{kind, transmission, Greeting};
+use crate::sys;
+use log::{info, warn};
+use mio::net::TcpStream;
+use mio::{Interest, Registry};
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr};
+use std::ops::Range;
+
+/// How long a connection may take to be made, in milliseconds.
+const CONNECT_MS: u64 = 15_000;
+/// How long the destination may take to greet, in milliseconds.
+const GREETING_MS: u64 = 5_000;
+/// How long after a failure the next attempt begins, in milliseconds.
+const RETRY_MS: u64 = 1_000;
+/// How long the destination may take to close after DISC, in milliseconds. It has flushed before.
+const LEAVING_MS: u64 = 10_000;
+/// Memory for data between the disk and the socket, in bytes: four slices, as for a client.
+const MAX_HELD: usize = 4 * SLICE;
+/// Pieces of the image looked at in one turn: clients come first.
+const STEPS_PER_TURN: usize = 64;
+/// The smallest image that can be migrated, in bytes; the manual says so.
+pub const SIZE_MIN: u64 = 4096;
+
+/// Where to migrate to, and how.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The destination.
+    pub to: SocketAddr,
+    /// The local address to connect from.
+    pub bind: Option<IpAddr>,
+    /// What to do once the destination has everything.
+    pub action: Action,
+    /// How long a request may go without progress, in milliseconds.
+    pub request_limit_ms: u64,
+}
+
+/// The migration.
+#[derive(Debug)]
+pub struct Mirror {
+    settings: Settings,
+    /// `None` between two attempts.
+    link: Option<Link>,
+    /// Who waits to hear that it has started; `None` once it has.
+    starter: Option<Key>,
+    attempts: u32,
+    last_error: Option<String>,
+    started_ms: u64,
+    /// When the current stage has failed.
+    deadline_ms: u64,
+    /// When the plan wants to be asked again.
+    wake_ms: Option<u64>,
+    /// The earliest wheel entry of this slot.
+    armed_ms: u64,
+    /// Reads the disk has: their tags and ranges; without a range, of an attempt that is over.
+    reads: Vec<(u32, Option<Range<u64>>)>,
+    next_tag: u32,
+    unlinked: bool,
+}
+
+impl Mirror {
+    /// Begins to connect. The error is what the one who asked is told.
+    pub fn start(
+        settings: Settings,
+        starter: Key,
+        key: Key,
+        registry: &Registry,
+        sh: &mut Shared,
+    ) -> Result<Self, &'static str> {
+        let mut mirror = Self {
+            settings,
+            link: None,
+            starter: Some(starter),
+            attempts: 0,
+            last_error: None,
+            started_ms: sh.now_ms,
+            deadline_ms: 0,
+            wake_ms: None,
+            armed_ms: u64::MAX,
+            reads: Vec::new(),
+            next_tag: 0,
+            unlinked: false,
+        };
+        mirror.connect(key, registry, sh).map_err(|error| Failure::Connect(error.to_string()).answer())?;
+        Ok(mirror)
+    }
+
+    fn connect(&mut self, key: Key, registry: &Registry, sh: &mut Shared) -> io::Result<()> {
+        self.attempts += 1;
+        let stream = sys::connect_tcp(self.settings.bind, self.settings.to)?;
+        let mut stream = Stream::Tcp(TcpStream::from_std(stream));
+        stream.set_options()?;
+        registry.register(&mut stream, key.token(), Interest::READABLE | Interest::WRITABLE)?;
+        self.link = Some(Link::new(stream));
+        self.deadline_ms = sh.now_ms.saturating_add(CONNECT_MS);
+        self.arm(key, sh);
+        Ok(())
+    }
+
+    /// The readiness of its socket.
+    pub fn ready(&mut self) -> Option<&mut Ready> {
+        self.link.as_mut().map(|link| &mut link.ready)
+    }
+
+    /// True when it waits for the next attempt and the time has come.
+    pub fn wants_connect(&self, now_ms: u64) -> bool {
+        self.link.is_none() && now_ms >= self.deadline_ms
+    }
+
+    /// Begins the next attempt.
+    pub fn reconnect(&mut self, key: Key, registry: &Registry, sh: &mut Shared) {
+        if let Err(error) = self.connect(key, registry, sh) {
+            self.retry(&Failure::Connect(error.to_string()), key, sh);
+        }
+    }
+
+    /// Receives answers, then asks the plan what goes next.
+    pub fn read_step(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+        let outcome = match self.link.as_ref().map(|link| link.stage) {
+            None => return Next::Idle,
+            Some(Stage::Connecting) => self.connected(sh),
+            Some(Stage::Copying) => self.receive(key, plan, sh).and_then(|next| match next {
+                Next::Close(reason) => Ok(Next::Close(reason)),
+                next => self.copy(key, plan, sh).map(|more| if matches!(more, Next::Idle) { next } else { more }),
+            }),
+            Some(Stage::Greeting | Stage::Leaving) => self.receive(key, plan, sh),
+        };
+        let next = outcome.unwrap_or_else(|why| self.failed(&why, key, plan, sh));
+        self.arm_for(key, plan, sh);
+        next
+    }
+
+    /// Data that was read goes out in the write step of the same turn.
+    pub fn disk_done(&mut self, done: Done, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+        let at = self.reads.iter().position(|(tag, _)| *tag == done.tag);
+        let range = at.and_then(|at| self.reads.swap_remove(at).1);
+        let Some(buffer) = done.buffer else { return Next::Idle };
+        let (Some(range), Some(link)) = (range, &mut self.link) else {
+            sh.pool.give(buffer);
+            return Next::Idle;
+        };
+        if let Err(error) = done.result {
+            link.held -= buffer.capacity();
+            sh.pool.give(buffer);
+            let why = format!("cannot read the image at offset {}: {error}", range.start);
+            return self.failed(&Failure::Broken(why), key, plan, sh);
+        }
+        link.send_data(range, buffer, sh.now_ms);
+        Next::Idle
+    }
+
+    /// Sends once.
+    pub fn write_step(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+        let Some(link) = &mut self.link else { return Next::Idle };
+        if link.stage == Stage::Connecting || link.outbox.is_empty() || !link.ready.writable() {
+            return Next::Idle;
+        }
+        match link.send(sh) {
+            Ok(0) => Next::Idle,
+            Ok(_) => {
+                self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+                Next::Again
+            }
+            Err(error) => self.failed(&Failure::Broken(format!("cannot send: {error}")), key, plan, sh),
+        }
+    }
+
+    /// A wheel entry has fired: something may be due.
+    pub fn timeout(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+        self.armed_ms = u64::MAX;
+        if plan.pause_ends_ms().is_some_and(|end_ms| end_ms <= sh.now_ms) {
+            let paused_ms = sh.now_ms.saturating_sub(plan.paused_at_ms());
+            warn!("{self}: the destination did not take the rest within {paused_ms} ms; clients go on");
+            plan.give_up_pause();
+            sh.effects.push(Effect::ResumeClients);
+        }
+        let late = sh.now_ms >= self.deadline_ms;
+        let next = match &self.link {
+            Some(link) if late => match link.stage {
+                Stage::Connecting => {
+                    self.failed(&Failure::Connect(format!("no answer in {CONNECT_MS} ms")), key, plan, sh)
+                }
+                Stage::Greeting => self.failed(&Failure::NoGreeting, key, plan, sh),
+                Stage::Copying if link.session.unanswered() > 0 => {
+                    let limit_ms = self.settings.request_limit_ms;
+                    self.failed(&Failure::Broken(format!("no progress in {limit_ms} ms")), key, plan, sh)
+                }
+                Stage::Copying => {
+                    self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+                    Next::Again
+                }
+                Stage::Leaving => {
+                    warn!("{self}: the destination has everything and does not close; not waiting any longer");
+                    Next::Close(Reason::Migrated)
+                }
+            },
+            // Without a link, whoever owns the registry begins the next attempt.
+            _ => Next::Again,
+        };
+        self.arm_for(key, plan, sh);
+        next
+    }
+
+    /// Stops it, wherever it is; false when it is too late for that.
+    pub fn may_stop(&self) -> bool {
+        self.link.as_ref().is_none_or(|link| link.stage != Stage::Leaving)
+    }
+
+    /// Gives its memory back, and says who still waits to hear that it has started.
+    pub fn closed(&mut self, sh: &mut Shared) -> Option<Key> {
+        self.drop_link(sh);
+        self.starter.take()
+    }
+
+    /// What is done at the end.
+    pub fn action(&self) -> Action {
+        self.settings.action
+    }
+
+    /// What it is doing, in one word.
+    pub fn phase(&self, plan: &Plan) -> &'static str {
+        match self.link.as_ref().map(|link| link.stage) {
+            None => "retrying",
+            Some(Stage::Connecting | Stage::Greeting) => "connecting",
+            Some(Stage::Leaving) => "finishing",
+            Some(Stage::Copying) if plan.pauses_clients() => "paused",
+            Some(Stage::Copying) if plan.progress().pass > 1 => "converging",
+            Some(Stage::Copying) => "copying",
+        }
+    }
+
+    /// Attempts begun.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// Why the last attempt failed, if one has.
+    pub fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+
+    /// When it was asked for.
+    pub fn started_ms(&self) -> u64 {
+        self.started_ms
+    }
+
+    fn connected(&mut self, sh: &Shared) -> Result<Next, Failure> {
+        let Some(link) = self.link.as_mut().filter(|link| link.ready.writable()) else { return Ok(Next::Idle) };
+        link.stream.check_connected().map_err(|error| Failure::Connect(error.to_string()))?;
+        link.stage = Stage::Greeting;
+        self.deadline_ms = sh.now_ms.saturating_add(GREETING_MS);
+        Ok(Next::Again)
+    }
+
+    /// Receives once and takes what it means.
+    fn receive(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Result<Next, Failure> {
+        let Some(link) = self.link.as_mut().filter(|link| link.ready.readable()) else { return Ok(Next::Idle) };
+        link.input.compact();
+        let space = link.input.spare();
+        let wanted = space.len();
+        match link.stream.read(space) {
+            Ok(0) if link.stage == Stage::Leaving => return Ok(Next::Close(Reason::Migrated)),
+            Ok(0) => return Err(Failure::Closed),
+            Ok(n) => {
+                if n < wanted {
+                    link.ready.clear_readable();
+                }
+                link.input.advance(n);
+            }
+            Err(error) => match link.ready.failed_read(error) {
+                Ok(()) => return Ok(Next::Idle),
+                // It has everything and has said so: how it goes does not matter.
+                Err(_) if link.stage == Stage::Leaving => return Ok(Next::Close(Reason::Migrated)),
+                Err(error) => return Err(Failure::Broken(format!("cannot receive: {error}"))),
+            },
+        }
+        self.deadline_ms = match link.stage {
+            Stage::Copying => sh.now_ms.saturating_add(self.settings.request_limit_ms),
+            // One byte at a time does not make a greeting or an end later.
+            Stage::Connecting | Stage::Greeting | Stage::Leaving => self.deadline_ms,
+        };
+        loop {
+            let Some(link) = &mut self.link else { return Ok(Next::Idle) };
+            match link.session.parse(link.input.filled()).map_err(|violation| Failure::Broken(violation.to_string()))? {
+                None => return Ok(Next::Again),
+                Some((event, used)) => {
+                    let greeting = match event {
+                        Event::Greeting(greeting) => Some(greeting),
+                        Event::Reply { cookie, error } => {
+                            link.answered(cookie, error, plan, sh.now_ms)?;
+                            None
+                        }
+                        Event::Data { .. } => None,
+                    };
+                    link.input.consume(used);
+                    if let Some(greeting) = greeting {
+                        self.greeted(greeting, key, plan, sh)?;
+                    }
+                }
+            }
+        }
+    }
+
+    fn greeted(&mut self, greeting: Greeting, key: Key, plan: &mut Plan, sh: &mut Shared) -> Result<(), Failure> {
+        let size = sh.disk.size();
+        if greeting.size != size {
+            return Err(Failure::Size { remote: greeting.size, local: size });
+        }
+        let Some(link) = &mut self.link else { return Ok(()) };
+        let offers = |flag: u16| greeting.flags & u32::from(flag) != 0;
+        link.can = Abilities { zero: offers(transmission::SEND_WRITE_ZEROES), flush: offers(transmission::SEND_FLUSH) };
+        link.stage = Stage::Copying;
+        self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+        plan.begin(link.can, sh.now_ms);
+        if !link.can.flush {
+            warn!("{self}: the destination offers no FLUSH; how durable the copy is, is its own affair");
+        }
+        info!("{self}: attempt {}: copying {size} bytes", self.attempts);
+        if let Some(starter) = self.starter.take() {
+            sh.effects.push(Effect::Answer(starter, Answer::ok("Mirror started")));
+        }
+        // The plan wants to be asked, and no event will say so.
+        sh.effects.push(Effect::Run(key));
+        Ok(())
+    }
+
+    /// Does what the plan says, as far as memory and this turn's share go.
+    fn copy(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Result<Next, Failure> {
+        self.wake_ms = None;
+        if plan.is_quiescing() && sh.disk.in_flight() > self.reads.len() {
+            return Ok(Next::Again);
+        }
+        if plan.is_quiescing() {
+            plan.quiesced();
+        }
+        for _ in 0..STEPS_PER_TURN {
+            let Some(link) = self.link.as_mut().filter(|_| sh.disk.has_room()) else { return Ok(Next::Idle) };
+            if link.held >= MAX_HELD {
+                return Ok(Next::Idle);
+            }
+            // It has to be there before the plan is asked, because what the plan says is to be done has to be done.
+            let buffer = if link.held == 0 { Some(sh.pool.take_beyond(SLICE)) } else { sh.pool.take(SLICE) };
+            let Some(mut buffer) = buffer else { return Ok(Next::Idle) };
+            match plan.next(sh.now_ms) {
+                Step::Data(range) => {
+                    link.held += buffer.capacity();
+                    let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
+                    let action = disk::Action::Read { offset: range.start, length, buffer };
+                    let taken = sh.disk.submit(disk::Op { owner: key.to_u64(), tag: self.next_tag, action });
+                    debug_assert!(taken.is_ok(), "it had room");
+                    self.reads.push((self.next_tag, Some(range)));
+                    self.next_tag = self.next_tag.wrapping_add(1);
+                }
+                Step::Zero(range) if !link.can.zero => {
+                    link.held += buffer.capacity();
+                    let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
+                    debug_assert!(range.end - range.start <= DATA_MAX, "zeroes as data come in pieces of data");
+                    if let Some(zeroes) = buffer.spare().get_mut(..length) {
+                        zeroes.fill(0);
+                    }
+                    buffer.advance(length);
+                    link.send_data(range, buffer, sh.now_ms);
+                }
+                step => {
+                    sh.pool.give(buffer);
+                    match step {
+                        Step::Look(offset) => {
+                            let extent = sh.disk.extent(offset, u64::MAX);
+                            plan.note_extent(extent.range, extent.is_hole);
+                        }
+                        Step::Zero(range) => link.send_request(kind::WRITE_ZEROES, Asked::Range(range), sh.now_ms),
+                        Step::Flush => link.send_request(kind::FLUSH, Asked::Flush, sh.now_ms),
+                        Step::Quiesce => {
+                            info!("{self}: {} bytes left; pausing clients", plan.progress().left_bytes);
+                            return Ok(Next::Again);
+                        }
+                        Step::WaitUntil(at_ms) => {
+                            self.wake_ms = Some(at_ms);
+                            return Ok(Next::Idle);
+                        }
+                        Step::Commit => return self.commit(sh),
+                        Step::Data(_) | Step::Wait => return Ok(Next::Idle),
+                    }
+                }
+            }
+        }
+        Ok(Next::Again)
+    }
+
+    /// Everything is at the destination and durable there. What happens here happens at once: the file goes, if asked,
+    /// and DISC says that the copy counts. From then on there is no way back.
+    fn commit(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
+        let Some(link) = &mut self.link else { return Ok(Next::Idle) };
+        link.check_open()?;
+        if self.settings.action == Action::Unlink && !self.unlinked {
+            sh.disk
+                .unlink()
+                .map_err(|error| Failure::Broken(format!("cannot unlink {}: {error}", sh.disk.path().display())))?;
+            self.unlinked = true;
+        }
+        let (disc, _) = link.session.request(kind::DISC, 0, 0, 0);
+        match link.stream.write(&disc) {
+            Ok(n) if n == disc.len() => {}
+            Ok(n) => return Err(Failure::Broken(format!("sent {n} of {} bytes of DISC", disc.len()))),
+            Err(error) => return Err(Failure::Broken(format!("cannot send DISC: {error}"))),
+        }
+        link.stage = Stage::Leaving;
+        self.deadline_ms = sh.now_ms.saturating_add(LEAVING_MS);
+        Ok(Next::Again)
+    }
+
+    /// An attempt is over. Before the start, that is the answer; after it, there is another attempt.
+    fn failed(&mut self, why: &Failure, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+        if self.starter.is_some() {
+            return Next::Close(Reason::NotStarted(why.answer().into()));
+        }
+        if plan.pauses_clients() {
+            sh.effects.push(Effect::ResumeClients);
+        }
+        plan.lost(sh.now_ms);
+        self.retry(why, key, sh);
+        Next::Idle
+    }
+
+    fn retry(&mut self, why: &Failure, key: Key, sh: &mut Shared) {
+        warn!("{self}: attempt {} failed: {why}; clients go on, the next begins in {RETRY_MS} ms", self.attempts);
+        self.last_error = Some(why.to_string());
+        self.drop_link(sh);
+        self.deadline_ms = sh.now_ms.saturating_add(RETRY_MS);
+        self.arm(key, sh);
+    }
+
+    fn drop_link(&mut self, sh: &mut Shared) {
+        if let Some(mut link) = self.link.take() {
+            link.outbox.release(&mut sh.pool);
+        }
+        self.reads.iter_mut().for_each(|(_, range)| *range = None);
+        self.wake_ms = None;
+    }
+
+    /// Makes sure that this slot is woken when the first of its times comes.
+    fn arm_for(&mut self, key: Key, plan: &Plan, sh: &mut Shared) {
+        self.wake_ms = self.wake_ms.into_iter().chain(plan.pause_ends_ms()).min();
+        self.arm(key, sh);
+    }
+
+    fn arm(&mut self, key: Key, sh: &mut Shared) {
+        let at_ms = self.wake_ms.map_or(self.deadline_ms, |wake_ms| wake_ms.min(self.deadline_ms));
+        if at_ms < self.armed_ms {
+            sh.wheel.arm(at_ms, key);
+            self.armed_ms = at_ms;
+        }
+    }
+}
+
+impl fmt::Display for Mirror {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "migration to {}", self.settings.to)
+    }
+}

@@ -1,0 +1,67 @@
+//! Why a slot is closed, and the words for it.
+
+use crate::proto::error::Violation;
+use crate::proto::session::End;
+use std::fmt;
+use std::io;
+
+/// Why a slot is closed.
+#[derive(Debug)]
+pub enum Reason {
+    /// The conversation came to its end.
+    End(End),
+    /// The peer broke the protocol in a way that is owed no answer.
+    Violation(Violation),
+    /// The socket failed.
+    Socket(io::Error),
+    /// A request took longer than the killswitch allows.
+    Killswitch {
+        /// How long, in milliseconds.
+        age_ms: u64,
+    },
+    /// A sender connected and asked for nothing.
+    Silent,
+    /// The access control list has changed.
+    AclChanged,
+    /// A control connection took too long.
+    Deadline,
+    /// A control connection has its answer.
+    Answered,
+    /// A control connection's peer does not wait for the answer.
+    HungUp,
+    /// The migration is complete.
+    Migrated,
+    /// The migration did not start; the answer to who asked for it.
+    NotStarted(String),
+    /// Somebody asked for the migration to end.
+    Stopped,
+}
+
+impl Reason {
+    /// True when nobody did anything wrong.
+    pub fn is_orderly(&self) -> bool {
+        matches!(self, Self::End(End::Disconnect | End::EndOfStream) | Self::AclChanged)
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::End(End::Disconnect) => f.write_str("peer sent DISC"),
+            Self::End(End::EndOfStream) => f.write_str("peer hung up between requests"),
+            Self::End(End::Violation(violation)) | Self::Violation(violation) => violation.fmt(f),
+            Self::Socket(error) => error.fmt(f),
+            Self::Killswitch { age_ms } => {
+                write!(f, "killswitch: a request was not done after {}.{:03} s", age_ms / 1000, age_ms % 1000)
+            }
+            Self::Silent => f.write_str("it asked for nothing and kept other senders out"),
+            Self::AclChanged => f.write_str("the access control list does not allow it any more"),
+            Self::Deadline => f.write_str("it took too long"),
+            Self::Answered => f.write_str("answered"),
+            Self::HungUp => f.write_str("it does not wait for its answer"),
+            Self::Migrated => f.write_str("migrated"),
+            Self::NotStarted(why) => f.write_str(why),
+            Self::Stopped => f.write_str("migration stopped"),
+        }
+    }
+}

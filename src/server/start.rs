@@ -1,0 +1,110 @@
+//! How a server comes to be: everything is opened, in the order in which others may see it.
+
+use super::config::{Config, Fatal, Role};
+use super::inbound::Inbound;
+use super::listener::Listener;
+use super::shared::{Limits, Shared, MAX_CONTROLS};
+use super::{Server, Slot};
+use crate::buffer::Pool;
+use crate::disk::Disk;
+use crate::event::ready::RunQueue;
+use crate::event::slots::Slots;
+use crate::event::wheel::Wheel;
+use crate::proto::session::Tally;
+use crate::sys::{self, SignalFd};
+use log::warn;
+use mio::unix::SourceFd;
+use mio::{Interest, Poll};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+
+/// Memory for the payloads of all clients together, in bytes.
+const POOL_BYTES: usize = 16 << 20;
+/// Descriptors besides those of clients: standard streams, poll, signals, image, listeners, control connections.
+const OTHER_DESCRIPTORS: u64 = 16 + MAX_CONTROLS as u64;
+
+impl Server {
+    /// Opens everything; what listens for clients listens before the control socket appears.
+    pub(super) fn start(config: Config) -> Result<Self, Fatal> {
+        let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
+        let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;
+        if disk.tail() > 0 {
+            let (size, tail) = (disk.size(), disk.tail());
+            warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());
+        }
+        let wanted = OTHER_DESCRIPTORS.saturating_add(config.max_clients as u64);
+        match sys::raise_descriptor_limit(wanted) {
+            Ok(limit) if limit < wanted => {
+                warn!("--max-clients {} needs {wanted} descriptors and the limit is {limit}", config.max_clients);
+            }
+            Ok(_) => {}
+            Err(error) => warn!("cannot raise the limit of descriptors to {wanted}: {error}"),
+        }
+        let listener = Listener::nbd(&config.listen, &signals)?;
+        let address = listener.to_string();
+        let poll = Poll::new().map_err(|error| Fatal(format!("cannot wait for events: {error}")))?;
+        let now_ms = sys::monotonic_ms();
+        let inbound = match config.role {
+            Role::Serve => None,
+            Role::Listen { then_serve } => Some(Inbound::new(disk.size(), then_serve)),
+        };
+        let mut server = Self {
+            poll,
+            slots: Slots::default(),
+            run: RunQueue::default(),
+            out: RunQueue::default(),
+            shared: Shared {
+                now_ms,
+                pool: Pool::new(POOL_BYTES),
+                disk,
+                wheel: Wheel::new(now_ms),
+                acl: config.acl,
+                limits: Limits {
+                    killswitch_ms: config.killswitch_ms,
+                    max_clients: config.max_clients,
+                    request_limit_ms: config.request_limit_ms,
+                },
+                effects: Vec::new(),
+                plan: None,
+                inbound,
+                held: RunQueue::default(),
+                clients: 0,
+                controls: 0,
+                closed: Tally::default(),
+            },
+            control_listener: None,
+            mirror: None,
+            waiters: Vec::new(),
+            leaving: None,
+            over: false,
+            address,
+            next_id: 1,
+        };
+        server.open_slots(listener, config.control, signals)?;
+        Ok(server)
+    }
+
+    fn open_slots(&mut self, nbd: Listener, control: Option<PathBuf>, signals: SignalFd) -> Result<(), Fatal> {
+        let failed = |error: io::Error| Fatal(format!("cannot wait for events: {error}"));
+        let registry = self.poll.registry();
+        let add = |slots: &mut Slots<Slot>, mut listener: Listener| {
+            slots.try_insert_with(|key| {
+                listener.register(registry, key.token())?;
+                Ok(Slot::Listener(listener))
+            })
+        };
+        self.slots
+            .try_insert_with(|key| {
+                let fd = signals.as_fd().as_raw_fd();
+                registry.register(&mut SourceFd(&fd), key.token(), Interest::READABLE)?;
+                Ok(Slot::Signals(signals))
+            })
+            .map_err(failed)?;
+        add(&mut self.slots, nbd).map_err(failed)?;
+        if let Some(path) = control {
+            self.control_listener = Some(add(&mut self.slots, Listener::control(&path)?).map_err(failed)?);
+        }
+        Ok(())
+    }
+}
