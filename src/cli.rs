@@ -131,6 +131,7 @@ fn verbosity(before: LogFlags, after: LogFlags) -> Verbosity {
 fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
     Ok(Job::Serve(server::Config {
         listen: endpoint(args.addr, args.port)?,
+        newstyle: Vec::new(),
         file: args.file,
         control: args.sock,
         acl: Acl::new(args.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, args.default_deny),

@@ -157,13 +157,16 @@ fn content(offset: u64) -> u8 {
 /// Does what a disk would, and returns the buffer.
 fn work(action: Action) -> Option<Buffer> {
     let (offset, length, buffer) = match action {
-        Action::Read { offset, length, mut buffer } => {
+        Action::Read { offset, length, mut buffer, .. } => {
             let bytes: Vec<u8> = (offset..).take(length).map(content).collect();
             assert_eq!((buffer.len(), buffer.append(&bytes)), (0, length), "an empty buffer that is large enough");
             (offset, length as u64, Some(buffer))
         }
         Action::Write { offset, payload, .. } => (offset, payload.len() as u64, Some(payload)),
-        Action::Zero { offset, length, .. } | Action::Trim { offset, length, .. } => (offset, length, None),
+        Action::Zero { offset, length, .. }
+        | Action::Trim { offset, length, .. }
+        | Action::Cache { offset, length }
+        | Action::Map { offset, length, .. } => (offset, length, None),
         Action::Flush => return None,
     };
     assert!(length > 0 && offset.checked_add(length).is_some_and(|end| end <= EXPORT), "inside the export");
@@ -182,7 +185,7 @@ pub fn session(data: &[u8]) {
     let stream = std::mem::take(&mut oracle.stream);
     let mut input = stream.as_slice();
     let mut pool = Pool::new(cap);
-    let mut session = ServerSession::oldstyle(Export::new(EXPORT), 0);
+    let mut session = ServerSession::oldstyle(Export { size: EXPORT }, 0);
     let mut disk: Vec<(u32, Option<Buffer>)> = Vec::new();
     let mut hung_up = false;
     let mut now_ms = 0;
@@ -245,7 +248,7 @@ pub fn session(data: &[u8]) {
             }
             _ => {
                 let (tag, buffer) = disk.swap_remove(choice / can.len() % disk.len());
-                let result = if choices.next() == 0xFF { Err(Errno::Io) } else { Ok(()) };
+                let result = if choices.next() == 0xFF { Err(Errno::Io) } else { Ok(Vec::new()) };
                 if let Err(violation) = session.complete(tag, result, buffer, &mut pool) {
                     break Err(violation);
                 }

@@ -168,6 +168,16 @@ pub fn zero_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
     fallocate(file, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
 }
 
+/// Says that a range will be read soon (`POSIX_FADV_WILLNEED`).
+pub fn will_need(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let (offset, length) = (off(offset)?, off(length)?);
+    // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, length, libc::POSIX_FADV_WILLNEED) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 fn seek(file: &File, offset: u64, whence: c_int) -> io::Result<u64> {
     let offset = off(offset)?;
     // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.

@@ -54,6 +54,9 @@ pub enum Action {
         offset: u64,
         /// How much to read.
         length: usize,
+        /// A hole at the beginning is not read: it comes back as the only extent of [`Done`], and the buffer holds
+        /// what is behind it.
+        skip_hole: bool,
         /// Comes empty, with room for `length` bytes, and goes back filled with them, or empty after an error.
         buffer: Buffer,
     },
@@ -92,6 +95,22 @@ pub enum Action {
     },
     /// Puts everything on stable storage that was done before this was submitted.
     Flush,
+    /// Says that the range will be read soon. It is a hint.
+    Cache {
+        /// Where it begins.
+        offset: u64,
+        /// How long it is.
+        length: u64,
+    },
+    /// Finds out what is data and what is a hole, from the beginning of the range on.
+    Map {
+        /// Where it begins.
+        offset: u64,
+        /// How long it is.
+        length: u64,
+        /// How many extents at the most.
+        most: usize,
+    },
 }
 
 impl Action {
@@ -100,7 +119,7 @@ impl Action {
         let (offset, length) = match self {
             Self::Write { offset, payload, .. } => (*offset, payload.len() as u64),
             Self::Zero { offset, length, .. } | Self::Trim { offset, length, .. } => (*offset, *length),
-            Self::Read { .. } | Self::Flush => return None,
+            Self::Read { .. } | Self::Flush | Self::Cache { .. } | Self::Map { .. } => return None,
         };
         Some(offset..offset.saturating_add(length))
     }
@@ -109,16 +128,19 @@ impl Action {
         match self {
             Self::Write { fua, .. } | Self::Zero { fua, .. } | Self::Trim { fua, .. } => *fua,
             Self::Flush => true,
-            Self::Read { .. } => false,
+            Self::Read { .. } | Self::Cache { .. } | Self::Map { .. } => false,
         }
     }
 
     /// Invariant 1, and that a read has room.
     fn fits(&self, size: u64) -> bool {
         match self {
-            Self::Read { offset, length, buffer } => {
+            Self::Read { offset, length, buffer, .. } => {
                 let has_room = buffer.is_empty() && *length <= buffer.capacity();
                 has_room && offset.checked_add(*length as u64).is_some_and(|end| end <= size)
+            }
+            Self::Cache { offset, length } | Self::Map { offset, length, .. } => {
+                offset.checked_add(*length).is_some_and(|end| end <= size)
             }
             _ => self.touches().is_none_or(|range| range.start <= range.end && range.end <= size),
         }
@@ -136,6 +158,8 @@ pub struct Done {
     pub buffer: Option<Buffer>,
     /// The bytes of the image that may have changed, also when it failed.
     pub touched: Option<Range<u64>>,
+    /// What a map has found, or the hole at the beginning of a read that skips one.
+    pub extents: Vec<Extent>,
     /// How it ended. Success means all of it.
     pub result: io::Result<()>,
 }
@@ -410,7 +434,7 @@ mod tests {
         assert_eq!((done.owner, done.tag, done.touched), (7, 1, Some(5..8)));
         done.result.unwrap();
         assert_eq!((disk.in_flight(), disk.syncs()), (0, 1));
-        let read = Action::Read { offset: 4, length: 5, buffer: Buffer::with_capacity(16) };
+        let read = Action::Read { offset: 4, length: 5, skip_hole: false, buffer: Buffer::with_capacity(16) };
         disk.submit(Op { owner: 8, tag: 2, action: read }).unwrap();
         disk.kick();
         let done = disk.pop_done().unwrap();

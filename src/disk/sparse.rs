@@ -39,6 +39,22 @@ pub(super) fn extent(image: &Image, offset: u64, limit: u64) -> Extent {
     Extent { range: offset..end, is_hole: false }
 }
 
+/// The hole that the range begins with, if it does.
+pub(super) fn hole(image: &Image, range: Range<u64>) -> Option<Extent> {
+    let end = next_data(image, range.start).min(range.end);
+    (end > range.start).then_some(Extent { range: range.start..end, is_hole: true })
+}
+
+/// The extents of the range in their order, cut at its end.
+pub(super) fn map(image: &Image, range: Range<u64>) -> impl Iterator<Item = Extent> + '_ {
+    let mut at = range.start;
+    std::iter::from_fn(move || {
+        let found = (at < range.end).then(|| extent(image, at, range.end))?;
+        at = found.range.end;
+        Some(found)
+    })
+}
+
 /// Where data begins at or after `offset`; the end of the image if there is none.
 fn next_data(image: &Image, offset: u64) -> u64 {
     if image.is_device {

@@ -9,7 +9,7 @@
 //! Invariant 2: a step stays inside what is left of its range.
 
 use super::sparse::{self, BLOCK};
-use super::{Action, Done, Image, Op};
+use super::{Action, Done, Extent, Image, Op};
 use crate::buffer::Buffer;
 use crate::sys;
 use std::collections::VecDeque;
@@ -35,6 +35,7 @@ const UNFINISHED_PER_KICK: usize = 16;
 struct Job {
     op: Op,
     touched: Option<Range<u64>>,
+    extents: Vec<Extent>,
 }
 
 impl Job {
@@ -42,9 +43,9 @@ impl Job {
         let Op { owner, tag, action } = self.op;
         let buffer = match action {
             Action::Read { buffer, .. } | Action::Write { payload: buffer, .. } => Some(buffer),
-            Action::Zero { .. } | Action::Trim { .. } | Action::Flush => None,
+            _ => None,
         };
-        Done { owner, tag, buffer, touched: self.touched, result }
+        Done { owner, tag, buffer, touched: self.touched, extents: self.extents, result }
     }
 }
 
@@ -79,7 +80,7 @@ impl Engine {
 
     pub(super) fn submit(&mut self, op: Op) {
         let touched = op.action.touches();
-        self.queue.push_back(Job { op, touched });
+        self.queue.push_back(Job { op, touched, extents: Vec::new() });
     }
 
     /// Takes each queued operation one step further, then does the fdatasync for all that are waiting for one.
@@ -88,7 +89,7 @@ impl Engine {
         let mut unfinished = 0;
         for _ in 0..self.queue.len() {
             let Some(mut job) = self.queue.pop_front() else { break };
-            match self.step(image, &mut job.op.action) {
+            match self.step(image, &mut job.op.action, &mut job.extents) {
                 Ok(false) => {
                     self.queue.push_back(job);
                     unfinished += 1;
@@ -117,9 +118,18 @@ impl Engine {
     }
 
     /// Does what can be done of an action at once, and says whether that was all of it.
-    fn step(&mut self, image: &Image, action: &mut Action) -> io::Result<bool> {
+    fn step(&mut self, image: &Image, action: &mut Action, extents: &mut Vec<Extent>) -> io::Result<bool> {
         match action {
-            Action::Read { offset, length, buffer } => read(&image.file, *offset, *length, buffer).map(|()| true),
+            Action::Read { offset, length, skip_hole, buffer } => {
+                let (mut offset, mut length) = (*offset, *length);
+                if *skip_hole {
+                    let hole = sparse::hole(image, offset..offset + length as u64);
+                    let skipped = hole.as_ref().map_or(0, |hole| hole.range.end - hole.range.start);
+                    extents.extend(hole);
+                    (offset, length) = (offset + skipped, length - usize::try_from(skipped).unwrap_or(length));
+                }
+                read(&image.file, offset, length, buffer).map(|()| true)
+            }
             Action::Write { offset, payload, .. } => sparse::write(image, *offset, payload.filled()).map(|()| true),
             Action::Zero { offset, length, allocate, fast, .. } => {
                 let done = self.zero_step(image, *offset, *length, *allocate, *fast)?;
@@ -130,6 +140,15 @@ impl Engine {
                 Ok(proceed(offset, length, done))
             }
             Action::Flush => Ok(true),
+            Action::Cache { offset, length } => {
+                // A hint that is not taken harms nobody.
+                let _ = sys::will_need(&image.file, *offset, *length);
+                Ok(true)
+            }
+            Action::Map { offset, length, most } => {
+                extents.extend(sparse::map(image, *offset..*offset + *length).take(*most));
+                Ok(true)
+            }
         }
     }
 
@@ -300,9 +319,12 @@ mod tests {
             let fua = random.below(16) == 0;
             let is_read = random.below(3) == 0;
             let action = match random.below(4) {
-                _ if is_read => {
-                    Action::Read { offset, length: range.len(), buffer: Buffer::with_capacity(range.len() + 5) }
-                }
+                _ if is_read => Action::Read {
+                    offset,
+                    length: range.len(),
+                    skip_hole: false,
+                    buffer: Buffer::with_capacity(range.len() + 5),
+                },
                 0 => Action::Flush,
                 1 => {
                     let bytes: Vec<u8> = range.clone().map(|_| random.below(256) as u8).collect();
@@ -505,7 +527,7 @@ mod tests {
         let temp = TempFile::new("short");
         let image = image(&temp, 1 << 20);
         temp.file.set_len(1000).unwrap();
-        let read = Action::Read { offset: 990, length: 20, buffer: Buffer::with_capacity(20) };
+        let read = Action::Read { offset: 990, length: 20, skip_hole: false, buffer: Buffer::with_capacity(20) };
         let failed = run(&mut Engine::new(), &image, read);
         assert_eq!(failed.result.unwrap_err().kind(), ErrorKind::UnexpectedEof);
         assert!(failed.buffer.unwrap().is_empty());

@@ -16,6 +16,8 @@ pub enum Errno {
     Inval = 22,
     /// No space left on the device.
     NoSpc = 28,
+    /// Too much for one piece.
+    Overflow = 75,
     /// Not supported.
     NotSup = 95,
 }
@@ -59,6 +61,16 @@ pub enum Violation {
     UnknownCookie(u64),
     /// The first 16 bytes are no oldstyle greeting.
     NotOldstyle(u64, u64),
+    /// Client flags with a bit nobody knows.
+    ClientFlags(u32),
+    /// An option does not start with the option magic.
+    BadOptionMagic(u64),
+    /// An option is longer than is worth draining, in bytes.
+    OptionTooLong(u32),
+    /// More options than this many.
+    TooManyOptions(u32),
+    /// The client chose an export that is not there, in a way that cannot be answered.
+    UnknownExport,
     /// The end of the stream came inside a message.
     Truncated,
     /// A read failed when its reply had begun; a simple reply cannot take that back.
@@ -74,6 +86,11 @@ impl fmt::Display for Violation {
             Self::NotOldstyle(first, second) => {
                 write!(f, "not an oldstyle NBD greeting: it starts with {first:#018x} {second:#018x}")
             }
+            Self::ClientFlags(flags) => write!(f, "unknown client flags: {flags:#x}"),
+            Self::BadOptionMagic(magic) => write!(f, "not an NBD option: it starts with {magic:#018x}"),
+            Self::OptionTooLong(length) => write!(f, "an option of {length} bytes"),
+            Self::TooManyOptions(most) => write!(f, "more than {most} options"),
+            Self::UnknownExport => write!(f, "asked for an export that is not there; the only one has an empty name"),
             Self::Truncated => write!(f, "hung up in the middle of a message"),
             Self::ReplyCutShort(errno) => write!(f, "a read failed with {errno} in the middle of its reply"),
         }

@@ -1,13 +1,17 @@
 //! PURE: the NBD protocol as functions from bytes to meaning and back.
 //!
 //! ```text
-//!  oldstyle:  greeting ──> Request ──> (Payload ──>) Request ... ──> Closing
-//!             "Oldstyle      "Request message",        DISC, end of stream, violation:
-//!              negotiation"  "Simple reply message"    "Terminating the transmission phase"
+//!  oldstyle:  greeting ────────────────┐
+//!             "Oldstyle negotiation"   v
+//!                                   Request ──> (Payload ──>) Request ... ──> Closing
+//!                                      ^   "Request message",                 DISC, end of stream, violation:
+//!  newstyle:  greeting ─> Handshake ───┘   "Simple reply message",            "Terminating the transmission phase"
+//!             "Newstyle negotiation"       "Structured reply chunk message"
 //! ```
 //!
-//! [`wire`] holds the constants and fixed messages, [`error`] what can be wrong, [`request`] what may be asked,
-//! [`session`] the server's side of a conversation, [`client`] the other one, [`outbox`] what waits to be sent.
+//! [`wire`] holds the constants and fixed messages, [`error`] what can be wrong, [`handshake`] the
+//! newstyle negotiation, [`request`] what may be asked, [`reply`] how it is answered, [`session`] the server's side of a
+//! conversation, [`client`] the other one, [`outbox`] what waits to be sent.
 //!
 //! Everything that comes from a peer is hostile here: lengths are checked before they are used, memory is bounded by
 //! what the pool hands out, and nothing indexes or adds without looking.
@@ -16,7 +20,9 @@
 
 pub mod client;
 pub mod error;
+pub mod handshake;
 pub mod outbox;
+pub mod reply;
 pub mod request;
 pub mod session;
 pub mod wire;

@@ -14,7 +14,7 @@ pub const PIECES: usize = 64;
 #[derive(Debug)]
 enum Piece {
     Head { bytes: [u8; INLINE], start: u8, end: u8 },
-    Handshake { bytes: Vec<u8>, start: usize },
+    Text { bytes: Vec<u8>, start: usize },
     Payload(Buffer),
 }
 
@@ -22,7 +22,7 @@ impl Piece {
     fn bytes(&self) -> &[u8] {
         match self {
             Self::Head { bytes, start, end } => bytes.get(usize::from(*start)..usize::from(*end)).unwrap_or_default(),
-            Self::Handshake { bytes, start } => bytes.get(*start..).unwrap_or_default(),
+            Self::Text { bytes, start } => bytes.get(*start..).unwrap_or_default(),
             Self::Payload(buffer) => buffer.filled(),
         }
     }
@@ -32,7 +32,7 @@ impl Piece {
             // A head is at most 32 bytes long, so that n fits.
             #[allow(clippy::cast_possible_truncation)]
             Self::Head { start, .. } => *start += n as u8,
-            Self::Handshake { start, .. } => *start += n,
+            Self::Text { start, .. } => *start += n,
             Self::Payload(buffer) => buffer.consume(n),
         }
     }
@@ -46,9 +46,9 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// Queues bytes of the handshake, which count as no reply.
-    pub fn push_handshake(&mut self, bytes: Vec<u8>, since_ms: u64) {
-        self.pieces.push_back((since_ms, Piece::Handshake { bytes, start: 0 }));
+    /// Queues bytes that are neither the head of a reply nor a payload of the pool: of a handshake, or extents.
+    pub fn push_text(&mut self, bytes: Vec<u8>, since_ms: u64) {
+        self.pieces.push_back((since_ms, Piece::Text { bytes, start: 0 }));
     }
 
     /// Queues the head of a reply to a request that came at `since_ms`. A head is at most 32 bytes long.
@@ -107,7 +107,7 @@ impl Outbox {
                     pool.give(buffer);
                 }
                 Some((_, Piece::Head { .. })) => self.replies -= 1,
-                Some((_, Piece::Handshake { .. })) | None => {}
+                Some((_, Piece::Text { .. })) | None => {}
             }
         }
         freed
@@ -141,7 +141,7 @@ mod tests {
         for step in 1..=all.len() {
             let mut pool = Pool::new(SLICE);
             let mut outbox = Outbox::default();
-            outbox.push_handshake(b"greeting".to_vec(), 5);
+            outbox.push_text(b"greeting".to_vec(), 5);
             outbox.push_head(b"-head1", 3);
             let mut payload = pool.take(7).unwrap();
             payload.append(b"payload");

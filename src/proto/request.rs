@@ -1,4 +1,4 @@
-//! What a client may ask for: the export, the check of a request against it, and the work a good request means.
+//! What a client may ask for: the export, the style of its connection, the check of a request against it, and the work a good request means.
 //!
 //! Specification: "Request types", "Command flags", "Error values", "Transmission flags".
 
@@ -11,17 +11,65 @@ use crate::buffer::Buffer;
 pub struct Export {
     /// Size in bytes.
     pub size: u64,
-    /// Transmission flags.
-    pub flags: u16,
 }
 
 impl Export {
-    /// An export of `size` bytes with everything this server can do.
-    pub fn new(size: u64) -> Self {
-        use transmission::{CAN_MULTI_CONN, HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
-        Self { size, flags: HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES | CAN_MULTI_CONN }
+    /// The transmission flags of everything a client of this style may ask for.
+    pub fn flags(&self, style: Style) -> u16 {
+        use transmission as t;
+        let both = t::HAS_FLAGS | t::SEND_FLUSH | t::SEND_FUA | t::SEND_TRIM | t::SEND_WRITE_ZEROES | t::CAN_MULTI_CONN;
+        match style {
+            Style::Oldstyle => both,
+            Style::Newstyle(Agreed { structured: false, .. }) => both | t::SEND_CACHE | t::SEND_FAST_ZERO,
+            Style::Newstyle(_) => both | t::SEND_CACHE | t::SEND_FAST_ZERO | t::SEND_DF,
+        }
     }
 }
+
+/// What client and server have agreed on in a newstyle negotiation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Agreed {
+    /// Structured replies.
+    pub structured: bool,
+    /// The client may ask for `base:allocation`.
+    pub allocation: bool,
+}
+
+/// How requests are judged and answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// As the predecessor did.
+    Oldstyle,
+    /// As was agreed on.
+    Newstyle(Agreed),
+}
+
+impl Style {
+    /// True when READs get structured replies.
+    pub fn structured(self) -> bool {
+        matches!(self, Self::Newstyle(Agreed { structured: true, .. }))
+    }
+
+    /// True when `BLOCK_STATUS` is answered.
+    pub fn allocation(self) -> bool {
+        matches!(self, Self::Newstyle(Agreed { allocation: true, .. }))
+    }
+}
+
+/// A stretch of the export.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// How long it is, in bytes.
+    pub length: u64,
+    /// It is not allocated and reads as zeroes.
+    pub is_hole: bool,
+}
+
+/// The most a READ with DF may ask for, in bytes: what the specification wants to work. It is held whole.
+pub const DF_MAX: u32 = 64 << 10;
+
+/// Extents in one reply at the most; a client asks again for the rest.
+pub const EXTENTS_MAX: usize = 512;
 
 /// A piece of work for the disk. A long request becomes several, one after the other, with the same tag.
 #[derive(Debug)]
@@ -41,6 +89,8 @@ pub enum Action {
         offset: u64,
         /// How many bytes.
         length: usize,
+        /// A hole at the beginning need not be filled in; its length comes back instead.
+        skip_hole: bool,
         /// What to fill.
         buffer: Buffer,
     },
@@ -63,6 +113,8 @@ pub enum Action {
         fua: bool,
         /// Make no hole.
         no_hole: bool,
+        /// Fail rather than be slow.
+        fast: bool,
     },
     /// The range is not needed any more.
     Trim {
@@ -75,6 +127,22 @@ pub enum Action {
     },
     /// Make everything durable that was answered before.
     Flush,
+    /// The range will be read soon.
+    Cache {
+        /// Where it begins.
+        offset: u64,
+        /// How many bytes.
+        length: u64,
+    },
+    /// Say what is allocated, from the beginning of the range on.
+    Map {
+        /// Where it begins.
+        offset: u64,
+        /// How many bytes.
+        length: u64,
+        /// How many extents at the most.
+        most: usize,
+    },
 }
 
 /// A request that is answered with an error without asking the disk.
@@ -89,36 +157,58 @@ pub struct Refusal {
 }
 
 /// Everything that can be wrong with a request before the disk is asked ("Error values", "Command flags").
-pub fn refuse(head: &RequestHead, size: u64) -> Option<Refusal> {
+pub fn refuse(head: &RequestHead, size: u64, style: Style) -> Option<Refusal> {
     let no = |errno, why| Some(Refusal { head: *head, errno, why });
+    let oldstyle = style == Style::Oldstyle;
     let (allowed_flags, beyond) = match head.kind {
-        // The predecessor's clients know ENOSPC for every request beyond the end of an oldstyle export.
-        kind::READ | kind::WRITE => (command::FUA, Errno::NoSpc),
-        kind::WRITE_ZEROES => (command::FUA | command::NO_HOLE, Errno::NoSpc),
+        // The predecessor's clients know ENOSPC for every request beyond the end.
+        kind::READ if oldstyle => (0, Errno::NoSpc),
+        kind::READ if style.structured() => (command::DF, Errno::Inval),
+        kind::WRITE => (0, Errno::NoSpc),
+        kind::WRITE_ZEROES if oldstyle => (command::NO_HOLE, Errno::NoSpc),
+        kind::WRITE_ZEROES => (command::NO_HOLE | command::FAST_ZERO, Errno::NoSpc),
         // Offset and length of a FLUSH are reserved; clients that leave something there mean nothing by it.
         kind::FLUSH if head.flags & !command::FUA == 0 => return None,
-        kind::FLUSH | kind::TRIM => (command::FUA, Errno::Inval),
+        kind::READ | kind::TRIM | kind::FLUSH => (0, Errno::Inval),
+        kind::CACHE if !oldstyle => (0, Errno::Inval),
+        kind::BLOCK_STATUS if style.allocation() && head.length == 0 => {
+            return no(Errno::Inval, "there is no extent without a length");
+        }
+        kind::BLOCK_STATUS if style.allocation() => (command::REQ_ONE, Errno::Inval),
+        kind::CACHE | kind::BLOCK_STATUS => return no(Errno::Inval, "the request type was not negotiated"),
         _ => return no(Errno::Inval, "this server does not know the request type"),
     };
-    if head.flags & !allowed_flags != 0 {
+    // FUA is offered, so it is valid everywhere, also where it means nothing.
+    if head.flags & !(allowed_flags | command::FUA) != 0 {
         return no(Errno::Inval, "the request type does not take these flags");
     }
     match head.end() {
-        None => no(beyond, "offset + length does not fit 64 bits"),
-        Some(end) if end > size => no(beyond, "the range goes beyond the end of the export"),
-        Some(_) => None,
+        None => return no(beyond, "offset + length does not fit 64 bits"),
+        Some(end) if end > size => return no(beyond, "the range goes beyond the end of the export"),
+        Some(_) => {}
     }
+    if head.flags & command::DF != 0 && head.length > DF_MAX {
+        return no(Errno::Overflow, "too long to be answered in one piece");
+    }
+    None
 }
 
 /// The work of a request that has no payload and asks for none; `None` when it asks for nothing at all.
 pub fn without_payload(head: &RequestHead) -> Option<Action> {
-    let fua = head.flags & command::FUA != 0;
+    let has = |flag| head.flags & flag != 0;
+    let fua = has(command::FUA);
     let (offset, length) = (head.offset, u64::from(head.length));
     match head.kind {
         kind::FLUSH => Some(Action::Flush),
         _ if length == 0 => None,
         kind::TRIM => Some(Action::Trim { offset, length, fua }),
-        kind::WRITE_ZEROES => Some(Action::Zero { offset, length, fua, no_hole: head.flags & command::NO_HOLE != 0 }),
+        kind::WRITE_ZEROES => {
+            Some(Action::Zero { offset, length, fua, no_hole: has(command::NO_HOLE), fast: has(command::FAST_ZERO) })
+        }
+        kind::CACHE => Some(Action::Cache { offset, length }),
+        kind::BLOCK_STATUS => {
+            Some(Action::Map { offset, length, most: if has(command::REQ_ONE) { 1 } else { EXTENTS_MAX } })
+        }
         _ => None,
     }
 }

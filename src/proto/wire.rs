@@ -1,6 +1,7 @@
 //! The bytes of the protocol: constants, and fixed arrays to structs and back. Nothing here decides anything.
 //!
-//! Specification: doc/proto.md, "Oldstyle negotiation", "Request message", "Simple reply message", "Values".
+//! Specification: doc/proto.md, "Oldstyle negotiation", "Newstyle negotiation", "Request message", "Simple reply message",
+//! "Structured reply chunk message", "Values".
 
 use super::error::Violation;
 
@@ -8,17 +9,113 @@ use super::error::Violation;
 pub const NBDMAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
 /// The second eight bytes of an oldstyle server.
 pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
+/// The second eight bytes of a newstyle server, and the start of every option.
+pub const IHAVEOPT: u64 = u64::from_be_bytes(*b"IHAVEOPT");
+/// Starts every reply to an option.
+pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Starts every request.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 /// Starts every simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+/// Starts every chunk of a structured reply.
+pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 
+/// Length of the newstyle greeting, in bytes.
+pub const NEWSTYLE_GREETING_LEN: usize = 18;
+/// Length of an option without its data, in bytes.
+pub const OPTION_HEAD_LEN: usize = 16;
+/// Length of an option reply without its data, in bytes.
+pub const OPTION_REPLY_HEAD_LEN: usize = 20;
 /// Length of the oldstyle greeting, in bytes, its 124 zeroes included.
 pub const GREETING_LEN: usize = 152;
 /// Length of a request without its payload, in bytes.
 pub const REQUEST_LEN: usize = 28;
 /// Length of a simple reply without its payload, in bytes.
 pub const SIMPLE_REPLY_LEN: usize = 16;
+/// Length of a chunk of a structured reply without its payload, in bytes.
+pub const CHUNK_LEN: usize = 20;
+
+/// Handshake flags and client flags ("Handshake flags", "Client flags"): both sides give the same bits.
+pub mod handshake_flag {
+    /// Fixed newstyle.
+    pub const FIXED_NEWSTYLE: u16 = 1;
+    /// No 124 zeroes behind the reply to `EXPORT_NAME`.
+    pub const NO_ZEROES: u16 = 2;
+}
+
+/// Options ("Option types").
+pub mod option {
+    /// Choose an export and enter transmission; there is no way to say no.
+    pub const EXPORT_NAME: u32 = 1;
+    /// Leave.
+    pub const ABORT: u32 = 2;
+    /// List the exports.
+    pub const LIST: u32 = 3;
+    /// Encrypt.
+    pub const STARTTLS: u32 = 5;
+    /// Say what an export is.
+    pub const INFO: u32 = 6;
+    /// Say what an export is and enter transmission.
+    pub const GO: u32 = 7;
+    /// Use structured replies.
+    pub const STRUCTURED_REPLY: u32 = 8;
+    /// List metadata contexts.
+    pub const LIST_META_CONTEXT: u32 = 9;
+    /// Select metadata contexts.
+    pub const SET_META_CONTEXT: u32 = 10;
+}
+
+/// Replies to options ("Option reply types").
+pub mod option_reply {
+    /// Done.
+    pub const ACK: u32 = 1;
+    /// An export.
+    pub const SERVER: u32 = 2;
+    /// A piece of information.
+    pub const INFO: u32 = 3;
+    /// A metadata context.
+    pub const META_CONTEXT: u32 = 4;
+    /// Set in every error.
+    pub const ERROR: u32 = 1 << 31;
+    /// The option is not known.
+    pub const ERR_UNSUP: u32 = ERROR | 1;
+    /// The option is malformed, or not now.
+    pub const ERR_INVALID: u32 = ERROR | 3;
+    /// There is no such export.
+    pub const ERR_UNKNOWN: u32 = ERROR | 6;
+    /// The option is too long.
+    pub const ERR_TOO_BIG: u32 = ERROR | 9;
+}
+
+/// Information about an export ("`NBD_INFO_EXPORT`" and its like).
+pub mod info {
+    /// Its size and transmission flags.
+    pub const EXPORT: u16 = 0;
+    /// Its block sizes.
+    pub const BLOCK_SIZE: u16 = 3;
+}
+
+/// Chunks of structured replies ("Structured reply types").
+pub mod chunk {
+    /// The flag of the last one.
+    pub const DONE: u16 = 1;
+    /// Nothing.
+    pub const NONE: u16 = 0;
+    /// Data at an offset.
+    pub const OFFSET_DATA: u16 = 1;
+    /// Zeroes at an offset.
+    pub const OFFSET_HOLE: u16 = 2;
+    /// Extents.
+    pub const BLOCK_STATUS: u16 = 5;
+    /// An error.
+    pub const ERROR: u16 = (1 << 15) + 1;
+}
+
+/// Flags of an extent in `base:allocation` ("`base:allocation` metadata context").
+pub mod extent {
+    /// Not allocated, and it reads as zeroes.
+    pub const HOLE_ZERO: u32 = 1 | 2;
+}
 
 /// Transmission flags: what an export offers ("Transmission flags").
 pub mod transmission {
@@ -32,8 +129,14 @@ pub mod transmission {
     pub const SEND_TRIM: u16 = 32;
     /// `WRITE_ZEROES` is understood.
     pub const SEND_WRITE_ZEROES: u16 = 64;
+    /// The DF command flag is understood.
+    pub const SEND_DF: u16 = 128;
     /// A flush on one connection covers all connections.
     pub const CAN_MULTI_CONN: u16 = 256;
+    /// CACHE is understood.
+    pub const SEND_CACHE: u16 = 1024;
+    /// The `FAST_ZERO` command flag is understood.
+    pub const SEND_FAST_ZERO: u16 = 2048;
 }
 
 /// Command flags of a request ("Command flags").
@@ -42,6 +145,12 @@ pub mod command {
     pub const FUA: u16 = 1;
     /// `WRITE_ZEROES` must leave the range allocated.
     pub const NO_HOLE: u16 = 2;
+    /// A READ is answered in one piece.
+    pub const DF: u16 = 4;
+    /// `BLOCK_STATUS` is answered with one extent.
+    pub const REQ_ONE: u16 = 8;
+    /// `WRITE_ZEROES` must fail rather than be slow.
+    pub const FAST_ZERO: u16 = 16;
 }
 
 /// Request types ("Request types").
@@ -56,8 +165,12 @@ pub mod kind {
     pub const FLUSH: u16 = 3;
     /// The range is not needed any more.
     pub const TRIM: u16 = 4;
+    /// The range will be read soon.
+    pub const CACHE: u16 = 5;
     /// Zero a range without a payload.
     pub const WRITE_ZEROES: u16 = 6;
+    /// Say what is allocated.
+    pub const BLOCK_STATUS: u16 = 7;
 
     /// The name of a request type, for people.
     pub fn name(kind: u16) -> &'static str {
@@ -67,9 +180,9 @@ pub mod kind {
             DISC => "DISC",
             FLUSH => "FLUSH",
             TRIM => "TRIM",
-            5 => "CACHE",
+            CACHE => "CACHE",
             WRITE_ZEROES => "WRITE_ZEROES",
-            7 => "BLOCK_STATUS",
+            BLOCK_STATUS => "BLOCK_STATUS",
             _ => "unknown request",
         }
     }
@@ -103,17 +216,23 @@ impl Fields<'_> {
 }
 
 /// Writes big-endian numbers one after the other into an array that starts as zeroes.
-struct Encoder<const N: usize> {
-    bytes: [u8; N],
+#[derive(Debug)]
+pub struct Encoder<const N: usize> {
+    pub(super) bytes: [u8; N],
     at: usize,
 }
 
 impl<const N: usize> Encoder<N> {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { bytes: [0; N], at: 0 }
     }
 
-    fn put(mut self, field: &[u8]) -> Self {
+    /// What was put so far.
+    pub fn filled(&self) -> &[u8] {
+        self.bytes.get(..self.at).unwrap_or_default()
+    }
+
+    pub(super) fn put(mut self, field: &[u8]) -> Self {
         let end = self.at + field.len();
         if let Some(to) = self.bytes.get_mut(self.at..end) {
             to.copy_from_slice(field);
@@ -212,6 +331,31 @@ impl std::fmt::Display for RequestHead {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} (type {}, flags {:#x}) ", kind::name(self.kind), self.kind, self.flags)?;
         write!(f, "of {} bytes at offset {}", self.length, self.offset)
+    }
+}
+
+/// A chunk of a structured reply without its payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ChunkHead {
+    /// [`chunk::DONE`] on the last one.
+    pub flags: u16,
+    /// What it holds.
+    pub kind: u16,
+    /// The cookie of the request.
+    pub cookie: u64,
+    /// How many bytes follow.
+    pub length: u32,
+}
+
+impl ChunkHead {
+    /// The 20 bytes of it, and room for what belongs to the head of its payload.
+    pub fn encode<const N: usize>(&self) -> Encoder<N> {
+        Encoder::new()
+            .put(&STRUCTURED_REPLY_MAGIC.to_be_bytes())
+            .put(&self.flags.to_be_bytes())
+            .put(&self.kind.to_be_bytes())
+            .put(&self.cookie.to_be_bytes())
+            .put(&self.length.to_be_bytes())
     }
 }
 

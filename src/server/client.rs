@@ -1,6 +1,7 @@
 //! One NBD client: its socket, its session, its deadline.
 
 use super::effect::Effect;
+use super::listener::Purpose;
 use super::reason::Reason;
 use super::shared::Shared;
 use super::stream::{Peer, Stream};
@@ -11,7 +12,7 @@ use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::proto::error::Errno;
 use crate::proto::outbox::PIECES;
-use crate::proto::request::{Action, Export, Refusal, Request};
+use crate::proto::request::{Action, Agreed, Export, Extent, Refusal, Request, Style};
 use crate::proto::session::{ServerSession, Step, Tally};
 use log::{info, warn};
 use std::fmt;
@@ -20,6 +21,8 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 /// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
 const FAILED_LOG_MS: u64 = 10_000;
 
+/// How long a negotiation may take, in milliseconds.
+const HANDSHAKE_MS: u64 = 10_000;
 /// How long a sender may be connected before its first request, in milliseconds.
 const FIRST_REQUEST_MS: u64 = 60_000;
 
@@ -41,13 +44,18 @@ pub struct Client {
 
 impl Client {
     /// A client that has just been accepted.
-    pub fn new(id: u64, stream: Stream, peer: Peer, sh: &Shared) -> Self {
+    pub fn new(id: u64, stream: Stream, peer: Peer, purpose: Purpose, sh: &Shared) -> Self {
+        let export = Export { size: sh.disk.size() };
+        let session = match purpose {
+            Purpose::Newstyle => ServerSession::newstyle(export, sh.now_ms),
+            Purpose::Oldstyle | Purpose::Control => ServerSession::oldstyle(export, sh.now_ms),
+        };
         let client = Self {
             id,
             peer,
             stream,
             ready: Ready::default(),
-            session: ServerSession::oldstyle(Export::new(sh.disk.size()), sh.now_ms),
+            session,
             opened_ms: sh.now_ms,
             stalled: false,
             armed_ms: u64::MAX,
@@ -70,6 +78,31 @@ impl Client {
     /// Who it is.
     pub fn peer(&self) -> Peer {
         self.peer
+    }
+
+    /// Its number, in the order of connecting.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// How it speaks, for people.
+    pub fn style(&self) -> &'static str {
+        match self.session.style() {
+            _ if self.session.is_negotiating() => "negotiating",
+            Style::Oldstyle => "oldstyle",
+            Style::Newstyle(Agreed { structured: true, .. }) => "newstyle-structured",
+            Style::Newstyle(_) => "newstyle",
+        }
+    }
+
+    /// When it connected, in milliseconds of the server's clock.
+    pub fn opened_ms(&self) -> u64 {
+        self.opened_ms
+    }
+
+    /// Requests that are not answered yet.
+    pub fn in_flight(&self) -> usize {
+        self.session.in_flight()
     }
 
     /// What it has had done so far.
@@ -146,7 +179,11 @@ impl Client {
                 sh.effects.push(Effect::Fail(why));
             }
         }
-        let result = done.result.map_err(|error| {
+        let extents = done
+            .extents
+            .into_iter()
+            .map(|disk::Extent { range, is_hole }| Extent { length: range.end - range.start, is_hole });
+        let result = done.result.map(|()| extents.collect()).map_err(|error| {
             let errno = errno_of(&error);
             self.log_failure(done.tag, &error, errno, sh.now_ms);
             errno
@@ -192,11 +229,11 @@ impl Client {
     /// A wheel entry has fired: the true deadline is looked at.
     pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         self.armed_ms = u64::MAX;
-        if let Some(silent_ms) = self.first_request_due(sh) {
-            if silent_ms <= sh.now_ms {
-                return Next::Close(Reason::Silent);
+        if let Some((due_ms, reason)) = self.first_step_due(sh) {
+            if due_ms <= sh.now_ms {
+                return Next::Close(reason);
             }
-            self.arm(silent_ms, key, sh);
+            self.arm(due_ms, key, sh);
         }
         let (Some(limit_ms), Some(oldest_ms)) = (sh.limits.killswitch_ms, self.session.oldest_ms()) else {
             return Next::Idle;
@@ -211,15 +248,21 @@ impl Client {
 
     /// Starts the deadlines that run from the beginning.
     pub fn opened(&mut self, key: Key, sh: &mut Shared) {
-        if let Some(silent_ms) = self.first_request_due(sh) {
-            self.arm(silent_ms, key, sh);
+        if let Some((due_ms, _)) = self.first_step_due(sh) {
+            self.arm(due_ms, key, sh);
         }
     }
 
-    /// When a sender has to have asked for something: whoever only connects would keep the real one out.
-    fn first_request_due(&self, sh: &Shared) -> Option<u64> {
-        let silent = sh.inbound.is_some() && !self.session.has_begun();
-        silent.then(|| self.opened_ms.saturating_add(FIRST_REQUEST_MS))
+    /// When a client has to have come to its requests; a sender, to its first one: whoever only connects would keep
+    /// the real one out.
+    fn first_step_due(&self, sh: &Shared) -> Option<(u64, Reason)> {
+        if self.session.is_negotiating() {
+            Some((self.opened_ms.saturating_add(HANDSHAKE_MS), Reason::Handshake))
+        } else if sh.inbound.is_some() && !self.session.has_begun() {
+            Some((self.opened_ms.saturating_add(FIRST_REQUEST_MS), Reason::Silent))
+        } else {
+            None
+        }
     }
 
     /// The wheel holds an entry that is not later than the deadline; when it fires, the true one is looked at.
@@ -274,13 +317,15 @@ impl fmt::Display for Client {
 /// What a request means to the disk.
 fn disk_op(key: Key, request: Request) -> disk::Op {
     let action = match request.action {
-        Action::Read { offset, length, buffer } => disk::Action::Read { offset, length, buffer },
+        Action::Read { offset, length, skip_hole, buffer } => disk::Action::Read { offset, length, skip_hole, buffer },
         Action::Write { offset, payload, fua } => disk::Action::Write { offset, payload, fua },
-        Action::Zero { offset, length, fua, no_hole } => {
-            disk::Action::Zero { offset, length, fua, allocate: no_hole, fast: false }
+        Action::Zero { offset, length, fua, no_hole, fast } => {
+            disk::Action::Zero { offset, length, fua, allocate: no_hole, fast }
         }
         Action::Trim { offset, length, fua } => disk::Action::Trim { offset, length, fua },
         Action::Flush => disk::Action::Flush,
+        Action::Cache { offset, length } => disk::Action::Cache { offset, length },
+        Action::Map { offset, length, most } => disk::Action::Map { offset, length, most },
     };
     disk::Op { owner: key.to_u64(), tag: request.tag, action }
 }
@@ -291,6 +336,8 @@ fn errno_of(error: &io::Error) -> Errno {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Errno::NoSpc,
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Errno::Perm,
         ErrorKind::OutOfMemory => Errno::NoMem,
+        // Only what must be fast is ever not supported.
+        ErrorKind::Unsupported => Errno::NotSup,
         _ => Errno::Io,
     }
 }

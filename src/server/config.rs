@@ -8,8 +8,10 @@ use std::path::PathBuf;
 /// What to serve, and how.
 #[derive(Debug)]
 pub struct Config {
-    /// Where NBD clients connect.
+    /// Where NBD clients connect that speak oldstyle.
     pub listen: Endpoint,
+    /// Where NBD clients connect that negotiate.
+    pub newstyle: Vec<Endpoint>,
     /// The image: a regular file or a block device.
     pub file: PathBuf,
     /// The path of the control socket, if there is one.

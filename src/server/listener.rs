@@ -36,8 +36,10 @@ const REFUSED_LOG_MS: u64 = 10_000;
 /// What connections of a listener are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// The block device.
-    Nbd,
+    /// The block device, for clients that speak oldstyle.
+    Oldstyle,
+    /// The block device, for clients that negotiate.
+    Newstyle,
     /// Commands.
     Control,
 }
@@ -71,12 +73,12 @@ impl Drop for SocketFile {
 
 impl Listener {
     /// Listens for NBD clients. An address that this machine does not have yet is waited for; a signal ends the wait.
-    pub fn nbd(addr: &Endpoint, signals: &SignalFd) -> Result<Self, Fatal> {
+    pub fn nbd(addr: &Endpoint, purpose: Purpose, signals: &SignalFd) -> Result<Self, Fatal> {
         let socket = match addr {
             Endpoint::Tcp(addr) => Socket::Tcp(bind_tcp(*addr, signals)?),
             Endpoint::Unix(path) => bind_unix(path, |path| net::UnixListener::bind(path))?,
         };
-        Ok(Self::new(socket, Purpose::Nbd))
+        Ok(Self::new(socket, purpose))
     }
 
     /// Listens for commands on a path that only this user may open.
@@ -144,7 +146,7 @@ impl Listener {
         } else if let Err(error) = stream.set_options() {
             self.log_refused(sh, &format_args!("lost {peer} before it was served: {error}"));
         } else {
-            sh.effects.push(Effect::Connected(stream, peer));
+            sh.effects.push(Effect::Connected(stream, peer, self.purpose));
             sh.clients += 1;
         }
     }

@@ -369,7 +369,7 @@ impl Mirror {
                 Step::Data(range) => {
                     link.held += buffer.capacity();
                     let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
-                    let action = disk::Action::Read { offset: range.start, length, buffer };
+                    let action = disk::Action::Read { offset: range.start, length, skip_hole: false, buffer };
                     let taken = sh.disk.submit(disk::Op { owner: key.to_u64(), tag: self.next_tag, action });
                     debug_assert!(taken.is_ok(), "it had room");
                     self.reads.push((self.next_tag, Some(range)));

@@ -38,7 +38,7 @@ use client::Client;
 use control::Control;
 use effect::Effect;
 use inbound::Inbound;
-use listener::Listener;
+use listener::{Listener, Purpose};
 use log::{info, warn};
 use mio::{Events, Interest, Poll, Registry, Token};
 use mirror::Mirror;
@@ -97,7 +97,8 @@ struct Server {
     leaving: Option<Box<Client>>,
     /// The work is done: the program ends after this turn.
     over: bool,
-    address: String,
+    /// Where clients connect: the oldstyle address, then those that negotiate.
+    addresses: Vec<String>,
     /// Numbers connections in the order in which they came.
     next_id: u64,
 }
@@ -106,7 +107,7 @@ struct Server {
 pub fn serve(config: Config) -> Result<(), Fatal> {
     let mut server = Server::start(config)?;
     let doing = if server.shared.inbound.is_some() { "awaiting a migration to" } else { "serving" };
-    info!("{doing} {} on {}", server.shared.disk.path().display(), server.address);
+    info!("{doing} {} on {}", server.shared.disk.path().display(), server.addresses.join(" and "));
     let mut events = Events::with_capacity(EVENTS);
     let mut batch = Vec::new();
     loop {
@@ -285,7 +286,7 @@ impl Server {
             info!("{client}: the migration is complete: {} bytes are here and durable", self.shared.disk.size());
         }
         if then_serve {
-            info!("serving {} on {}", self.shared.disk.path().display(), self.address);
+            info!("serving {} on {}", self.shared.disk.path().display(), self.addresses.join(" and "));
         }
         self.over = !then_serve;
         Ok(())
@@ -293,7 +294,7 @@ impl Server {
 
     fn apply(&mut self, effect: Effect) -> Result<(), Fatal> {
         match effect {
-            Effect::Connected(stream, peer) => self.add_client(stream, peer),
+            Effect::Connected(stream, peer, purpose) => self.add_client(stream, peer, purpose),
             Effect::ControlConnected(stream) => self.add_control(stream),
             Effect::Command(key, command) => {
                 if let Some(answer) = self.execute(key, command) {
@@ -329,8 +330,8 @@ impl Server {
         id
     }
 
-    fn add_client(&mut self, stream: Stream, peer: Peer) {
-        let mut client = Box::new(Client::new(self.take_id(), stream, peer, &self.shared));
+    fn add_client(&mut self, stream: Stream, peer: Peer, purpose: Purpose) {
+        let mut client = Box::new(Client::new(self.take_id(), stream, peer, purpose, &self.shared));
         self.shared.inbound.iter_mut().for_each(Inbound::begin);
         let registry = self.poll.registry();
         let added = self.slots.try_insert_with(|key| -> io::Result<Slot> {

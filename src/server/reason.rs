@@ -19,6 +19,8 @@ pub enum Reason {
         /// How long, in milliseconds.
         age_ms: u64,
     },
+    /// A negotiation took too long.
+    Handshake,
     /// A sender connected and asked for nothing.
     Silent,
     /// The access control list has changed.
@@ -54,6 +56,7 @@ impl fmt::Display for Reason {
             Self::Killswitch { age_ms } => {
                 write!(f, "killswitch: a request was not done after {}.{:03} s", age_ms / 1000, age_ms % 1000)
             }
+            Self::Handshake => f.write_str("the negotiation took too long"),
             Self::Silent => f.write_str("it asked for nothing and kept other senders out"),
             Self::AclChanged => f.write_str("the access control list does not allow it any more"),
             Self::Deadline => f.write_str("it took too long"),

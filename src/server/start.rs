@@ -2,7 +2,7 @@
 
 use super::config::{Config, Fatal, Role};
 use super::inbound::Inbound;
-use super::listener::Listener;
+use super::listener::{Listener, Purpose};
 use super::shared::{Limits, Shared, MAX_CONTROLS};
 use super::{Server, Slot};
 use crate::buffer::Pool;
@@ -41,8 +41,11 @@ impl Server {
             Ok(_) => {}
             Err(error) => warn!("cannot raise the limit of descriptors to {wanted}: {error}"),
         }
-        let listener = Listener::nbd(&config.listen, &signals)?;
-        let address = listener.to_string();
+        let mut listeners = vec![Listener::nbd(&config.listen, Purpose::Oldstyle, &signals)?];
+        for endpoint in &config.newstyle {
+            listeners.push(Listener::nbd(endpoint, Purpose::Newstyle, &signals)?);
+        }
+        let addresses = listeners.iter().map(Listener::to_string).collect();
         let poll = Poll::new().map_err(|error| Fatal(format!("cannot wait for events: {error}")))?;
         let now_ms = sys::monotonic_ms();
         let inbound = match config.role {
@@ -78,14 +81,14 @@ impl Server {
             waiters: Vec::new(),
             leaving: None,
             over: false,
-            address,
+            addresses,
             next_id: 1,
         };
-        server.open_slots(listener, config.control, signals)?;
+        server.open_slots(listeners, config.control, signals)?;
         Ok(server)
     }
 
-    fn open_slots(&mut self, nbd: Listener, control: Option<PathBuf>, signals: SignalFd) -> Result<(), Fatal> {
+    fn open_slots(&mut self, nbd: Vec<Listener>, control: Option<PathBuf>, signals: SignalFd) -> Result<(), Fatal> {
         let failed = |error: io::Error| Fatal(format!("cannot wait for events: {error}"));
         let registry = self.poll.registry();
         let add = |slots: &mut Slots<Slot>, mut listener: Listener| {
@@ -101,7 +104,9 @@ impl Server {
                 Ok(Slot::Signals(signals))
             })
             .map_err(failed)?;
-        add(&mut self.slots, nbd).map_err(failed)?;
+        for listener in nbd {
+            add(&mut self.slots, listener).map_err(failed)?;
+        }
         if let Some(path) = control {
             self.control_listener = Some(add(&mut self.slots, Listener::control(&path)?).map_err(failed)?);
         }

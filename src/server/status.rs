@@ -49,7 +49,14 @@ pub fn line(server: &Server) -> String {
     put("read_bytes", &tally.read_bytes);
     put("written_bytes", &tally.written_bytes);
     put("errors", &tally.errors);
-    put("address", &one_word(&server.address));
+    for (n, address) in server.addresses.iter().enumerate() {
+        let key = match (n, address.starts_with('/')) {
+            (0, _) => "address",
+            (_, true) => "newstyle_socket",
+            (_, false) => "newstyle_address",
+        };
+        put(key, &one_word(address));
+    }
     line
 }
 

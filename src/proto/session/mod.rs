@@ -11,11 +11,20 @@
 //!    by one buffer.
 //! 3. The slices of one simple reply follow each other on the wire: a read that needs several runs alone.
 
-use super::error::{Errno, Violation};
-use super::outbox::{Outbox, PIECES};
-use super::request::{refuse, without_payload, Action, Export, Refusal, Request};
-use super::wire::{command, kind, Greeting, RequestHead, SimpleReply, REQUEST_LEN, REQUEST_MAGIC};
+mod payload;
+mod read;
+mod tally;
+
+pub use tally::Tally;
+
 use crate::buffer::{Buffer, Pool, SLICE};
+use crate::proto::error::{Errno, Violation};
+use crate::proto::handshake::{Haggle, Progress, OPTION_MAX};
+use crate::proto::outbox::{Outbox, PIECES};
+use crate::proto::reply;
+use crate::proto::request::{refuse, without_payload, Action, Agreed, Export, Extent, Refusal, Request, Style};
+use crate::proto::wire::{kind, Greeting, RequestHead, OPTION_HEAD_LEN, REQUEST_LEN, REQUEST_MAGIC};
+use payload::Incoming;
 use slab::Slab;
 use std::io::IoSlice;
 
@@ -26,9 +35,6 @@ pub const MAX_HELD: usize = 4 * SLICE;
 /// How much is received at once besides a payload, in bytes: thousands of bare requests, fifteen writes of 4 KiB.
 /// What is larger is received straight into the payload's buffer, so more here would only be copied once more.
 const RECEIVE: usize = 64 << 10;
-/// Slices of a long write end on multiples of this, in bytes, so that zero blocks stay whole ones for the disk.
-const BLOCK: u64 = 4096;
-
 /// Why a conversation ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -53,37 +59,6 @@ pub enum Step {
     NeedRoom,
 }
 
-/// What a session has done since it began.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Tally {
-    /// READs answered.
-    pub reads: u64,
-    /// WRITEs and `WRITE_ZEROES` answered.
-    pub writes: u64,
-    /// TRIMs answered.
-    pub trims: u64,
-    /// `FLUSH`es answered.
-    pub flushes: u64,
-    /// Bytes of successful READs.
-    pub read_bytes: u64,
-    /// Bytes of successful WRITEs and `WRITE_ZEROES`.
-    pub written_bytes: u64,
-    /// Requests answered with an error.
-    pub errors: u64,
-}
-
-impl std::ops::AddAssign for Tally {
-    fn add_assign(&mut self, other: Self) {
-        self.reads += other.reads;
-        self.writes += other.writes;
-        self.trims += other.trims;
-        self.flushes += other.flushes;
-        self.read_bytes += other.read_bytes;
-        self.written_bytes += other.written_bytes;
-        self.errors += other.errors;
-    }
-}
-
 /// A request that is not answered yet.
 #[derive(Debug)]
 struct Pending {
@@ -91,25 +66,14 @@ struct Pending {
     since_ms: u64,
     /// Pieces the disk has.
     in_disk: u32,
-    /// Bytes of a READ that are queued for the client.
+    /// Bytes of a READ that are queued for the client, or known to it as a hole.
     replied: u32,
     error: Option<Errno>,
 }
 
-/// The payload of a WRITE on its way in.
-#[derive(Debug)]
-struct Incoming {
-    tag: u32,
-    /// Where the next slice goes, in bytes.
-    offset: u64,
-    /// Payload bytes that belong to later slices.
-    left: u32,
-    /// The slice being filled, and how many bytes it still takes.
-    slice: Option<(Buffer, usize)>,
-}
-
 #[derive(Debug)]
 enum Phase {
+    Handshake(Box<Haggle>),
     Request,
     Payload(Incoming),
     Closing(End),
@@ -119,6 +83,7 @@ enum Phase {
 #[derive(Debug)]
 pub struct ServerSession {
     export: Export,
+    style: Style,
     phase: Phase,
     inbox: Option<Buffer>,
     /// When the first byte of the inbox came, and when the last did.
@@ -136,12 +101,25 @@ pub struct ServerSession {
 impl ServerSession {
     /// A session that greets in the oldstyle way ("Oldstyle negotiation").
     pub fn oldstyle(export: Export, now_ms: u64) -> Self {
-        let greeting = Greeting { size: export.size, flags: u32::from(export.flags) };
+        let flags = u32::from(export.flags(Style::Oldstyle));
+        let greeting = Greeting { size: export.size, flags }.encode().to_vec();
+        Self::new(export, Style::Oldstyle, Phase::Request, greeting, now_ms)
+    }
+
+    /// A session that negotiates first ("Newstyle negotiation").
+    pub fn newstyle(export: Export, now_ms: u64) -> Self {
+        let (haggle, greeting) = Haggle::begin(export);
+        let style = Style::Newstyle(Agreed::default());
+        Self::new(export, style, Phase::Handshake(Box::new(haggle)), greeting, now_ms)
+    }
+
+    fn new(export: Export, style: Style, phase: Phase, greeting: Vec<u8>, now_ms: u64) -> Self {
         let mut outbox = Outbox::default();
-        outbox.push_handshake(greeting.encode().to_vec(), now_ms);
+        outbox.push_text(greeting, now_ms);
         Self {
             export,
-            phase: Phase::Request,
+            style,
+            phase,
             inbox: None,
             inbox_ms: (now_ms, now_ms),
             pending: Slab::new(),
@@ -156,6 +134,9 @@ impl ServerSession {
     /// Where to receive into, in this order: the rest of the payload's slice, then what follows it. At least one is not
     /// empty when the last step was [`Step::NeedBytes`].
     pub fn recv_space(&mut self, pool: &mut Pool) -> [&mut [u8]; 2] {
+        if self.is_negotiating() {
+            return [<&mut [u8]>::default(), self.handshake_space(pool)];
+        }
         let (slice, followed_by_payload) = match &mut self.phase {
             Phase::Payload(Incoming { slice: Some((buffer, room)), left, .. }) => {
                 (buffer.spare().get_mut(..*room).unwrap_or_default(), *left > 0)
@@ -171,6 +152,18 @@ impl ServerSession {
             None => pool.take_up_to(RECEIVE).unwrap_or_else(|| pool.take_reserve()),
         };
         [slice, self.inbox.insert(inbox).spare()]
+    }
+
+    /// Room for a whole option, which has to be looked at in one piece, also while others hold all of the pool.
+    fn handshake_space(&mut self, pool: &mut Pool) -> &mut [u8] {
+        let mut inbox = self.inbox.take().unwrap_or_else(|| pool.take_beyond(OPTION_HEAD_LEN + OPTION_MAX));
+        if inbox.capacity() < OPTION_HEAD_LEN + OPTION_MAX {
+            let mut larger = pool.take_beyond(OPTION_HEAD_LEN + OPTION_MAX);
+            larger.append(inbox.filled());
+            pool.give(std::mem::replace(&mut inbox, larger));
+        }
+        inbox.compact();
+        self.inbox.insert(inbox).spare()
     }
 
     /// Counts `n` bytes received into [`ServerSession::recv_space`] at `now_ms`.
@@ -199,9 +192,9 @@ impl ServerSession {
     pub fn end_of_stream(&mut self) -> Result<(), Violation> {
         let between = self.inbox.as_ref().is_none_or(Buffer::is_empty);
         match self.phase {
-            Phase::Request if between => self.phase = Phase::Closing(End::EndOfStream),
+            Phase::Handshake(_) | Phase::Request if between => self.phase = Phase::Closing(End::EndOfStream),
             Phase::Closing(_) => {}
-            Phase::Request | Phase::Payload(_) => return Err(Violation::Truncated),
+            Phase::Handshake(_) | Phase::Request | Phase::Payload(_) => return Err(Violation::Truncated),
         }
         Ok(())
     }
@@ -213,6 +206,7 @@ impl ServerSession {
         }
         loop {
             let step = match &mut self.phase {
+                Phase::Handshake(_) => self.negotiate(),
                 Phase::Request => self.take_request(pool),
                 Phase::Payload(_) => self.take_payload(pool),
                 // What comes behind the last request is not looked at, only kept from filling the socket.
@@ -227,12 +221,12 @@ impl ServerSession {
         }
     }
 
-    /// Takes the outcome of one piece of work. The buffer of it comes back, filled for a READ that went well.
-    /// A [`Violation`] when the connection cannot go on.
+    /// Takes the outcome of one piece of work: of a READ that skipped a hole, the hole; of a map, its extents. The
+    /// buffer comes back, filled for a READ that went well. A [`Violation`] when the connection cannot go on.
     pub fn complete(
         &mut self,
         tag: u32,
-        result: Result<(), Errno>,
+        result: Result<Vec<Extent>, Errno>,
         buffer: Option<Buffer>,
         pool: &mut Pool,
     ) -> Result<(), Violation> {
@@ -241,18 +235,28 @@ impl ServerSession {
             return Ok(());
         };
         pending.in_disk -= 1;
-        pending.error = pending.error.or(result.err());
+        pending.error = pending.error.or(result.as_ref().err().copied());
+        let extents = result.unwrap_or_default();
         match (buffer, pending.error) {
             (Some(payload), None) if pending.head.kind == kind::READ => {
-                self.queue_read(tag, payload);
+                self.queue_read(tag, &extents, payload, pool);
                 return Ok(());
             }
             (Some(buffer), error) => {
                 self.held -= buffer.capacity();
                 pool.give(buffer);
-                if let Some(errno) = error.filter(|_| pending.replied > 0) {
+                // A simple reply that has begun cannot take back that it is a good one.
+                if let Some(errno) = error.filter(|_| pending.replied > 0 && !self.style.structured()) {
                     return Err(Violation::ReplyCutShort(errno));
                 }
+            }
+            (None, None) if pending.head.kind == kind::BLOCK_STATUS => {
+                let payload = reply::block_status(&extents);
+                let head = reply::block_status_begins(pending.head.cookie, &payload);
+                self.outbox.push_head(head.filled(), pending.since_ms);
+                self.outbox.push_text(payload, pending.since_ms);
+                self.pending.remove(tag as usize);
+                return Ok(());
             }
             (None, _) => {}
         }
@@ -331,21 +335,65 @@ impl ServerSession {
         }
     }
 
+    /// True while no request can come yet.
+    pub fn is_negotiating(&self) -> bool {
+        matches!(self.phase, Phase::Handshake(_))
+    }
+
+    /// How it speaks.
+    pub fn style(&self) -> Style {
+        self.style
+    }
+
+    /// Requests that are not answered yet.
+    pub fn in_flight(&self) -> usize {
+        self.pending.len() + self.outbox.replies()
+    }
+
+    /// One step of the negotiation. `None`: look again.
+    fn negotiate(&mut self) -> Option<Step> {
+        let Phase::Handshake(haggle) = &mut self.phase else { return None };
+        let mut replies = Vec::new();
+        let found = haggle.step(self.inbox.as_ref().map(Buffer::filled).unwrap_or_default(), &mut replies);
+        if !replies.is_empty() {
+            self.outbox.push_text(replies, self.inbox_ms.1);
+        }
+        match found {
+            Err(violation) => self.phase = Phase::Closing(End::Violation(violation)),
+            Ok(None) => return Some(Step::NeedBytes),
+            Ok(Some((used, progress))) => {
+                if let Some(inbox) = &mut self.inbox {
+                    inbox.consume(used);
+                }
+                self.inbox_ms.0 = self.inbox_ms.1;
+                match progress {
+                    Progress::More => {}
+                    Progress::Leave => self.phase = Phase::Closing(End::Disconnect),
+                    Progress::Transmission(agreed) => {
+                        self.style = Style::Newstyle(agreed);
+                        self.phase = Phase::Request;
+                    }
+                }
+            }
+        }
+        None
+    }
+
     /// Takes one request head from the inbox. `None`: look again, the phase has changed.
     fn take_request(&mut self, pool: &mut Pool) -> Option<Step> {
         let Some(bytes) = self.inbox.as_ref().and_then(|inbox| inbox.filled().first_chunk::<REQUEST_LEN>()) else {
             return Some(Step::NeedBytes);
         };
-        if self.pending.len() + self.outbox.replies() >= MAX_IN_FLIGHT {
+        if self.in_flight() >= MAX_IN_FLIGHT {
             return Some(Step::NeedRoom);
         }
         let (magic, head) = RequestHead::parse(bytes);
         if magic != REQUEST_MAGIC {
-            self.outbox.push_head(
-                &SimpleReply { error: Errno::Inval.to_wire(), cookie: head.cookie }.encode(),
-                self.inbox_ms.0,
-            );
-            self.tally.errors += 1;
+            if self.style == Style::Oldstyle {
+                let reply = reply::failed(&head, Errno::Inval, self.style);
+                self.outbox.push_head(reply.filled(), self.inbox_ms.0);
+                self.tally.errors += 1;
+            }
             self.phase = Phase::Closing(End::Violation(Violation::BadRequestMagic(magic)));
             return None;
         }
@@ -353,7 +401,7 @@ impl ServerSession {
             self.phase = Phase::Closing(End::Disconnect);
             return None;
         }
-        let refusal = refuse(&head, self.export.size);
+        let refusal = refuse(&head, self.export.size, self.style);
         if self.writes_held && refusal.is_none() && head.changes_export() {
             return Some(Step::NeedRoom);
         }
@@ -413,106 +461,6 @@ impl ServerSession {
         Some(buffer)
     }
 
-    /// Starts a READ whose head is still in the inbox.
-    fn start_read(&mut self, head: RequestHead, pool: &mut Pool) -> Step {
-        let Some(buffer) = self.take_buffer(head.length as usize, pool) else { return Step::NeedRoom };
-        let long = buffer.capacity() < head.length as usize;
-        if long && !self.pending.is_empty() {
-            self.held -= buffer.capacity();
-            pool.give(buffer);
-            return Step::NeedRoom;
-        }
-        let tag = self.accept(head);
-        self.long_read = long.then_some(tag);
-        let length = buffer.capacity().min(head.length as usize);
-        self.hand_out(tag, Action::Read { offset: head.offset, length, buffer })
-    }
-
-    /// The next slice of the read that runs alone.
-    fn read_on(&mut self, tag: u32, pool: &mut Pool) -> Step {
-        let Some(Pending { head, in_disk: 0, replied, .. }) = self.pending.get(tag as usize) else {
-            return Step::NeedRoom;
-        };
-        let left = (head.length - replied) as usize;
-        let offset = head.offset + u64::from(*replied);
-        let Some(buffer) = self.take_buffer(left, pool) else { return Step::NeedRoom };
-        let length = buffer.capacity().min(left);
-        self.hand_out(tag, Action::Read { offset, length, buffer })
-    }
-
-    /// Queues what was read, behind the head of the reply if it is the first slice.
-    fn queue_read(&mut self, tag: u32, payload: Buffer) {
-        let Some(pending) = self.pending.get_mut(tag as usize) else { return };
-        if pending.replied == 0 {
-            let reply = SimpleReply { error: 0, cookie: pending.head.cookie };
-            self.outbox.push_head(&reply.encode(), pending.since_ms);
-        }
-        pending.replied += u32::try_from(payload.len()).unwrap_or(u32::MAX);
-        debug_assert!(pending.replied <= pending.head.length, "a reply as long as its request");
-        self.outbox.push_payload(payload, pending.since_ms);
-        if pending.replied == pending.head.length {
-            self.tally.reads += 1;
-            self.tally.read_bytes += u64::from(pending.head.length);
-            self.pending.remove(tag as usize);
-            self.long_read = None;
-        }
-    }
-
-    /// Moves payload bytes from the inbox on to the disk. `None`: look again, the phase has changed.
-    fn take_payload(&mut self, pool: &mut Pool) -> Option<Step> {
-        let Phase::Payload(incoming) = &mut self.phase else { return None };
-        let tag = incoming.tag;
-        let failed = self.pending.get(tag as usize).is_none_or(|pending| pending.error.is_some());
-        if failed {
-            if let Some((buffer, room)) = incoming.slice.take() {
-                incoming.left += u32::try_from(room).unwrap_or(u32::MAX);
-                self.held -= buffer.capacity();
-                pool.give(buffer);
-            }
-            if let Some(inbox) = &mut self.inbox {
-                let n = inbox.len().min(incoming.left as usize);
-                inbox.consume(n);
-                incoming.left -= u32::try_from(n).unwrap_or(u32::MAX);
-            }
-            if incoming.left > 0 {
-                return Some(Step::NeedBytes);
-            }
-            self.phase = Phase::Request;
-            self.finish_if_done(tag);
-            return None;
-        }
-        if self.writes_held {
-            return Some(Step::NeedRoom);
-        }
-        let Some((mut buffer, room)) = incoming.slice.take() else {
-            let (offset, left) = (incoming.offset, incoming.left);
-            let Some(buffer) = self.take_buffer(left as usize, pool) else { return Some(Step::NeedRoom) };
-            let room = slice_len(offset, left, buffer.capacity());
-            if let Phase::Payload(incoming) = &mut self.phase {
-                incoming.left -= room;
-                incoming.slice = Some((buffer, room as usize));
-            }
-            return None;
-        };
-        let mut room = room;
-        if let Some(inbox) = &mut self.inbox {
-            let n = buffer.append(inbox.filled().get(..room.min(inbox.len())).unwrap_or_default());
-            inbox.consume(n);
-            room -= n;
-        }
-        if room > 0 {
-            incoming.slice = Some((buffer, room));
-            return Some(Step::NeedBytes);
-        }
-        let (offset, last) = (incoming.offset, incoming.left == 0);
-        incoming.offset += buffer.len() as u64;
-        if last {
-            self.phase = Phase::Request;
-        }
-        let fua = last && self.request(tag).is_some_and(|head| head.flags & command::FUA != 0);
-        Some(self.hand_out(tag, Action::Write { offset, payload: buffer, fua }))
-    }
-
     /// Answers a request of which the disk has no piece any more and whose payload has arrived.
     fn finish_if_done(&mut self, tag: u32) {
         let receiving = matches!(&self.phase, Phase::Payload(incoming) if incoming.tag == tag);
@@ -522,8 +470,11 @@ impl ServerSession {
         }
         let Pending { head, since_ms, error, .. } = self.pending.remove(tag as usize);
         self.long_read = self.long_read.filter(|&long| long != tag);
-        let reply = SimpleReply { error: error.map_or(0, Errno::to_wire), cookie: head.cookie };
-        self.outbox.push_head(&reply.encode(), since_ms);
+        let reply = match error {
+            None => reply::done(&head, self.style),
+            Some(errno) => reply::failed(&head, errno, self.style),
+        };
+        self.outbox.push_head(reply.filled(), since_ms);
         let bytes = if error.is_none() { u64::from(head.length) } else { 0 };
         self.tally.errors += u64::from(error.is_some());
         match head.kind {
@@ -536,19 +487,5 @@ impl ServerSession {
             kind::FLUSH => self.tally.flushes += 1,
             _ => {}
         }
-    }
-}
-
-/// How many of the `left` bytes at `offset` go into a slice of `capacity` bytes: all, or as many as end on a block.
-fn slice_len(offset: u64, left: u32, capacity: usize) -> u32 {
-    let capacity = u32::try_from(capacity).unwrap_or(u32::MAX);
-    if left <= capacity {
-        return left;
-    }
-    let over = (offset.wrapping_add(u64::from(capacity)) % BLOCK) as u32;
-    if over < capacity {
-        capacity - over
-    } else {
-        capacity
     }
 }

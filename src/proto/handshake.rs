@@ -1,0 +1,274 @@
+//! Newstyle negotiation from the server's side: options in, replies out, until the client enters transmission or leaves.
+//!
+//! There is one export, and its name is empty. Every length here is hostile: an option is looked at only when it is whole
+//! and at most [`OPTION_MAX`] bytes long, and a longer one is drained or ends the connection.
+//!
+//! Specification: "Newstyle negotiation", "Fixed newstyle negotiation", "Option types", "Option reply types".
+
+use super::error::Violation;
+use super::request::{Agreed, Export, Style};
+use super::wire::{
+    handshake_flag, info, option, option_reply, Fields, IHAVEOPT, NBDMAGIC, OPTION_HEAD_LEN, OPTION_REPLY_MAGIC,
+};
+
+/// The longest option that is looked at, in bytes: a name of 4096 bytes and plenty of queries.
+pub const OPTION_MAX: usize = 8 << 10;
+/// The longest option that is drained to stay in step with its sender, in bytes. Whoever sends more is sent away.
+const DRAIN_MAX: u32 = 64 << 10;
+/// How many options a client may send; sensible ones need a handful.
+const OPTIONS_MAX: u32 = 64;
+/// The longest name or query, in bytes ("Conventions").
+const STRING_MAX: usize = 4096;
+/// The block sizes that are announced, in bytes: any, best, and the most that clients should send at once.
+const BLOCK_SIZES: [u32; 3] = [1, 4096, 32 << 20];
+/// The only metadata context.
+const ALLOCATION: &[u8] = b"base:allocation";
+/// The id of it.
+pub const ALLOCATION_ID: u32 = 1;
+
+/// Where a negotiation stands after a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// It goes on.
+    More,
+    /// What comes next is a request.
+    Transmission(Agreed),
+    /// The client wants to leave, or has to.
+    Leave,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Phase {
+    ClientFlags,
+    Option,
+    Drain { left: u32 },
+}
+
+/// One negotiation.
+#[derive(Debug)]
+pub struct Haggle {
+    export: Export,
+    phase: Phase,
+    no_zeroes: bool,
+    agreed: Agreed,
+    options: u32,
+}
+
+impl Haggle {
+    /// A negotiation about `export`, and the bytes that begin it.
+    pub fn begin(export: Export) -> (Self, Vec<u8>) {
+        let mut greeting = Vec::with_capacity(18);
+        greeting.extend(NBDMAGIC.to_be_bytes());
+        greeting.extend(IHAVEOPT.to_be_bytes());
+        greeting.extend((handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES).to_be_bytes());
+        let agreed = Agreed::default();
+        (Self { export, phase: Phase::ClientFlags, no_zeroes: false, agreed, options: 0 }, greeting)
+    }
+
+    /// Looks at what was received: how many bytes it took, and where that leads; `None` when it needs more. Replies are
+    /// appended to `out`.
+    pub fn step(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<(usize, Progress)>, Violation> {
+        match self.phase {
+            Phase::ClientFlags => {
+                let Some(flags) = Fields(input).u32() else { return Ok(None) };
+                let known = u32::from(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
+                if flags & !known != 0 {
+                    return Err(Violation::ClientFlags(flags));
+                }
+                self.no_zeroes = flags & u32::from(handshake_flag::NO_ZEROES) != 0;
+                self.phase = Phase::Option;
+                Ok(Some((4, Progress::More)))
+            }
+            Phase::Option => self.option(input, out),
+            Phase::Drain { .. } if input.is_empty() => Ok(None),
+            Phase::Drain { left } => {
+                let taken = input.len().min(left as usize);
+                let left = left.saturating_sub(u32::try_from(taken).unwrap_or(left));
+                self.phase = if left == 0 { Phase::Option } else { Phase::Drain { left } };
+                Ok(Some((taken, Progress::More)))
+            }
+        }
+    }
+
+    fn option(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<(usize, Progress)>, Violation> {
+        let mut fields = Fields(input);
+        let (Some(magic), Some(kind), Some(length)) = (fields.u64(), fields.u32(), fields.u32()) else {
+            return Ok(None);
+        };
+        if magic != IHAVEOPT {
+            return Err(Violation::BadOptionMagic(magic));
+        }
+        if self.options >= OPTIONS_MAX {
+            return Err(Violation::TooManyOptions(OPTIONS_MAX));
+        }
+        if length as usize > OPTION_MAX {
+            // EXPORT_NAME has no reply that says no.
+            if length > DRAIN_MAX || kind == option::EXPORT_NAME {
+                return Err(Violation::OptionTooLong(length));
+            }
+            self.options += 1;
+            let error = if is_known(kind) { option_reply::ERR_TOO_BIG } else { option_reply::ERR_UNSUP };
+            reply(out, kind, error, &[]);
+            self.phase = Phase::Drain { left: length };
+            return Ok(Some((OPTION_HEAD_LEN, Progress::More)));
+        }
+        let Some(data) = fields.0.get(..length as usize) else { return Ok(None) };
+        self.options += 1;
+        let progress = self.answer(kind, data, out)?;
+        Ok(Some((OPTION_HEAD_LEN + data.len(), progress)))
+    }
+
+    fn answer(&mut self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<Progress, Violation> {
+        let outcome = match kind {
+            option::EXPORT_NAME => return self.export_name(data, out),
+            option::ABORT => {
+                reply(out, kind, option_reply::ACK, &[]);
+                return Ok(Progress::Leave);
+            }
+            option::LIST => Self::list(data, out),
+            option::INFO | option::GO => self.info(kind, data, out),
+            option::STRUCTURED_REPLY => self.structured_reply(data),
+            option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(kind, data, out),
+            option::STARTTLS if !data.is_empty() => Err(option_reply::ERR_INVALID),
+            _ => Err(option_reply::ERR_UNSUP),
+        };
+        match outcome {
+            Ok(()) => reply(out, kind, option_reply::ACK, &[]),
+            Err(error) => reply(out, kind, error, &[]),
+        }
+        let enters = kind == option::GO && outcome.is_ok();
+        Ok(if enters { Progress::Transmission(self.agreed) } else { Progress::More })
+    }
+
+    /// `NBD_OPT_EXPORT_NAME`: no reply can say no, so another name ends the connection.
+    fn export_name(&self, name: &[u8], out: &mut Vec<u8>) -> Result<Progress, Violation> {
+        if !name.is_empty() {
+            return Err(Violation::UnknownExport);
+        }
+        out.extend(self.export.size.to_be_bytes());
+        out.extend(self.export.flags(Style::Newstyle(self.agreed)).to_be_bytes());
+        if !self.no_zeroes {
+            out.extend([0; 124]);
+        }
+        Ok(Progress::Transmission(self.agreed))
+    }
+
+    /// `NBD_OPT_LIST`: the one export.
+    fn list(data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
+        if !data.is_empty() {
+            return Err(option_reply::ERR_INVALID);
+        }
+        reply(out, option::LIST, option_reply::SERVER, &0_u32.to_be_bytes());
+        Ok(())
+    }
+
+    /// `NBD_OPT_STRUCTURED_REPLY`, once.
+    fn structured_reply(&mut self, data: &[u8]) -> Result<(), u32> {
+        if !data.is_empty() || self.agreed.structured {
+            return Err(option_reply::ERR_INVALID);
+        }
+        self.agreed.structured = true;
+        Ok(())
+    }
+
+    /// `NBD_OPT_INFO` and `NBD_OPT_GO`: what the export is.
+    fn info(&self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
+        let mut fields = Fields(data);
+        let name = string(&mut fields);
+        let wanted = fields.u16().zip(Some(fields.0)).filter(|(count, rest)| rest.len() == usize::from(*count) * 2);
+        let (name, (_, wanted)) = name.zip(wanted).ok_or(option_reply::ERR_INVALID)?;
+        check_name(name)?;
+        let mut export = [0; 12];
+        put(&mut export, &[&info::EXPORT.to_be_bytes(), &self.export.size.to_be_bytes()]);
+        put(
+            export.get_mut(10..).unwrap_or_default(),
+            &[&self.export.flags(Style::Newstyle(self.agreed)).to_be_bytes()],
+        );
+        reply(out, kind, option_reply::INFO, &export);
+        if wanted.chunks_exact(2).any(|asked| asked == info::BLOCK_SIZE.to_be_bytes()) {
+            let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
+            sizes.extend(BLOCK_SIZES.iter().flat_map(|size| size.to_be_bytes()));
+            reply(out, kind, option_reply::INFO, &sizes);
+        }
+        Ok(())
+    }
+
+    /// `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`.
+    fn meta_context(&mut self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
+        let set = kind == option::SET_META_CONTEXT;
+        if set {
+            // A set that fails leaves nothing selected.
+            self.agreed.allocation = false;
+        }
+        if !self.agreed.structured {
+            return Err(option_reply::ERR_INVALID);
+        }
+        let mut fields = Fields(data);
+        let (name, count) = string(&mut fields).zip(fields.u32()).ok_or(option_reply::ERR_INVALID)?;
+        let mut found = count == 0 && !set;
+        for _ in 0..count {
+            // Each takes four bytes at the least, so that a lying count ends with the data.
+            let query = string(&mut fields).ok_or(option_reply::ERR_INVALID)?;
+            found |= query == ALLOCATION || (!set && query == b"base:");
+        }
+        if !fields.0.is_empty() {
+            return Err(option_reply::ERR_INVALID);
+        }
+        check_name(name)?;
+        if found {
+            let mut context = ALLOCATION_ID.to_be_bytes().to_vec();
+            context.extend(ALLOCATION);
+            reply(out, kind, option_reply::META_CONTEXT, &context);
+        }
+        self.agreed.allocation |= set && found;
+        Ok(())
+    }
+}
+
+fn is_known(kind: u32) -> bool {
+    matches!(
+        kind,
+        option::EXPORT_NAME
+            | option::ABORT
+            | option::LIST
+            | option::INFO
+            | option::GO
+            | option::STRUCTURED_REPLY
+            | option::LIST_META_CONTEXT
+            | option::SET_META_CONTEXT
+    )
+}
+
+/// A length and as many bytes; `None` when they are not there.
+fn string<'a>(fields: &mut Fields<'a>) -> Option<&'a [u8]> {
+    let length = fields.u32()? as usize;
+    let (string, rest) = fields.0.split_at_checked(length)?;
+    fields.0 = rest;
+    Some(string)
+}
+
+/// The only name is the empty one; what is no name at all is told apart.
+fn check_name(name: &[u8]) -> Result<(), u32> {
+    if name.is_empty() {
+        Ok(())
+    } else if name.len() > STRING_MAX || name.contains(&0) || std::str::from_utf8(name).is_err() {
+        Err(option_reply::ERR_INVALID)
+    } else {
+        Err(option_reply::ERR_UNKNOWN)
+    }
+}
+
+/// Copies the parts one after the other to the front of `to`.
+fn put(to: &mut [u8], parts: &[&[u8]]) {
+    let bytes = parts.iter().flat_map(|part| part.iter());
+    to.iter_mut().zip(bytes).for_each(|(to, byte)| *to = *byte);
+}
+
+/// Appends an option reply. Its data is this server's own and short.
+fn reply(out: &mut Vec<u8>, option: u32, kind: u32, data: &[u8]) {
+    out.extend(OPTION_REPLY_MAGIC.to_be_bytes());
+    out.extend(option.to_be_bytes());
+    out.extend(kind.to_be_bytes());
+    out.extend(u32::try_from(data.len()).unwrap_or(u32::MAX).to_be_bytes());
+    out.extend(data);
+}

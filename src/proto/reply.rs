@@ -1,0 +1,72 @@
+//! The heads of replies: simple ones, and the chunks of structured ones.
+//!
+//! Specification: "Simple reply message", "Structured reply chunk message", "Structured reply types".
+
+use super::error::Errno;
+use super::handshake::ALLOCATION_ID;
+use super::request::{Extent, Style};
+use super::wire::{chunk, extent, kind, ChunkHead, Encoder, RequestHead, SimpleReply};
+
+/// A head: the bytes of a message that are not payload.
+pub type Head = Encoder<32>;
+
+/// A good reply without data.
+pub fn done(head: &RequestHead, style: Style) -> Head {
+    if head.kind == kind::READ && style.structured() {
+        return chunk_head(head.cookie, chunk::DONE, chunk::NONE, 0);
+    }
+    simple(head.cookie, 0)
+}
+
+/// A reply that says what went wrong. Once structured replies are agreed on, a READ gets no other one.
+pub fn failed(head: &RequestHead, errno: Errno, style: Style) -> Head {
+    if matches!(head.kind, kind::READ | kind::BLOCK_STATUS) && style.structured() {
+        // The error, and a message of no length.
+        let error = errno.to_wire().to_be_bytes();
+        return chunk_head(head.cookie, chunk::DONE, chunk::ERROR, 6).put(&error).put(&[0, 0]);
+    }
+    simple(head.cookie, errno.to_wire())
+}
+
+/// What stands before all the data of a READ.
+pub fn read_begins(head: &RequestHead) -> Head {
+    simple(head.cookie, 0)
+}
+
+/// What stands before `length` bytes of data at `offset`.
+pub fn data(cookie: u64, offset: u64, length: u32, last: bool) -> Head {
+    let flags = if last { chunk::DONE } else { 0 };
+    chunk_head(cookie, flags, chunk::OFFSET_DATA, length.saturating_add(8)).put(&offset.to_be_bytes())
+}
+
+/// A hole of `length` bytes at `offset`.
+pub fn hole(cookie: u64, offset: u64, length: u32, last: bool) -> Head {
+    let flags = if last { chunk::DONE } else { 0 };
+    chunk_head(cookie, flags, chunk::OFFSET_HOLE, 12).put(&offset.to_be_bytes()).put(&length.to_be_bytes())
+}
+
+/// What stands before the extents of [`block_status`].
+pub fn block_status_begins(cookie: u64, payload: &[u8]) -> Head {
+    let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+    chunk_head(cookie, chunk::DONE, chunk::BLOCK_STATUS, length)
+}
+
+/// The context and its extents, from the beginning of the request on.
+pub fn block_status(extents: &[Extent]) -> Vec<u8> {
+    let mut payload = ALLOCATION_ID.to_be_bytes().to_vec();
+    for found in extents {
+        let length = u32::try_from(found.length).unwrap_or(u32::MAX);
+        let flags = if found.is_hole { extent::HOLE_ZERO } else { 0 };
+        payload.extend(length.to_be_bytes());
+        payload.extend(flags.to_be_bytes());
+    }
+    payload
+}
+
+fn simple(cookie: u64, error: u32) -> Head {
+    Encoder::new().put(&SimpleReply { error, cookie }.encode())
+}
+
+fn chunk_head(cookie: u64, flags: u16, kind: u16, length: u32) -> Head {
+    ChunkHead { flags, kind, cookie, length }.encode()
+}

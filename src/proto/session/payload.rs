@@ -1,0 +1,92 @@
+//! WRITE: a payload is handed on in slices as it arrives, or swallowed once the request has failed.
+
+use super::{Phase, ServerSession, Step};
+use crate::buffer::{Buffer, Pool};
+use crate::proto::request::Action;
+use crate::proto::wire::command;
+
+/// Slices of a long write end on multiples of this, in bytes, so that zero blocks stay whole ones for the disk.
+const BLOCK: u64 = 4096;
+
+/// The payload of a WRITE on its way in.
+#[derive(Debug)]
+pub(super) struct Incoming {
+    pub(super) tag: u32,
+    /// Where the next slice goes, in bytes.
+    pub(super) offset: u64,
+    /// Payload bytes that belong to later slices.
+    pub(super) left: u32,
+    /// The slice being filled, and how many bytes it still takes.
+    pub(super) slice: Option<(Buffer, usize)>,
+}
+
+impl ServerSession {
+    /// Moves payload bytes from the inbox on to the disk. `None`: look again, the phase has changed.
+    pub(super) fn take_payload(&mut self, pool: &mut Pool) -> Option<Step> {
+        let Phase::Payload(incoming) = &mut self.phase else { return None };
+        let tag = incoming.tag;
+        let failed = self.pending.get(tag as usize).is_none_or(|pending| pending.error.is_some());
+        if failed {
+            if let Some((buffer, room)) = incoming.slice.take() {
+                incoming.left += u32::try_from(room).unwrap_or(u32::MAX);
+                self.held -= buffer.capacity();
+                pool.give(buffer);
+            }
+            if let Some(inbox) = &mut self.inbox {
+                let n = inbox.len().min(incoming.left as usize);
+                inbox.consume(n);
+                incoming.left -= u32::try_from(n).unwrap_or(u32::MAX);
+            }
+            if incoming.left > 0 {
+                return Some(Step::NeedBytes);
+            }
+            self.phase = Phase::Request;
+            self.finish_if_done(tag);
+            return None;
+        }
+        if self.writes_held {
+            return Some(Step::NeedRoom);
+        }
+        let Some((mut buffer, room)) = incoming.slice.take() else {
+            let (offset, left) = (incoming.offset, incoming.left);
+            let Some(buffer) = self.take_buffer(left as usize, pool) else { return Some(Step::NeedRoom) };
+            let room = slice_len(offset, left, buffer.capacity());
+            if let Phase::Payload(incoming) = &mut self.phase {
+                incoming.left -= room;
+                incoming.slice = Some((buffer, room as usize));
+            }
+            return None;
+        };
+        let mut room = room;
+        if let Some(inbox) = &mut self.inbox {
+            let n = buffer.append(inbox.filled().get(..room.min(inbox.len())).unwrap_or_default());
+            inbox.consume(n);
+            room -= n;
+        }
+        if room > 0 {
+            incoming.slice = Some((buffer, room));
+            return Some(Step::NeedBytes);
+        }
+        let (offset, last) = (incoming.offset, incoming.left == 0);
+        incoming.offset += buffer.len() as u64;
+        if last {
+            self.phase = Phase::Request;
+        }
+        let fua = last && self.request(tag).is_some_and(|head| head.flags & command::FUA != 0);
+        Some(self.hand_out(tag, Action::Write { offset, payload: buffer, fua }))
+    }
+}
+
+/// How many of the `left` bytes at `offset` go into a slice of `capacity` bytes: all, or as many as end on a block.
+fn slice_len(offset: u64, left: u32, capacity: usize) -> u32 {
+    let capacity = u32::try_from(capacity).unwrap_or(u32::MAX);
+    if left <= capacity {
+        return left;
+    }
+    let over = (offset.wrapping_add(u64::from(capacity)) % BLOCK) as u32;
+    if over < capacity {
+        capacity - over
+    } else {
+        capacity
+    }
+}
