@@ -4,6 +4,10 @@
 //! The first [`CHOICES`] bytes of an input decide what a peer does not: how its bytes are cut up, in which order work is
 //! done, what fails. The rest is what the peer sends.
 
+mod newstyle;
+
+pub use newstyle::{haggling, newstyle_session};
+
 use crate::acl::{parse_ip, Acl, AddressError, Entry};
 use crate::buffer::{Buffer, Pool, SLICE};
 use crate::command::{encode_command, parse_answer, Answer, Command, Reader};

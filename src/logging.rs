@@ -154,27 +154,32 @@ impl fmt::Write for OneLine {
     }
 }
 
-/// Lets one of many like messages through per interval, and counts the rest.
+/// Lets a few of many like messages through per interval, and counts the rest.
 #[derive(Debug, Clone)]
 pub struct Throttle {
     interval_ms: u64,
-    passed_ms: Option<u64>,
+    burst: u32,
+    began_ms: Option<u64>,
+    passed: u32,
     swallowed: u64,
 }
 
 impl Throttle {
-    /// Lets the first message through, then at most one per `interval_ms` milliseconds.
-    pub const fn new(interval_ms: u64) -> Self {
-        Self { interval_ms, passed_ms: None, swallowed: 0 }
+    /// Lets `burst` messages through per `interval_ms` milliseconds, the first at once.
+    pub const fn new(interval_ms: u64, burst: u32) -> Self {
+        Self { interval_ms, burst, began_ms: None, passed: 0, swallowed: 0 }
     }
 
     /// Whether a message may be logged now; if so, how many were swallowed since the one logged before it.
     pub fn pass(&mut self, now_ms: u64) -> Option<u64> {
-        if self.passed_ms.is_some_and(|passed_ms| now_ms.saturating_sub(passed_ms) < self.interval_ms) {
+        if self.began_ms.is_none_or(|began_ms| now_ms.saturating_sub(began_ms) >= self.interval_ms) {
+            (self.began_ms, self.passed) = (Some(now_ms), 0);
+        }
+        if self.passed >= self.burst {
             self.swallowed += 1;
             return None;
         }
-        self.passed_ms = Some(now_ms);
+        self.passed += 1;
         Some(std::mem::take(&mut self.swallowed))
     }
 }
@@ -253,9 +258,9 @@ mod tests {
 
     #[test]
     fn a_throttle_counts_what_it_swallows() {
-        let mut throttle = Throttle::new(1000);
+        let mut throttle = Throttle::new(1000, 1);
         let passes = [0, 1, 999, 1000, 1001, 5000, 4000, 6000].map(|now_ms| throttle.pass(now_ms));
         assert_eq!(passes, [Some(0), None, None, Some(2), None, Some(1), None, Some(1)]);
-        assert_eq!(Throttle::new(0).pass(u64::MAX), Some(0));
+        assert_eq!(Throttle::new(0, 1).pass(u64::MAX), Some(0));
     }
 }

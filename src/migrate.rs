@@ -259,9 +259,9 @@ impl Plan {
         self.can = can;
     }
 
-    /// The destination is gone, and what it has is worth nothing any more. Clients go on.
+    /// The destination is gone, and what it has is worth nothing any more. Clients go on. This may be so even after
+    /// [`Step::Commit`], as long as the destination has not been told.
     pub fn lost(&mut self, now_ms: u64) {
-        debug_assert!(self.phase != Phase::Committed, "after the commit there is no way back");
         self.dirty.set_range(0, self.size);
         self.phase = Phase::Copying;
         (self.cursor, self.taken, self.extent) = (0, 0..0, None);

@@ -12,8 +12,6 @@ use std::io::{self, ErrorKind, Read};
 use std::mem::{size_of, MaybeUninit};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::ptr;
 use std::time::Duration;
 
@@ -274,15 +272,20 @@ pub fn connect_tcp(bind: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream
     }
 }
 
-/// A UNIX listener at `path` whose socket has the mode 0600 from the moment it appears. The mask that does it belongs
-/// to the process, so files that another thread creates meanwhile get it too.
-pub fn bind_unix_private(path: &Path) -> io::Result<UnixListener> {
+/// Runs `create` so that what it creates in the file system is this user's alone.
+pub fn with_private_umask<T>(create: impl FnOnce() -> T) -> T {
     // SAFETY: `umask` takes a number, gives one back, and cannot fail.
     let previous = unsafe { libc::umask(0o177) };
-    let listener = UnixListener::bind(path);
+    let created = create();
     // SAFETY: as above.
     unsafe { libc::umask(previous) };
-    listener
+    created
+}
+
+/// Makes a write beyond the limit on file sizes (`ulimit -f`) an error, as any other, rather than the end of the process.
+pub fn ignore_file_size_signal() {
+    // SAFETY: SIG_IGN is a valid disposition, and no handler of this process is replaced.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// Lets the process open `wanted` descriptors, or as many as it may without privileges. Never lowers the limit. Returns
@@ -307,7 +310,7 @@ mod tests {
     use std::net::TcpListener;
     use std::os::fd::AsFd;
     use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::net::UnixStream;
+    use std::os::unix::net::{UnixListener, UnixStream};
 
     #[test]
     fn the_clock_goes_forward_and_a_wait_ends_in_time() {
@@ -368,10 +371,10 @@ mod tests {
     }
 
     #[test]
-    fn a_private_socket_is_private() {
+    fn what_is_created_privately_is_private() {
         let path = std::env::temp_dir().join(format!("flexnbd-sys-{}.sock", std::process::id()));
         let _ = std::fs::remove_file(&path);
-        let listener = bind_unix_private(&path).unwrap();
+        let listener = with_private_umask(|| UnixListener::bind(&path)).unwrap();
         let mode = std::fs::metadata(&path).unwrap().permissions().mode();
         std::fs::remove_file(&path).unwrap();
         assert_eq!(mode & 0o777, 0o600);

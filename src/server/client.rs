@@ -59,7 +59,7 @@ impl Client {
             opened_ms: sh.now_ms,
             stalled: false,
             armed_ms: u64::MAX,
-            failed: Throttle::new(FAILED_LOG_MS),
+            failed: Throttle::new(FAILED_LOG_MS, 1),
         };
         info!("{client}: connected");
         client
@@ -277,14 +277,17 @@ impl Client {
     pub fn closed(&mut self, reason: &Reason, sh: &mut Shared) {
         let tally = self.session.tally();
         let seconds = sh.now_ms.saturating_sub(self.opened_ms) / 1000;
-        let level = if reason.is_orderly() { log::Level::Info } else { log::Level::Warn };
-        log::log!(
-            level,
-            "{self}: closed: {reason}, {} reads, {} writes, {} errors, {seconds} s",
-            tally.reads,
-            tally.writes,
-            tally.errors
-        );
+        let Tally { reads, writes, errors, .. } = tally;
+        let did = format_args!("{reads} reads, {writes} writes, {errors} errors, {seconds} s");
+        if reason.is_orderly() {
+            info!("{self}: closed: {reason}, {did}");
+        } else {
+            match sh.bad_ends.pass(sh.now_ms) {
+                None => {}
+                Some(0) => warn!("{self}: closed: {reason}, {did}"),
+                Some(before) => warn!("{self}: closed: {reason}, {did} ({before} more closed like it before)"),
+            }
+        }
         sh.closed += tally;
         self.session.release(&mut sh.pool);
     }

@@ -18,7 +18,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net;
 use std::path::{Path, PathBuf};
 
@@ -30,7 +30,8 @@ const REST_MS: u64 = 200;
 const ADDRESS_WAIT_MS: u64 = 10_000;
 /// How often it is tried meanwhile, in milliseconds.
 const ADDRESS_RETRY_MS: u64 = 250;
-/// Refused connections are logged at most this often, in milliseconds.
+/// How many refused connections are logged, one by one, in so many milliseconds; more are counted.
+const REFUSED_LOGGED: u32 = 5;
 const REFUSED_LOG_MS: u64 = 10_000;
 
 /// What connections of a listener are for.
@@ -56,38 +57,59 @@ pub struct Listener {
     socket: Socket,
     purpose: Purpose,
     ready: Ready,
+    /// When accepting may be tried again, in milliseconds.
+    rests_until_ms: u64,
     refused: Throttle,
 }
 
-/// The path of a UNIX socket this process made; it is removed with the value.
+/// The path of a UNIX socket this process made; it is removed with the value, unless it is another's by then.
 #[derive(Debug)]
-struct SocketFile(PathBuf);
+struct SocketFile {
+    path: PathBuf,
+    device_and_inode: (u64, u64),
+}
+
+impl SocketFile {
+    fn new(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), device_and_inode: Self::identify(path)? })
+    }
+
+    fn identify(path: &Path) -> io::Result<(u64, u64)> {
+        fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+    }
+}
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.0) {
-            debug!("{}: {error}", self.0.display());
+        if Self::identify(&self.path).is_ok_and(|found| found == self.device_and_inode) {
+            if let Err(error) = fs::remove_file(&self.path) {
+                debug!("{}: {error}", self.path.display());
+            }
         }
     }
 }
 
 impl Listener {
-    /// Listens for NBD clients. An address that this machine does not have yet is waited for; a signal ends the wait.
-    pub fn nbd(addr: &Endpoint, purpose: Purpose, signals: &SignalFd) -> Result<Self, Fatal> {
+    /// Listens for NBD clients. An address that this machine does not have yet is waited for; `None`: a signal has ended the wait.
+    pub fn nbd(addr: &Endpoint, purpose: Purpose, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
         let socket = match addr {
-            Endpoint::Tcp(addr) => Socket::Tcp(bind_tcp(*addr, signals)?),
-            Endpoint::Unix(path) => bind_unix(path, |path| net::UnixListener::bind(path))?,
+            Endpoint::Tcp(addr) => bind_tcp(*addr, signals)?.map(Socket::Tcp),
+            Endpoint::Unix(path) => Some(bind_unix(path, |path| net::UnixListener::bind(path))?),
         };
-        Ok(Self::new(socket, purpose))
+        Ok(socket.map(|socket| Self::new(socket, purpose)))
     }
 
     /// Listens for commands on a path that only this user may open.
     pub fn control(path: &Path) -> Result<Self, Fatal> {
-        Ok(Self::new(bind_unix(path, sys::bind_unix_private)?, Purpose::Control))
+        Ok(Self::new(
+            bind_unix(path, |path| sys::with_private_umask(|| net::UnixListener::bind(path)))?,
+            Purpose::Control,
+        ))
     }
 
     fn new(socket: Socket, purpose: Purpose) -> Self {
-        Self { socket, purpose, ready: Ready::default(), refused: Throttle::new(REFUSED_LOG_MS) }
+        let refused = Throttle::new(REFUSED_LOG_MS, REFUSED_LOGGED);
+        Self { socket, purpose, ready: Ready::default(), rests_until_ms: 0, refused }
     }
 
     /// Registers the socket under `token`.
@@ -105,6 +127,9 @@ impl Listener {
 
     /// Accepts what has come.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+        if sh.now_ms < self.rests_until_ms {
+            return Next::Idle;
+        }
         for _ in 0..ACCEPTS_PER_TURN {
             if !self.ready.readable() || (self.purpose == Purpose::Control && sh.controls_full()) {
                 return Next::Idle;
@@ -116,7 +141,8 @@ impl Listener {
                 Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
                 Err(error) => {
                     self.log_refused(sh, &format_args!("cannot accept: {error}; trying again every {REST_MS} ms"));
-                    sh.wheel.arm(sh.now_ms.saturating_add(REST_MS), key);
+                    self.rests_until_ms = sh.now_ms.saturating_add(REST_MS);
+                    sh.wheel.arm(self.rests_until_ms, key);
                     return Next::Idle;
                 }
             }
@@ -168,24 +194,25 @@ impl fmt::Display for Listener {
                 Ok(addr) => addr.fmt(f),
                 Err(error) => error.fmt(f),
             },
-            Socket::Unix(_, SocketFile(path)) => path.display().fmt(f),
+            Socket::Unix(_, file) => file.path.display().fmt(f),
         }
     }
 }
 
-fn bind_tcp(addr: SocketAddr, signals: &SignalFd) -> Result<TcpListener, Fatal> {
+/// `None`: a signal has ended the wait for the address.
+fn bind_tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<TcpListener>, Fatal> {
     let give_up_ms = sys::monotonic_ms().saturating_add(ADDRESS_WAIT_MS);
     let mut said = false;
     loop {
         match TcpListener::bind(addr) {
-            Ok(socket) => return Ok(socket),
+            Ok(socket) => return Ok(Some(socket)),
             Err(error) if error.kind() == ErrorKind::AddrNotAvailable && sys::monotonic_ms() < give_up_ms => {
                 if !std::mem::replace(&mut said, true) {
                     warn!("{addr}: this machine does not have the address; trying for {ADDRESS_WAIT_MS} ms");
                 }
                 // Nothing is served yet, so waiting stalls nobody.
                 if sys::wait_readable(signals.as_fd(), ADDRESS_RETRY_MS).unwrap_or(false) {
-                    return Err(Fatal(format!("stopped by a signal while waiting for the address {addr}")));
+                    return Ok(None);
                 }
             }
             Err(error) => return Err(Fatal(format!("cannot listen on {addr}: {error}"))),
@@ -202,7 +229,7 @@ fn bind_unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListen
         }
         Ok(_) => match mio::net::UnixStream::connect(path) {
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                fs::remove_file(path).map_err(|error| fatal(&error))?;
+                debug!("{}: left by a process that is gone", path.display());
             }
             Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(fatal(&error)),
             _ => return Err(fatal(&"another server answers there; stop it or choose another path")),
@@ -210,8 +237,14 @@ fn bind_unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListen
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(fatal(&error)),
     }
-    let socket = bind(path).map_err(|error| fatal(&error))?;
-    let file = SocketFile(path.to_owned());
+    // A socket refuses connections until it listens. It gets its name only then, because the name says «ready».
+    let mut unready = path.as_os_str().to_owned();
+    unready.push(format!(".{}", std::process::id()));
+    let unready = Path::new(&unready);
+    let socket = bind(unready).map_err(|error| fatal(&error))?;
+    let mut file = SocketFile::new(unready).map_err(|error| fatal(&error))?;
+    fs::rename(unready, path).map_err(|error| fatal(&error))?;
+    path.clone_into(&mut file.path);
     socket.set_nonblocking(true).map_err(|error| fatal(&error))?;
     Ok(Socket::Unix(UnixListener::from_std(socket), file))
 }

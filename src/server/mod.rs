@@ -53,6 +53,9 @@ const EVENTS: usize = 256;
 /// Owner of the operation that makes a received image durable; no slot has this key.
 const RECEIVED: u64 = u64::MAX;
 
+/// What a listener says when it has to stop.
+const NOT_MIGRATED: &str = "stopped by a signal before a migration was complete";
+
 /// What a slot wants next.
 #[derive(Debug)]
 enum Next {
@@ -105,7 +108,8 @@ struct Server {
 
 /// Serves until a signal comes. An error is what ended it abnormally.
 pub fn serve(config: Config) -> Result<(), Fatal> {
-    let mut server = Server::start(config)?;
+    let role = config.role;
+    let Some(mut server) = Server::start(config)? else { return stopped_early(role) };
     let doing = if server.shared.inbound.is_some() { "awaiting a migration to" } else { "serving" };
     info!("{doing} {} on {}", server.shared.disk.path().display(), server.addresses.join(" and "));
     let mut events = Events::with_capacity(EVENTS);
@@ -114,6 +118,14 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
         if let Flow::Stop = server.turn(&mut events, &mut batch)? {
             return Ok(());
         }
+    }
+}
+
+/// A signal came before anything was served.
+fn stopped_early(role: Role) -> Result<(), Fatal> {
+    match role {
+        Role::Serve => Ok(()),
+        Role::Listen { .. } => Err(Fatal(NOT_MIGRATED.into())),
     }
 }
 
@@ -174,7 +186,7 @@ impl Server {
 
     fn stopped_by_signal(&self) -> Result<Flow, Fatal> {
         if self.shared.inbound.is_some() {
-            Err(Fatal("stopped by a signal before a migration was complete".into()))
+            Err(Fatal(NOT_MIGRATED.into()))
         } else if self.mirror.is_some() {
             Err(Fatal(
                 "stopped by a signal while a migration was running; the image here is the one that counts".into(),

@@ -8,6 +8,7 @@ use crate::buffer::Pool;
 use crate::disk::Disk;
 use crate::event::ready::RunQueue;
 use crate::event::wheel::Wheel;
+use crate::logging::Throttle;
 use crate::migrate::Plan;
 use crate::proto::session::Tally;
 
@@ -46,6 +47,8 @@ pub struct Shared {
     pub inbound: Option<Inbound>,
     /// Clients with a write that has to wait for the migration.
     pub held: RunQueue,
+    /// Clients that end badly are logged, but not as fast as they can come.
+    pub bad_ends: Throttle,
     /// Clients connected or just accepted.
     pub clients: usize,
     /// Control connections open or just accepted.

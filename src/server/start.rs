@@ -10,6 +10,7 @@ use crate::disk::Disk;
 use crate::event::ready::RunQueue;
 use crate::event::slots::Slots;
 use crate::event::wheel::Wheel;
+use crate::logging::Throttle;
 use crate::proto::session::Tally;
 use crate::sys::{self, SignalFd};
 use log::warn;
@@ -24,9 +25,15 @@ const POOL_BYTES: usize = 16 << 20;
 /// Descriptors besides those of clients: standard streams, poll, signals, image, listeners, control connections.
 const OTHER_DESCRIPTORS: u64 = 16 + MAX_CONTROLS as u64;
 
+/// How many clients that end badly are logged, one by one, in so many milliseconds; more are counted.
+const BAD_ENDS_LOGGED: u32 = 10;
+const BAD_ENDS_LOG_MS: u64 = 10_000;
+
 impl Server {
-    /// Opens everything; what listens for clients listens before the control socket appears.
-    pub(super) fn start(config: Config) -> Result<Self, Fatal> {
+    /// Opens everything; what listens for clients listens before the control socket appears. `None`: a signal has ended
+    /// the wait for an address.
+    pub(super) fn start(config: Config) -> Result<Option<Self>, Fatal> {
+        sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;
         if disk.tail() > 0 {
@@ -41,9 +48,12 @@ impl Server {
             Ok(_) => {}
             Err(error) => warn!("cannot raise the limit of descriptors to {wanted}: {error}"),
         }
-        let mut listeners = vec![Listener::nbd(&config.listen, Purpose::Oldstyle, &signals)?];
-        for endpoint in &config.newstyle {
-            listeners.push(Listener::nbd(endpoint, Purpose::Newstyle, &signals)?);
+        let oldstyle = std::iter::once((&config.listen, Purpose::Oldstyle));
+        let newstyle = config.newstyle.iter().map(|endpoint| (endpoint, Purpose::Newstyle));
+        let mut listeners = Vec::new();
+        for (endpoint, purpose) in oldstyle.chain(newstyle) {
+            let Some(listener) = Listener::nbd(endpoint, purpose, &signals)? else { return Ok(None) };
+            listeners.push(listener);
         }
         let addresses = listeners.iter().map(Listener::to_string).collect();
         let poll = Poll::new().map_err(|error| Fatal(format!("cannot wait for events: {error}")))?;
@@ -72,6 +82,7 @@ impl Server {
                 plan: None,
                 inbound,
                 held: RunQueue::default(),
+                bad_ends: Throttle::new(BAD_ENDS_LOG_MS, BAD_ENDS_LOGGED),
                 clients: 0,
                 controls: 0,
                 closed: Tally::default(),
@@ -85,7 +96,7 @@ impl Server {
             next_id: 1,
         };
         server.open_slots(listeners, config.control, signals)?;
-        Ok(server)
+        Ok(Some(server))
     }
 
     fn open_slots(&mut self, nbd: Vec<Listener>, control: Option<PathBuf>, signals: SignalFd) -> Result<(), Fatal> {

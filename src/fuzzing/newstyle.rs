@@ -1,0 +1,500 @@
+//! PURE: the newstyle entry points of the fuzzers: haggling alone, and a whole session.
+
+use super::{Choices, ENOUGH, EXPORT, INBOX, POOLS};
+use crate::buffer::{Buffer, Pool, SLICE};
+use crate::proto::error::{Errno, Violation};
+use crate::proto::handshake::{Haggle, Progress, OPTION_MAX};
+use crate::proto::outbox::PIECES;
+use crate::proto::request::{refuse, Action, Agreed, Export, Extent, Style};
+use crate::proto::session::{End, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
+use crate::proto::wire::{
+    chunk, command, extent, kind, option, option_reply, Fields, RequestHead, CHUNK_LEN, IHAVEOPT, NEWSTYLE_GREETING_LEN,
+    OPTION_HEAD_LEN, OPTION_REPLY_HEAD_LEN, OPTION_REPLY_MAGIC, REQUEST_LEN, REQUEST_MAGIC, SIMPLE_REPLY_LEN,
+    SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+};
+use std::collections::BTreeSet;
+use std::io::IoSlice;
+
+/// The most that one option may make a server say, in bytes.
+const MOST_SAID: usize = 256;
+/// The unit of the holes of the export, in bytes.
+const HOLE: u64 = 4096;
+
+/// What came of a negotiation.
+#[derive(Debug, PartialEq, Eq)]
+struct Haggled {
+    said: Vec<u8>,
+    end: Result<Option<Progress>, Violation>,
+    used: usize,
+}
+
+/// Haggles over `input`, of which at most `piece()` bytes more are known at each step.
+fn haggle(input: &[u8], mut piece: impl FnMut(usize) -> usize) -> Haggled {
+    let (mut haggle, said) = Haggle::begin(Export { size: EXPORT });
+    let mut haggled = Haggled { said, end: Ok(None), used: 0 };
+    let mut known = 0;
+    loop {
+        let before = haggled.said.len();
+        let window = input.get(haggled.used..known).unwrap_or_default();
+        match haggle.step(window, &mut haggled.said) {
+            Ok(Some((used, progress))) => {
+                assert!(used > 0 && used <= window.len(), "it takes what is there, and something");
+                assert!(haggled.said.len() - before <= MOST_SAID, "an answer without a limit");
+                haggled.used += used;
+                if progress != Progress::More {
+                    haggled.end = Ok(Some(progress));
+                    return haggled;
+                }
+            }
+            Ok(None) if known == input.len() => return haggled,
+            Ok(None) => {
+                assert!(window.len() < OPTION_HEAD_LEN + OPTION_MAX, "it wants more than a session holds");
+                assert_eq!(before, haggled.said.len(), "an answer before the question");
+                known += piece(input.len() - known);
+            }
+            Err(violation) => {
+                haggled.end = Err(violation);
+                return haggled;
+            }
+        }
+    }
+}
+
+/// One reply to an option: the option, the type and the data.
+fn take_option_reply<'a>(said: &mut &'a [u8]) -> Option<(u32, u32, &'a [u8])> {
+    let mut fields = Fields(said.get(..OPTION_REPLY_HEAD_LEN)?);
+    assert_eq!(fields.u64(), Some(OPTION_REPLY_MAGIC));
+    let (option, kind, length) = (fields.u32()?, fields.u32()?, fields.u32()?);
+    let data = said.get(OPTION_REPLY_HEAD_LEN..OPTION_REPLY_HEAD_LEN + length as usize)?;
+    *said = said.get(OPTION_REPLY_HEAD_LEN + length as usize..)?;
+    Some((option, kind, data))
+}
+
+/// Fails unless `said` answers the options of `input`, the first `used` bytes of which were taken, one by one.
+fn check_answers(input: &[u8], haggled: &Haggled) {
+    let mut input = input.get(4..haggled.used).unwrap_or_default();
+    let mut said = haggled.said.get(NEWSTYLE_GREETING_LEN..).unwrap_or_default();
+    while let Some(head) = input.get(..OPTION_HEAD_LEN) {
+        let mut fields = Fields(head);
+        assert_eq!(fields.u64(), Some(IHAVEOPT));
+        let (asked, length) = (fields.u32().unwrap_or_default(), fields.u32().unwrap_or_default());
+        input = input.get(OPTION_HEAD_LEN + length as usize..).unwrap_or_default();
+        if asked == option::EXPORT_NAME {
+            assert!(input.is_empty() && matches!(said.len(), 10 | 134), "a size, flags, and zeroes or none");
+            return;
+        }
+        let mut informed = false;
+        let last = loop {
+            let reply = take_option_reply(&mut said);
+            let Some((option, kind, data)) = reply else { unreachable!("an option without its last reply") };
+            assert_eq!(option, asked);
+            match kind {
+                option_reply::ACK => assert!(data.is_empty()),
+                option_reply::SERVER => assert_eq!((asked, data), (option::LIST, [0; 4].as_slice())),
+                option_reply::INFO => informed |= data.len() == 12,
+                option_reply::META_CONTEXT => {
+                    assert!(matches!(asked, option::LIST_META_CONTEXT | option::SET_META_CONTEXT));
+                }
+                _ => assert!(kind & option_reply::ERROR != 0 && data.len() <= 4096, "{kind:#x}"),
+            }
+            if kind == option_reply::ACK || kind & option_reply::ERROR != 0 {
+                break kind;
+            }
+        };
+        let describes = matches!(asked, option::INFO | option::GO);
+        assert_eq!(describes && last == option_reply::ACK, informed, "the size goes with success");
+    }
+    assert!(said.is_empty(), "an answer to nothing");
+}
+
+/// The client's half of a negotiation, cut up.
+///
+/// # Panics
+/// When it matters how it is cut up, when an option is not answered as it must be, or without a limit.
+pub fn haggling(data: &[u8]) {
+    let (mut choices, input) = Choices::split(data);
+    let whole = haggle(input, |most| most);
+    assert_eq!(haggle(input, |most| choices.piece(most)), whole);
+    if whole.end.is_ok() {
+        check_answers(input, &whole);
+    }
+}
+
+/// One request, and what came back so far.
+struct Asked {
+    head: RequestHead,
+    /// The ranges of its data, in the order in which they came.
+    content: Vec<(u64, u64)>,
+    error: Option<u32>,
+    answered: bool,
+}
+
+/// The client that [`newstyle_session`] talks to: it knows what was asked, and so what may come back.
+struct Oracle {
+    agreed: Agreed,
+    /// What must come before the first reply.
+    greeting: Vec<u8>,
+    /// The request with the cookie 1, 2, ...
+    asked: Vec<Asked>,
+    /// All that it sends.
+    stream: Vec<u8>,
+    /// How the conversation should end.
+    end: Result<End, Violation>,
+    unparsed: Vec<u8>,
+}
+
+impl Oracle {
+    /// Haggles as `input` does, then reads its requests as a server would and asks them with cookies of its own. A
+    /// payload that is cut off is made up if `made_up`.
+    fn new(input: &[u8], made_up: bool) -> Self {
+        let Haggled { said, end, used } = haggle(input, |most| most);
+        let (taken, rest) = input.split_at(used);
+        let mut this = Self {
+            agreed: Agreed::default(),
+            greeting: said,
+            asked: Vec::new(),
+            stream: taken.to_vec(),
+            end: Ok(End::EndOfStream),
+            unparsed: Vec::new(),
+        };
+        match end {
+            Ok(Some(Progress::Transmission(agreed))) => {
+                this.agreed = agreed;
+                this.ask(rest, made_up);
+                return this;
+            }
+            Err(violation) => this.end = Ok(End::Violation(violation)),
+            Ok(Some(_)) => this.end = Ok(End::Disconnect),
+            Ok(None) if !rest.is_empty() => this.end = Err(Violation::Truncated),
+            Ok(None) => {}
+        }
+        this.stream.extend(rest);
+        this
+    }
+
+    fn ask(&mut self, mut input: &[u8], made_up: bool) {
+        let mut enough = ENOUGH;
+        while let Some((bytes, rest)) = input.split_first_chunk::<REQUEST_LEN>() {
+            let (magic, head) = RequestHead::parse(bytes);
+            let head = RequestHead { cookie: self.asked.len() as u64 + 1, ..head };
+            let payload = u64::from(head.length);
+            let reads = head.kind == kind::READ && payload <= EXPORT;
+            if head.kind != kind::WRITE && reads && payload > enough {
+                return;
+            }
+            self.stream.extend(magic.to_be_bytes());
+            self.stream.extend(head.encode().iter().skip(4));
+            input = rest;
+            if magic != REQUEST_MAGIC || head.kind == kind::DISC {
+                let broken = magic != REQUEST_MAGIC;
+                let violation = End::Violation(Violation::BadRequestMagic(magic));
+                self.end = Ok(if broken { violation } else { End::Disconnect });
+                self.stream.extend(input);
+                return;
+            }
+            self.asked.push(Asked { head, content: Vec::new(), error: None, answered: false });
+            if head.kind == kind::WRITE {
+                let (payload, rest) = input.split_at(input.len().min(head.length as usize));
+                self.stream.extend(payload);
+                let missing = head.length as usize - payload.len();
+                if made_up && missing as u64 <= enough {
+                    self.stream.resize(self.stream.len() + missing, 0xA5);
+                } else if missing > 0 {
+                    self.end = Err(Violation::Truncated);
+                }
+                input = rest;
+            }
+            if head.kind == kind::WRITE || reads {
+                let Some(left) = enough.checked_sub(payload) else { return };
+                enough = left;
+            }
+        }
+        if self.end == Ok(End::EndOfStream) && !input.is_empty() {
+            self.end = Err(Violation::Truncated);
+        }
+        self.stream.extend(input);
+    }
+
+    /// Takes what the server sends.
+    fn receive(&mut self, bytes: &[u8]) {
+        self.unparsed.extend(bytes);
+        let expected = self.greeting.len().min(self.unparsed.len());
+        assert_eq!(self.unparsed.get(..expected), self.greeting.get(..expected), "what haggling alone would say");
+        self.unparsed.drain(..expected);
+        self.greeting.drain(..expected);
+        while let Some(used) = self.message() {
+            self.unparsed.drain(..used);
+        }
+    }
+
+    /// Takes one whole message; its length in bytes.
+    fn message(&mut self) -> Option<usize> {
+        let mut fields = Fields(&self.unparsed);
+        match fields.u32()? {
+            SIMPLE_REPLY_MAGIC => {
+                let (error, cookie) = (fields.u32()?, fields.u64()?);
+                let structured = self.agreed.structured;
+                let asked = self.asked.get_mut(usize::try_from(cookie).ok()?.checked_sub(1)?)?;
+                let reads = asked.head.kind == kind::READ;
+                let length = if reads && error == 0 { asked.head.length as usize } else { 0 };
+                let data = self.unparsed.get(SIMPLE_REPLY_LEN..SIMPLE_REPLY_LEN + length)?;
+                assert!(!structured || !reads && (asked.head.kind != kind::BLOCK_STATUS || error != 0));
+                check_data(data, asked.head.offset);
+                check_error(&asked.head, error, self.agreed);
+                assert!(!std::mem::replace(&mut asked.answered, true), "answered twice");
+                Some(SIMPLE_REPLY_LEN + length)
+            }
+            STRUCTURED_REPLY_MAGIC => {
+                assert!(self.agreed.structured, "nobody asked for structured replies");
+                let (flags, kind, cookie, length) = (fields.u16()?, fields.u16()?, fields.u64()?, fields.u32()?);
+                let payload = self.unparsed.get(CHUNK_LEN..CHUNK_LEN + length as usize)?;
+                let asked = self.asked.get_mut(usize::try_from(cookie).ok()?.checked_sub(1)?)?;
+                asked.chunk(flags, kind, payload, self.agreed);
+                Some(CHUNK_LEN + length as usize)
+            }
+            magic => unreachable!("no reply begins with {magic:#x}"),
+        }
+    }
+}
+
+impl Asked {
+    /// Takes one chunk of a structured reply.
+    fn chunk(&mut self, flags: u16, kind: u16, payload: &[u8], agreed: Agreed) {
+        assert!(!self.answered, "behind the last chunk");
+        assert!(flags & !chunk::DONE == 0);
+        let done = flags & chunk::DONE != 0;
+        let mut fields = Fields(payload);
+        match kind {
+            chunk::NONE => assert!(done && payload.is_empty()),
+            chunk::OFFSET_DATA | chunk::OFFSET_HOLE => {
+                let offset = fields.u64().unwrap_or(u64::MAX);
+                let length = if kind == chunk::OFFSET_HOLE {
+                    assert_eq!(payload.len(), 12);
+                    let length = u64::from(fields.u32().unwrap_or_default());
+                    assert!((offset..offset + length).all(|at| content(at) == 0), "a hole where data is");
+                    length
+                } else {
+                    check_data(fields.0, offset);
+                    fields.0.len() as u64
+                };
+                let head = &self.head;
+                assert!(head.kind == kind::READ && self.error.is_none() && length > 0);
+                assert!(offset >= head.offset && head.end().is_some_and(|end| offset + length <= end), "inside");
+                let overlaps = self.content.iter().any(|&(start, end)| offset < end && start < offset + length);
+                assert!(!overlaps, "the same bytes twice");
+                self.content.push((offset, offset + length));
+            }
+            chunk::BLOCK_STATUS => {
+                assert!(agreed.allocation && self.head.kind == kind::BLOCK_STATUS && fields.u32() == Some(1));
+                let mut at = self.head.offset;
+                let mut before = None;
+                while let Some((length, status)) = fields.u32().zip(fields.u32()) {
+                    assert!(length > 0 && (before != Some(status)), "an extent of its own");
+                    let zero = status == extent::HOLE_ZERO;
+                    let end = at + u64::from(length);
+                    assert!(zero || status == 0);
+                    assert!(!zero || content(at) == 0 && content(end - 1) == 0, "a hole where data is");
+                    at = end;
+                    before = Some(status);
+                }
+                assert!(fields.0.is_empty() && before.is_some() && self.head.end().is_some_and(|end| at <= end));
+                let one = self.head.flags & command::REQ_ONE != 0;
+                assert!(!one || payload.len() == 12);
+            }
+            chunk::ERROR => {
+                let (error, text) = (fields.u32().unwrap_or_default(), fields.u16().unwrap_or_default());
+                assert!(error != 0 && fields.0.len() == usize::from(text) && text <= 4096);
+                assert!(self.error.replace(error).is_none());
+                check_error(&self.head, error, agreed);
+            }
+            _ => unreachable!("chunks of type {kind} mean nothing here"),
+        }
+        if self.head.flags & command::DF != 0 {
+            assert!(self.content.len() <= 1 && kind != chunk::OFFSET_HOLE, "in one piece");
+        }
+        if done {
+            self.answered = true;
+            let covered: u64 = self.content.iter().map(|(start, end)| end - start).sum();
+            let all = self.head.kind != kind::READ || covered == u64::from(self.head.length);
+            assert!(self.error.is_some() || all, "all of it");
+        }
+    }
+}
+
+/// Fails unless the request may be answered like that: what must be refused is, what must not is at most unlucky.
+fn check_error(head: &RequestHead, error: u32, agreed: Agreed) {
+    match refuse(head, EXPORT, Style::Newstyle(agreed)) {
+        Some(refusal) => assert_eq!(error, refusal.errno.to_wire(), "{head}"),
+        None => assert!(error == 0 || error == Errno::Io.to_wire(), "{head}: {error}"),
+    }
+}
+
+fn check_data(bytes: &[u8], offset: u64) {
+    assert!(bytes.iter().zip(offset..).all(|(&byte, at)| byte == content(at)), "other data");
+}
+
+/// The byte of the export at `offset`. Every third block is a hole.
+fn content(offset: u64) -> u8 {
+    if is_hole(offset) {
+        0
+    } else {
+        (offset ^ (offset >> 8)).to_le_bytes()[0] | 1
+    }
+}
+
+fn is_hole(offset: u64) -> bool {
+    (offset / HOLE) % 3 == 1
+}
+
+/// The extents of a range.
+fn extents(mut offset: u64, length: u64) -> Vec<Extent> {
+    let end = offset + length;
+    let mut found = Vec::new();
+    while offset < end {
+        let block = offset / HOLE;
+        // Blocks 1, 4, 7, ... are holes, the two between are one piece of data.
+        let border = if is_hole(offset) { block + 1 } else { (block + 1) / 3 * 3 + 1 };
+        let next = (border * HOLE).min(end);
+        found.push(Extent { length: next - offset, is_hole: is_hole(offset) });
+        offset = next;
+    }
+    found
+}
+
+/// A piece of work the disk has done and not yet reported.
+struct Held {
+    tag: u32,
+    found: Vec<Extent>,
+    buffer: Option<Buffer>,
+}
+
+/// Does what a disk would.
+fn work(tag: u32, action: Action) -> Held {
+    let mut held = Held { tag, found: Vec::new(), buffer: None };
+    let (offset, length) = match action {
+        Action::Read { offset, length, skip_hole, mut buffer } => {
+            let first = extents(offset, length as u64).into_iter().next();
+            let hole = first.filter(|extent| skip_hole && extent.is_hole);
+            let skipped = hole.map_or(0, |hole| hole.length);
+            let bytes: Vec<u8> = (offset + skipped..offset + length as u64).map(content).collect();
+            assert_eq!((buffer.len(), buffer.append(&bytes)), (0, bytes.len()), "an empty buffer that is large enough");
+            assert!(buffer.capacity() >= length);
+            held.found.extend(hole);
+            held.buffer = Some(buffer);
+            (offset, length as u64)
+        }
+        Action::Write { offset, payload, .. } => {
+            let length = payload.len() as u64;
+            held.buffer = Some(payload);
+            (offset, length)
+        }
+        Action::Zero { offset, length, .. }
+        | Action::Trim { offset, length, .. }
+        | Action::Cache { offset, length } => (offset, length),
+        Action::Map { offset, length, most } => {
+            held.found = extents(offset, length);
+            held.found.truncate(most);
+            (offset, length)
+        }
+        Action::Flush => return held,
+    };
+    assert!(length > 0 && offset.checked_add(length).is_some_and(|end| end <= EXPORT), "inside the export");
+    held
+}
+
+/// A newstyle conversation from the server's side: haggling and requests, cut up, against a disk that has holes, is slow
+/// and fails now and then.
+///
+/// # Panics
+/// When anything comes out that is no right answer to what was asked, when the disk is asked for what cannot be, and
+/// when the session holds too much, keeps memory for itself or gets stuck.
+pub fn newstyle_session(data: &[u8]) {
+    let (mut choices, input) = Choices::split(data);
+    let cap = POOLS.get(choices.next() % POOLS.len()).copied().unwrap_or_default();
+    let mut oracle = Oracle::new(input, choices.next() % 2 == 0);
+    let stream = std::mem::take(&mut oracle.stream);
+    let mut input = stream.as_slice();
+    let mut pool = Pool::new(cap);
+    let mut session = ServerSession::newstyle(Export { size: EXPORT }, 0);
+    let mut disk: Vec<Held> = Vec::new();
+    let mut hung_up = false;
+    let mut now_ms = 0;
+
+    let end = loop {
+        let step = session.next_step(&mut pool);
+        let receives = matches!(step, Step::NeedBytes) && !hung_up;
+        let goes_on = matches!(step, Step::Request(_) | Step::Refused(_));
+        if let Step::Request(request) = step {
+            disk.push(work(request.tag, request.action));
+        }
+        let tags: BTreeSet<u32> = disk.iter().map(|held| held.tag).collect();
+        assert!(tags.len() <= MAX_IN_FLIGHT, "too many in flight");
+        let held: usize = disk.iter().flat_map(|held| &held.buffer).map(Buffer::capacity).sum();
+        assert!(held <= MAX_HELD + SLICE && cap - pool.available() <= MAX_HELD + SLICE + INBOX, "too much held");
+        assert!(session.in_flight() <= 2 * MAX_IN_FLIGHT, "replies without a limit");
+        assert!(session.oldest_ms().is_none_or(|oldest_ms| oldest_ms <= now_ms));
+        if let Some(end) = session.finished() {
+            break Ok(end);
+        }
+        now_ms += 1;
+        let choice = choices.next();
+        let can = [goes_on, receives, session.wants_send(), !disk.is_empty()];
+        let act = (0..can.len()).map(|next| (choice + next) % can.len()).find(|&act| can.get(act) == Some(&true));
+        assert!(act.is_some(), "stuck");
+        match act {
+            Some(0) => {}
+            Some(1) if input.is_empty() => {
+                hung_up = true;
+                if let Err(violation) = session.end_of_stream() {
+                    break Err(violation);
+                }
+            }
+            Some(1) => {
+                let mut n = choices.piece(input.len());
+                let before = input.len();
+                for space in session.recv_space(&mut pool) {
+                    let (piece, rest) = input.split_at(n.min(space.len()));
+                    space.iter_mut().zip(piece).for_each(|(to, from)| *to = *from);
+                    n -= piece.len();
+                    input = rest;
+                }
+                assert!(input.len() < before, "it needs bytes and has no space");
+                session.received(before - input.len(), now_ms);
+                if choice >= 0x80 {
+                    session.park(&mut pool);
+                }
+            }
+            Some(2) => {
+                let mut slices = [IoSlice::new(&[]); PIECES];
+                let pieces = session.to_send(&mut slices);
+                let waiting = slices.iter().take(pieces).map(|slice| slice.len()).sum();
+                let n = choices.piece(waiting);
+                let mut left = n;
+                for slice in slices.iter().take(pieces) {
+                    let piece = slice.get(..left).unwrap_or(slice);
+                    oracle.receive(piece);
+                    left -= piece.len();
+                }
+                session.sent(n, &mut pool);
+            }
+            _ => {
+                let Held { tag, found, buffer } = disk.swap_remove(choice / can.len() % disk.len());
+                let result = if choices.next() == 0xFF { Err(Errno::Io) } else { Ok(found) };
+                if let Err(violation) = session.complete(tag, result, buffer, &mut pool) {
+                    break Err(violation);
+                }
+            }
+        }
+    };
+
+    session.release(&mut pool);
+    disk.into_iter().filter_map(|held| held.buffer).for_each(|buffer| pool.give(buffer));
+    assert_eq!(pool.available(), cap, "all memory comes back");
+    if !matches!(end, Err(Violation::ReplyCutShort(_))) {
+        assert_eq!(end, oracle.end);
+    }
+    if end.is_ok() {
+        let unanswered = oracle.asked.iter().filter(|asked| !asked.answered).count();
+        assert_eq!((unanswered, oracle.unparsed.len(), oracle.greeting.len()), (0, 0, 0), "everything is answered");
+    }
+}
