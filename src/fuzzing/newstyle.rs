@@ -8,9 +8,9 @@ use crate::proto::outbox::PIECES;
 use crate::proto::request::{refuse, Action, Agreed, Export, Extent, Style};
 use crate::proto::session::{End, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
 use crate::proto::wire::{
-    chunk, command, extent, kind, option, option_reply, Fields, RequestHead, CHUNK_LEN, IHAVEOPT, NEWSTYLE_GREETING_LEN,
-    OPTION_HEAD_LEN, OPTION_REPLY_HEAD_LEN, OPTION_REPLY_MAGIC, REQUEST_LEN, REQUEST_MAGIC, SIMPLE_REPLY_LEN,
-    SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+    chunk, command, extent, kind, option, option_reply, Fields, RequestHead, CHUNK_LEN, IHAVEOPT,
+    NEWSTYLE_GREETING_LEN, OPTION_HEAD_LEN, OPTION_REPLY_HEAD_LEN, OPTION_REPLY_MAGIC, REQUEST_LEN, REQUEST_MAGIC,
+    SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
 use std::collections::BTreeSet;
 use std::io::IoSlice;

@@ -283,7 +283,6 @@ impl Mirror {
         let space = link.input.spare();
         let wanted = space.len();
         match link.stream.read(space) {
-            Ok(0) if link.stage == Stage::Leaving => return Ok(Next::Close(Reason::Migrated)),
             Ok(0) => return Err(Failure::Closed),
             Ok(n) => {
                 if n < wanted {
@@ -293,8 +292,6 @@ impl Mirror {
             }
             Err(error) => match link.ready.failed_read(error) {
                 Ok(()) => return Ok(Next::Idle),
-                // It has everything and has said so: how it goes does not matter.
-                Err(_) if link.stage == Stage::Leaving => return Ok(Next::Close(Reason::Migrated)),
                 Err(error) => return Err(Failure::Broken(format!("cannot receive: {error}"))),
             },
         }
@@ -433,8 +430,13 @@ impl Mirror {
         Ok(Next::Again)
     }
 
-    /// An attempt is over. Before the start, that is the answer; after it, there is another attempt.
+    /// An attempt is over. Before the start, that is the answer; after it, there is another attempt, unless the
+    /// destination has been told that its copy counts.
     fn failed(&mut self, why: &Failure, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+        if !self.may_stop() {
+            // It has everything and has been told so: how it goes does not matter.
+            return Next::Close(Reason::Migrated);
+        }
         if self.starter.is_some() {
             return Next::Close(Reason::NotStarted(why.answer().into()));
         }

@@ -1,0 +1,112 @@
+# The build of flexnbd. `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+
+PREFIX ?= /usr/local
+CARGO ?= cargo
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+RELEASE := $(TARGET_DIR)/release
+BINARY := $(RELEASE)/flexnbd
+ASSETS := $(RELEASE)/assets
+SOURCES := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
+
+# At a terminal the deadline must not put its child into a process group of its own, or Ctrl-C would not reach it.
+FOREGROUND := $(shell test -t 0 && echo --foreground)
+# $(call within,SECONDS) runs a command that is killed after so long.
+within = timeout $(FOREGROUND) --kill-after=10 $(1)
+
+.PHONY: all check test test-slow tools demo bench footprint fuzz install uninstall clean help
+
+all: $(BINARY) ## Build the release program (the default)
+
+# The touch keeps make's view right when cargo finds nothing to do, so that `make install` never has to ask cargo.
+$(BINARY): $(SOURCES)
+	$(call within,1800) $(CARGO) build --release --locked
+	touch $@
+
+check: ## Formatting, lints as errors, import directions
+	$(call within,60) $(CARGO) fmt --check
+	$(call within,60) $(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
+	$(call within,1800) $(CARGO) clippy --all-targets --locked -- -D warnings
+	$(call within,60) bash tests/imports.sh
+
+test: tools ## All tests but the slow ones, installing the tools they need
+	$(call within,1800) $(CARGO) test --locked --doc
+	$(call within,2700) $(CARGO) test --locked --tests
+
+test-slow: tools ## The tests that take minutes of real time
+	$(call within,1800) $(CARGO) test --locked --tests -- --ignored
+
+# What the tests run, each with the Debian package it is in.
+TOOLS := qemu-io:qemu-utils nbdkit:nbdkit nbdcopy:libnbd-bin nbdsh:python3-libnbd fio:fio nbd-server:nbd-server \
+	nbd-client:nbd-client strace:strace mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkfs.ext4:e2fsprogs ip:iproute2 \
+	unshare:util-linux losetup:mount
+# System programs are not on everybody's path.
+tools: export PATH := $(PATH):/usr/sbin:/sbin
+tools: ## Install the clients and servers the tests run against (Debian, as root), or name what is missing
+	@missing() { for tool in $(TOOLS); do command -v "$${tool%%:*}" >/dev/null || echo "$${tool##*:}"; done; }; \
+	packages=$$(missing | xargs); \
+	if [ -n "$$packages" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing for the tests: $$packages"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		$(call within,300) apt-get update -qq </dev/null; \
+		$(call within,900) apt-get install -y -qq --no-remove --no-install-recommends $$packages </dev/null || true; \
+		packages=$$(missing | xargs); \
+	fi; \
+	if [ -n "$$packages" ]; then \
+		echo "error: the tests need these Debian packages (or their like) installed: $$packages" >&2; \
+		exit 1; \
+	fi
+
+demo: $(BINARY) ## Show what flexnbd does, in half a minute
+	FLEXNBD=$(BINARY) $(call within,120) bash tests/demo.sh
+
+bench: $(BINARY) tools ## Compare with other servers (QUICK=1, ROUNDS=5, SECONDS_PER_RUN=2, BENCH_DIR=/dev/shm)
+	FLEXNBD=$(BINARY) $(call within,7200) python3 tests/bench/bench.py
+
+footprint: $(BINARY) tools ## Measure size, memory and system calls
+	FLEXNBD=$(BINARY) $(call within,300) bash tests/footprint.sh
+
+# Without a sanitizer a stable compiler will do, and what the targets reach has no unsafe code.
+FUZZ_TARGETS = $(notdir $(basename $(wildcard fuzz/fuzz_targets/*.rs)))
+TIME ?= 60
+fuzz: ## Fuzz one entry point: make fuzz TARGET=... TIME=seconds
+	@if [ -z "$(filter $(FUZZ_TARGETS),$(TARGET))" ]; then \
+		echo "usage: make fuzz TARGET=... TIME=seconds, where TARGET is one of: $(FUZZ_TARGETS)" >&2; \
+		exit 2; \
+	fi
+	@command -v c++ >/dev/null || { echo "error: fuzzing needs a C++ compiler (Debian: g++)" >&2; exit 1; }
+	@$(CARGO) fuzz --version >/dev/null 2>&1 || { \
+		echo "installing cargo-fuzz, which fuzzing needs"; $(call within,900) $(CARGO) install cargo-fuzz --locked; }
+	mkdir -p fuzz/corpus/$(TARGET)
+	$(call within,$$(($(TIME) + 900))) $(CARGO) fuzz run --sanitizer none $(TARGET) \
+		fuzz/corpus/$(TARGET) fuzz/seeds/$(TARGET) -- -max_total_time=$(TIME)
+
+BIN_DIR = $(DESTDIR)$(PREFIX)/bin
+MAN_DIR = $(DESTDIR)$(PREFIX)/share/man/man1
+BASH_DIR = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+ZSH_DIR = $(DESTDIR)$(PREFIX)/share/zsh/site-functions
+FISH_DIR = $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+# For uninstall, which must not take the pages of other programs whose names begin alike.
+MODES := acl break help listen mirror mirror-speed read serve status write
+
+install: $(BINARY) ## Install the program, manual pages and completions (DESTDIR, PREFIX=/usr/local)
+	install -D -m 755 $(BINARY) $(BIN_DIR)/flexnbd
+	install -D -m 644 -t $(MAN_DIR) $(ASSETS)/*.1
+	install -D -m 644 $(ASSETS)/flexnbd.bash $(BASH_DIR)/flexnbd
+	install -D -m 644 -t $(ZSH_DIR) $(ASSETS)/_flexnbd
+	install -D -m 644 -t $(FISH_DIR) $(ASSETS)/flexnbd.fish
+
+uninstall: ## Remove what install put there
+	rm -f $(BIN_DIR)/flexnbd $(MAN_DIR)/flexnbd.1 $(MODES:%=$(MAN_DIR)/flexnbd-%.1)
+	rm -f $(BASH_DIR)/flexnbd $(ZSH_DIR)/_flexnbd $(FISH_DIR)/flexnbd.fish
+
+clean: ## Remove everything built
+	$(CARGO) clean
+	rm -rf fuzz/target
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile

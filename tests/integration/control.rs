@@ -1,0 +1,231 @@
+//! The control socket: its commands, its limits, and what no peer of it may do to another.
+
+use crate::util::{kind, request, run, wait_for, Server, SOON};
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+const STATUS: &[u8] = b"status\n\n";
+
+fn connect(server: &Server) -> UnixStream {
+    let stream = UnixStream::connect(&server.sock).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.set_write_timeout(Some(SOON)).unwrap();
+    stream
+}
+
+fn read_all(stream: &mut UnixStream) -> String {
+    let mut bytes = Vec::new();
+    match stream.read_to_end(&mut bytes) {
+        Err(error) if error.kind() != std::io::ErrorKind::ConnectionReset => panic!("{error}"),
+        _ => String::from_utf8_lossy(&bytes).into_owned(),
+    }
+}
+
+#[test]
+fn every_spelling_of_a_command() {
+    let server = Server::serve().size(4096).start();
+    for good in
+        ["status\n\n", "status\n", "status", "status\r\n\r\n", "  status  \n\n", "status\n\nrubbish\nbehind it\n\n"]
+    {
+        let answer = server.control(good);
+        assert!(
+            answer.starts_with("0: pid=") && answer.ends_with('\n') && answer.lines().count() == 1,
+            "{good:?}: {answer}"
+        );
+    }
+    for (bad, expected) in [
+        ("", "9: missing command\n"),
+        ("\n", "9: missing command\n"),
+        ("\n\nstatus\n\n", "9: missing command\n"),
+        ("   \n\n", "9: missing command\n"),
+        ("nonsense\n\n", "10: unknown command\n"),
+        ("STATUS\n\n", "10: unknown command\n"),
+        ("statu", "10: unknown command\n"),
+        ("statuss\n\n", "10: unknown command\n"),
+        ("\0\n\n", "10: unknown command\n"),
+        ("break\n\n", "1: not mirroring\n"),
+        ("mirror_max_bps\n1000\n\n", "1: Not currently mirroring\n"),
+    ] {
+        assert_eq!(server.control(bad), expected, "{bad:?}");
+    }
+    server.expect_healthy();
+}
+
+#[test]
+fn the_answer_comes_without_the_end_of_the_stream() {
+    let server = Server::serve().size(4096).start();
+    let mut stream = connect(&server);
+    stream.write_all(STATUS).unwrap();
+    // The server closes first.
+    assert!(read_all(&mut stream).starts_with("0: pid="));
+}
+
+#[test]
+fn status_has_the_keys_of_the_contract_in_order() {
+    let server = Server::serve().size(123 << 9).arg("--max-clients=1").start();
+    let status = server.status();
+    let keys: Vec<_> = status.line().trim_end().split(' ').map(|pair| pair.split_once('=').unwrap().0).collect();
+    assert_eq!(keys[..6], ["pid", "is_mirroring", "has_control", "size", "clients_allowed", "num_clients"]);
+    for counter in ["reads", "writes", "flushes", "read_bytes", "written_bytes", "errors"] {
+        assert_eq!(status.number(counter), 0);
+    }
+    assert_eq!(status.number("pid"), u64::from(server.pid()));
+    assert_eq!((status.get("is_mirroring"), status.get("has_control")), ("false", "true"));
+    assert_eq!((status.number("size"), status.number("num_clients")), (123 << 9, 0));
+    assert_eq!(status.get("clients_allowed"), "true");
+    assert_eq!(status.get("address"), server.address().to_string());
+
+    let output = run(&["status", "--sock", server.sock.to_str().unwrap()], &[]);
+    assert_eq!((output.code, output.stderr.as_str()), (Some(0), ""));
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), status.line(), "one line, ended by a newline");
+}
+
+#[test]
+fn status_counts_since_the_start() {
+    let server = Server::serve().size(1 << 20).start();
+    let mut client = server.connect();
+    (0..3).for_each(|_| assert!(client.read(0, 1000).is_ok()));
+    (0..2).for_each(|_| assert_eq!(client.write(0, &[1; 700]), 0));
+    assert_eq!(client.ask(kind::WRITE_ZEROES, 0, 0, 512, &[]), 0);
+    assert_eq!(client.flush(), 0);
+    assert_ne!(client.write(1 << 20, &[1; 10]), 0);
+    assert_ne!(client.ask(99, 0, 0, 0, &[]), 0);
+    let check = |clients| {
+        let status = server.status();
+        assert_eq!(status.number("num_clients"), clients);
+        assert_eq!((status.number("reads"), status.number("read_bytes")), (3, 3000));
+        assert_eq!(status.number("written_bytes"), 1400 + 512);
+        assert!((3..=4).contains(&status.number("writes")), "{}", status.line());
+        assert_eq!((status.number("flushes"), status.number("errors")), (1, 2));
+    };
+    check(1);
+    client.send(&request(kind::DISC, 0, 0, 0, 0));
+    client.expect_closed();
+    check(0);
+}
+
+#[test]
+fn slow_huge_and_binary_commands_do_no_harm() {
+    let server = Server::serve().size(4096).start();
+    let mut slow = connect(&server);
+    for byte in STATUS {
+        slow.write_all(&[*byte]).unwrap();
+        assert!(server.control(STATUS).starts_with("0: "), "another one is not held up");
+    }
+    assert!(read_all(&mut slow).starts_with("0: pid="));
+
+    let long_line = [b"acl ".to_vec(), vec![b'x'; 100_000], b"\n\n".to_vec()].concat();
+    let many_lines = [b"acl\n".to_vec(), b"10.0.0.1\n".repeat(1_000_000)].concat();
+    let binary: Vec<u8> = (0..100_000_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    for (what, bytes) in
+        [("a long line", long_line), ("many lines", many_lines), ("zeroes", vec![0; 1 << 20]), ("binary", binary)]
+    {
+        let mut stream = connect(&server);
+        // The server may close before it has taken all of it.
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(Shutdown::Write);
+        let answer = read_all(&mut stream);
+        assert!(answer.is_empty() || answer.lines().count() == 1 && !answer.starts_with("0: "), "{what}: {answer}");
+        assert!(answer.len() < 1000, "{what} is not repeated as a whole");
+    }
+    // The longest list that fits is taken.
+    let list = format!("acl\n{}\n", "127.0.0.1\n".repeat(6000));
+    assert_eq!(server.control(list), "0: updated\n");
+    assert!(server.memory_kib("VmHWM:") < 64 << 10);
+    server.expect_healthy();
+}
+
+#[test]
+fn a_peer_that_does_not_take_its_answer_does_no_harm() {
+    let server = Server::serve().size(4096).start();
+    for _ in 0..100 {
+        let mut stream = connect(&server);
+        stream.write_all(STATUS).unwrap();
+    }
+    let mut gone = connect(&server);
+    gone.write_all(b"sta").unwrap();
+    drop(gone);
+    server.expect_healthy();
+}
+
+#[test]
+fn hundreds_at_once() {
+    let server = Server::serve().size(4096).start();
+    let mut streams: Vec<_> = (0..120).map(|_| connect(&server)).collect();
+    for stream in &mut streams {
+        stream.write_all(&STATUS[..6]).unwrap();
+    }
+    for stream in &mut streams {
+        stream.write_all(&STATUS[6..]).unwrap();
+    }
+    for stream in &mut streams {
+        assert!(read_all(stream).starts_with("0: pid="));
+    }
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| (0..50).for_each(|_| assert!(server.control(STATUS).starts_with("0: "))));
+        }
+    });
+    server.expect_healthy();
+}
+
+/// 64 connections that say nothing hold up the 65th until their deadline, and nobody else.
+#[test]
+fn silent_connections_are_closed_after_ten_seconds() {
+    let server = Server::serve().size(4096).start();
+    let mut client = server.connect();
+    let start = Instant::now();
+    let mut silent: Vec<_> = (0..64).map(|_| connect(&server)).collect();
+    silent[0].write_all(b"acl\n127.0.0.1\n").unwrap();
+    let mut trickle = silent.pop().unwrap();
+    let trickling = std::thread::spawn(move || {
+        wait_for("the end of a trickle", SOON, || {
+            std::thread::sleep(Duration::from_millis(100));
+            trickle.write_all(b"x").err()
+        });
+        start.elapsed()
+    });
+    let mut next = connect(&server);
+    next.write_all(STATUS).unwrap();
+    client.expect_alive();
+    assert!(read_all(&mut next).starts_with("0: pid="), "served when there is room");
+    let took = start.elapsed();
+    assert!((9..20).contains(&took.as_secs()), "{took:?}");
+    for stream in &mut silent {
+        assert_eq!(read_all(stream), "", "closed without an answer");
+    }
+    assert!(trickling.join().unwrap() < Duration::from_secs(20), "the deadline is one of the whole command");
+    server.expect_healthy();
+}
+
+#[test]
+fn a_hung_peer_does_not_hold_up_the_others() {
+    let server = Server::serve().size(4096).start();
+    let _hung: Vec<_> = (0..10).map(|_| connect(&server)).collect();
+    let start = Instant::now();
+    assert!(server.control(STATUS).starts_with("0: "));
+    assert_eq!(server.control("acl\n127.0.0.1\n\n"), "0: updated\n");
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn the_modes_say_when_nobody_answers() {
+    let server = Server::serve().size(4096).start();
+    let missing = server.dir().join("missing");
+    let stale = server.dir().join("stale");
+    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    for sock in [&missing, &stale, &server.image] {
+        let sock = sock.to_str().unwrap();
+        for args in [&["status", "-s", sock][..], &["acl", "-s", sock, "::1"]] {
+            let output = run(args, &[]);
+            assert_eq!(
+                (output.code, output.stdout.len(), output.stderr.lines().count()),
+                (Some(1), 0, 1),
+                "{output:?}"
+            );
+            assert!(output.stderr.contains(sock), "{output:?}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! What it costs: memory that does not grow with requests, and few system calls.
+
+use crate::util::{allocated, errno, kind, request, wait_for, Client, Server, SOON};
+use std::fs;
+use std::io::{Read, Write};
+use std::thread;
+
+/// Sends `length` zero bytes.
+fn send_zeroes(client: &mut Client, length: u32) {
+    let zeroes = vec![0; 1 << 20];
+    let mut left = length as usize;
+    while left > 0 {
+        left -= client.stream.write(&zeroes[..zeroes.len().min(left)]).unwrap();
+    }
+}
+
+#[test]
+fn the_longest_requests_are_streamed_both_ways() {
+    let server = Server::serve().size((5 << 30) - 512).start();
+    let mut client = server.connect();
+    client.expect_alive();
+    assert_eq!(client.write(0, &[1; 512]), 0);
+    let before = server.memory_kib("VmHWM:");
+
+    client.send(&request(kind::READ, 0, 9, 512, u32::MAX));
+    assert_eq!(client.read_reply(), (0, 9));
+    let mut left = u32::MAX as usize;
+    let mut bytes = vec![1; 1 << 20];
+    while left > 0 {
+        let want = bytes.len().min(left);
+        let n = client.stream.read(&mut bytes[..want]).unwrap();
+        assert!(n > 0 && bytes[..n.min(64)].iter().all(|&byte| byte == 0));
+        left -= n;
+    }
+    client.expect_alive();
+
+    // Without optimisation, to look at each byte takes its time.
+    let length = if cfg!(debug_assertions) { 1 << 30 } else { u32::MAX };
+    client.send(&request(kind::WRITE, 0, 10, 512, length));
+    send_zeroes(&mut client, length);
+    assert_eq!(client.read_reply(), (0, 10));
+    client.send(&request(kind::WRITE, 0, 11, 2 << 30, u32::MAX));
+    send_zeroes(&mut client, u32::MAX);
+    assert_eq!(client.read_reply(), (errno::ENOSPC, 11), "and one that is refused");
+    client.expect_alive();
+    let grown = server.memory_kib("VmHWM:") - before;
+    assert!(grown <= 8 << 10, "{grown} KiB more");
+    // The first block has data, the last one is not whole.
+    assert!(allocated(&server.image) <= 2 * 4096, "and the zeroes left the hole");
+}
+
+#[test]
+fn idle_clients_cost_next_to_nothing() {
+    let server = Server::serve().size(1 << 20).arg("--max-clients=1000").start();
+    server.connect().expect_alive();
+    wait_for("it gone", SOON, || (server.status().number("num_clients") == 0).then_some(()));
+    let idle = server.memory_kib("VmRSS:");
+    assert!(cfg!(debug_assertions) || idle <= 3 << 10, "{idle} KiB idle");
+    // Two rounds: before and after each has had some work done.
+    let mut clients: Vec<_> = (0..1000).map(|_| server.connect()).collect();
+    let grown = server.memory_kib("VmRSS:").saturating_sub(idle);
+    assert!(grown <= 2 << 10, "{grown} KiB for 1000 idle clients");
+    for client in &mut clients {
+        client.read(0, 65_536).unwrap();
+    }
+    let grown = server.memory_kib("VmRSS:").saturating_sub(idle);
+    assert!(grown <= 4 << 10, "{grown} KiB for 1000 clients that have read");
+}
+
+#[test]
+fn many_busy_clients_share_what_there_is() {
+    let server = Server::serve().size(1 << 30).start();
+    let mut clients: Vec<_> = (0..100).map(|_| server.connect()).collect();
+    let before = server.memory_kib("VmHWM:");
+    for client in &mut clients {
+        client.send(&request(kind::READ, 0, 1, 0, 64 << 20));
+        client.send(&request(kind::WRITE, 0, 2, 0, 1 << 20));
+        client.send(&vec![0; 1 << 20][..100_000]);
+    }
+    for client in &mut clients {
+        client.read_reply();
+    }
+    let grown = server.memory_kib("VmHWM:") - before;
+    assert!(grown <= 24 << 10, "{grown} KiB for 100 busy clients");
+    drop(clients);
+    wait_for("all gone", SOON, || (server.status().number("num_clients") == 0).then_some(()));
+    server.expect_healthy();
+}
+
+/// Counts the system calls of a server between two marks: their names, in order.
+fn calls(work: impl FnOnce(&Server, &dyn Fn())) -> Vec<String> {
+    let builder = Server::serve().content(&crate::util::pattern(1, 1 << 20));
+    let trace = builder.dir().join("trace");
+    let words = ["strace", "-D", "-f", "-o", trace.to_str().unwrap()];
+    let server = builder.through(&words).start();
+    let read = || fs::read_to_string(&trace).unwrap();
+    let settled = || {
+        // The server sleeps, and its tracer has written all it saw.
+        let mut last = String::new();
+        wait_for("a quiet server", SOON, || {
+            thread::sleep(std::time::Duration::from_millis(50));
+            let now = read();
+            let quiet =
+                now == last && now.lines().last().is_some_and(|line| line.contains("epoll_") && !line.contains(") = "));
+            last = now;
+            quiet.then_some(())
+        });
+    };
+    let start = std::cell::Cell::new(0);
+    work(&server, &|| {
+        settled();
+        start.set(read().len());
+    });
+    settled();
+    let text = read()[start.get()..].to_owned();
+    let names = text.lines().filter_map(|line| line.split_once(' ')?.1.trim_start().split_once('('));
+    names.map(|(name, _)| name.trim_start_matches("<... ").split(' ').next().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn a_lone_read_is_at_most_five_system_calls() {
+    let calls = calls(|server, mark| {
+        let mut client = server.connect();
+        client.expect_alive();
+        mark();
+        for n in 0..10 {
+            client.read(n * 4096, 4096).unwrap();
+        }
+        std::mem::forget(client);
+    });
+    let reads = calls.iter().filter(|name| name.starts_with("pread")).count();
+    assert_eq!(reads, 10, "{calls:?}");
+    assert!(calls.len() <= 51, "more than 5 each: {calls:?}");
+}
+
+#[test]
+fn a_burst_of_reads_costs_its_disk_reads_and_six_calls() {
+    let calls = calls(|server, mark| {
+        let mut client = server.connect();
+        client.expect_alive();
+        mark();
+        let burst: Vec<u8> = (0..32).flat_map(|n| request(kind::READ, 0, n, n * 8192, 4096)).collect();
+        client.send(&burst);
+        client.read_bytes(32 * (16 + 4096));
+        std::mem::forget(client);
+    });
+    let reads = calls.iter().filter(|name| name.starts_with("pread")).count();
+    assert!(reads <= 32, "{calls:?}");
+    assert!(calls.len() - reads <= 6, "{calls:?}");
+}
+
+#[test]
+fn the_killswitch_costs_no_system_call() {
+    // The epoll_wait whose timeout it sets is there anyway; what must not appear is a timer of the kernel.
+    let builder = Server::serve().size(1 << 20).arg("-k");
+    let trace = builder.dir().join("trace");
+    let server = builder.through(&["strace", "-D", "-f", "-o", trace.to_str().unwrap()]).start();
+    let mut client = server.connect();
+    (0..20).for_each(|_| client.expect_alive());
+    let text = wait_for("the reads", SOON, || {
+        fs::read_to_string(&trace).ok().filter(|text| text.matches("pread64(").count() >= 20)
+    });
+    assert!(!text.contains("timer"), "{text}");
+}

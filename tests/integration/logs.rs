@@ -1,0 +1,215 @@
+//! The log: the manual's line format, the levels of each verbosity, no floods, and never a wait for stderr.
+
+use crate::util::{kind, request, run, wait_for, Server, SOON};
+use std::io::{Read, Seek, SeekFrom};
+use std::process::Stdio;
+
+/// `<TIMESTAMP>:<LEVEL>:<PID> <THREAD> <SOURCEFILE:SOURCELINE>: <MSG>`; the level, or what is wrong.
+fn level_of(line: &str, pid: u32) -> Result<char, &'static str> {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let (timestamp, rest) = line.split_once(':').ok_or("no timestamp")?;
+    let (level, rest) = rest.split_once(':').ok_or("no level")?;
+    let (process, rest) = rest.split_once(' ').ok_or("no process")?;
+    let (thread, rest) = rest.split_once(' ').ok_or("no thread")?;
+    let (source, message) = rest.split_once(": ").ok_or("no message")?;
+    let (file, number) = source.split_once(':').ok_or("no source line")?;
+    let sound = digits(timestamp) && digits(number) && process == pid.to_string() && !thread.is_empty();
+    let is_file = file.strip_suffix(".rs").is_some() && !file.contains(' ') && !message.is_empty();
+    match level {
+        "D" | "I" | "W" | "E" | "F" if sound && is_file => Ok(level.chars().next().unwrap()),
+        _ => Err("a field is wrong"),
+    }
+}
+
+/// The levels of all lines, each of which must have the format.
+#[track_caller]
+fn levels(server: &Server) -> String {
+    let log = server.log();
+    log.lines().map(|line| level_of(line, server.pid()).unwrap_or_else(|why| panic!("{why}: {line}"))).collect()
+}
+
+/// A client that does well, one that asks for what is not there, one that breaks the protocol.
+fn three_clients(server: &Server) {
+    let mut good = server.connect();
+    good.expect_alive();
+    assert_ne!(good.read(u64::MAX, 1), Ok(vec![]));
+    good.send(&request(kind::DISC, 0, 0, 0, 0));
+    good.expect_closed();
+    let mut bad = server.connect();
+    bad.send(&[0; 28]);
+    bad.read_to_close();
+}
+
+#[test]
+fn every_line_has_the_format_and_every_verbosity_its_levels() {
+    for (options, expected, unexpected) in [
+        ("", "W", "DI"),
+        ("-v", "IW", ""),
+        ("--verbose", "IW", ""),
+        ("-q", "", "DIWE"),
+        ("--quiet", "", "DIWE"),
+        ("-q -v", "IW", ""),
+        ("-v -q", "", "DIWE"),
+        ("-vqv", "IW", ""),
+        ("--quiet --verbose --quiet", "", "DIWE"),
+    ] {
+        let mut server = Server::serve().size(4096).args(options).start();
+        three_clients(&server);
+        assert_eq!(server.stop().code(), Some(0));
+        let found = levels(&server);
+        assert!(expected.chars().all(|level| found.contains(level)), "{options}: {found}");
+        assert!(!unexpected.chars().any(|level| found.contains(level)), "{options}: {}", server.log());
+        if cfg!(debug_assertions) {
+            assert_ne!(unexpected.contains('D'), found.contains('D'), "{options}: {found}");
+        }
+    }
+}
+
+#[test]
+fn a_failed_start_is_told_even_when_quiet() {
+    for option in ["-q", "-v", "--"] {
+        let output = run(&["serve", "-l", "127.0.0.1", "-p", "0", "-f", "/no/where", option], &[]);
+        let last = output.stderr.lines().last().unwrap();
+        let pid = last.split(':').nth(2).unwrap().split(' ').next().unwrap().parse().unwrap();
+        assert_eq!(level_of(last, pid), Ok('F'), "{last}");
+        assert!(last.contains("/no/where"));
+    }
+}
+
+#[test]
+fn timestamps_are_monotonic_milliseconds() {
+    // In seconds with two decimals.
+    let now = || {
+        let uptime = std::fs::read_to_string("/proc/uptime").unwrap();
+        uptime.split(' ').next().unwrap().replace('.', "").parse::<u64>().unwrap() * 10
+    };
+    let before = now();
+    let mut server = Server::serve().size(4096).arg("-v").start();
+    server.connect().expect_alive();
+    server.stop();
+    let times: Vec<u64> = server.log().lines().map(|line| line.split(':').next().unwrap().parse().unwrap()).collect();
+    assert!(times.is_sorted() && times.len() > 2);
+    // The clock of /proc counts sleep as well, and in hundredths.
+    assert!(times[0] <= now() + 20 && times[times.len() - 1] + 60_000 >= before, "{times:?} around {before}");
+}
+
+#[test]
+fn the_life_of_a_client_is_two_lines() {
+    let mut server = Server::serve().size(4096).arg("-v").start();
+    let mut client = server.connect();
+    (0..100).for_each(|_| client.expect_alive());
+    let local = client.stream.local_addr().unwrap().to_string();
+    drop(client);
+    wait_for("it gone", SOON, || (server.status().number("num_clients") == 0).then_some(()));
+    server.stop();
+    let log = server.log();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains(&local) && line.contains(":I:")).collect();
+    assert_eq!(lines.len(), 2, "{log}");
+    assert!(lines[1].contains("closed") && lines[1].contains("100 reads"), "{}", lines[1]);
+}
+
+#[test]
+fn a_refused_request_is_one_line_and_repeats_are_counted() {
+    let server = Server::serve().size(4096).start();
+    let mut client = server.connect();
+    let local = client.stream.local_addr().unwrap().to_string();
+    assert_eq!(client.write(4096, &[1; 100]), 28);
+    let line = server.wait_for_log(&local);
+    assert_eq!(level_of(&line, server.pid()), Ok('W'));
+    for part in ["WRITE", "4096", "100", "beyond"] {
+        assert!(line.contains(part), "no {part} in {line}");
+    }
+    for n in 0..2000 {
+        client.send(&request(kind::READ, 0, n, 1 << 40, 512).repeat(2));
+        assert_eq!((client.read_reply().0, client.read_reply().0), (28, 28));
+    }
+    assert!(server.log().lines().count() <= 5, "no flood: {}", server.log());
+    // Another client has a line of its own.
+    let mut other = server.connect();
+    assert_eq!(other.ask(99, 0, 0, 0, &[]), 22);
+    server.wait_for_log(&other.stream.local_addr().unwrap().to_string());
+}
+
+#[test]
+fn a_broken_protocol_is_a_warning_that_names_the_client() {
+    let server = Server::serve().size(4096).start();
+    for bytes in [vec![0; 28], request(kind::WRITE, 0, 0, 0, 512)] {
+        let mut client = server.connect();
+        let local = client.stream.local_addr().unwrap().to_string();
+        client.send(&bytes);
+        let _ = client.stream.shutdown(std::net::Shutdown::Write);
+        client.read_to_close();
+        let line = server.wait_for_log(&local);
+        assert_eq!(level_of(&line, server.pid()), Ok('W'), "{line}");
+    }
+    // A client that goes in good order is none.
+    let mut client = server.connect();
+    let local = client.stream.local_addr().unwrap().to_string();
+    client.send(&request(kind::DISC, 0, 0, 0, 0));
+    client.expect_closed();
+    wait_for("it gone", SOON, || (server.status().number("num_clients") == 0).then_some(()));
+    assert!(!server.log().contains(&local), "{}", server.log());
+}
+
+#[test]
+fn a_name_cannot_forge_lines() {
+    let output =
+        run(&["serve", "-l", "127.0.0.1", "-p", "0", "-f", "/no/such\n1:F:1 main a.rs:1: forged\u{1b}[2J"], &[]);
+    assert_eq!((output.code, output.stderr.lines().count()), (Some(1), 1), "{}", output.stderr);
+    assert!(!output.stderr.contains('\u{1b}'));
+}
+
+#[test]
+fn a_full_stderr_does_not_hold_the_server() {
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let server = Server::serve().size(4096).arg("-v").stderr(writer).start();
+    // Far more lines than a pipe holds.
+    for _ in 0..1500 {
+        server.connect().expect_alive();
+    }
+    assert_eq!(server.status().number("reads"), 1500);
+    // Once somebody reads again, it says how many are missing.
+    let mut bytes = vec![0; 1 << 20];
+    let mut text = String::new();
+    wait_for("the count of lost lines", SOON, || {
+        server.connect().expect_alive();
+        let n = reader.read(&mut bytes).unwrap();
+        text.push_str(&String::from_utf8_lossy(&bytes[..n]));
+        text.contains("log lines lost").then_some(())
+    });
+    let complete = &text[..text.rfind('\n').unwrap()];
+    for line in complete.lines() {
+        level_of(line, server.pid()).unwrap_or_else(|why| panic!("{why}: {line}"));
+    }
+    // And when the reader goes for good, the server stays.
+    drop(reader);
+    for _ in 0..10 {
+        server.connect().expect_alive();
+    }
+    server.expect_healthy();
+}
+
+#[test]
+fn a_full_disk_under_stderr_does_not_end_the_server() {
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let server = Server::serve().size(4096).arg("-v").stderr(full).start();
+    three_clients(&server);
+    server.expect_healthy();
+}
+
+#[test]
+fn several_programs_may_share_a_log() {
+    let server = Server::serve().size(4096).start();
+    let shared = server.dir().join("shared");
+    let mut file = std::fs::File::options().create(true).append(true).read(true).open(&shared).unwrap();
+    let first = Server::serve().size(4096).arg("-v").stderr(Stdio::from(file.try_clone().unwrap())).start();
+    let second = Server::serve().size(4096).arg("-v").stderr(Stdio::from(file.try_clone().unwrap())).start();
+    (0..50).for_each(|_| [&first, &second].into_iter().for_each(three_clients));
+    let mut text = String::new();
+    file.seek(SeekFrom::Start(0)).unwrap();
+    file.read_to_string(&mut text).unwrap();
+    for line in text.lines() {
+        let sound = [&first, &second].iter().any(|server| level_of(line, server.pid()).is_ok());
+        assert!(sound, "torn: {line}");
+    }
+}

@@ -1,0 +1,125 @@
+//! Replays what the fuzzers start from, `fuzz/seeds`, without a fuzzer.
+//!
+//! The seeds are made here, so that they follow the protocol when it grows: `FLEXNBD_WRITE_SEEDS=1` writes them anew.
+//! What a fuzzer finds is added to their folder by hand, under another name, and replayed like the rest.
+
+use crate::plan::{head, Plan};
+use crate::scripts::short;
+use flexnbd::fuzzing::{acl, client, control, session, CHOICES};
+use flexnbd::proto::wire::{kind, Greeting, SimpleReply};
+use std::fs;
+use std::path::PathBuf;
+
+/// An entry point, its name, and its seeds.
+type Target = (&'static str, fn(&[u8]), Vec<Vec<u8>>);
+
+/// Names the input that does not pass.
+struct Replayed(PathBuf);
+
+impl Drop for Replayed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("it was {}", self.0.display());
+        }
+    }
+}
+
+/// Choices unlike each other: a little of everything.
+const MIXED: [u8; CHOICES] = [2, 0, 7, 30, 9, 1, 0x82, 55, 6, 0, 13, 4, 91, 3, 200, 10];
+/// Choices that let the disk fail often.
+const FAILING: [u8; CHOICES] = [0, 1, 3, 0xFF, 7, 0xFF, 2, 1, 0xFF, 11, 20, 3, 0xFF, 0, 1, 0xFF];
+
+fn input(choices: [u8; CHOICES], rest: &[u8]) -> Vec<u8> {
+    [&choices, rest].concat()
+}
+
+fn sessions() -> Vec<Vec<u8>> {
+    let mut long = Plan::new(0);
+    for (kind, length) in [(kind::READ, 500_000), (kind::FLUSH, 0), (kind::WRITE_ZEROES, 400_000), (kind::TRIM, 70_000)]
+    {
+        long.stream.extend(head(kind, 1, 777, length).encode());
+    }
+    long.stream.extend(head(kind::WRITE, 1, 4000, 500_000).encode());
+    let streams = short().into_iter().chain([long]).map(|plan| plan.stream);
+    streams.flat_map(|stream| [[0; CHOICES], MIXED, FAILING].map(|choices| input(choices, &stream))).collect()
+}
+
+fn clients() -> Vec<Vec<u8>> {
+    let greeting = Greeting { size: 4096, flags: 13 }.encode();
+    let reply = |error, cookie| SimpleReply { error, cookie }.encode().to_vec();
+    // A READ of 33 bytes, a WRITE, a FLUSH, a DISC, a READ of 11 bytes; the rest asks for nothing.
+    let mut choices = [2; CHOICES];
+    choices[..5].copy_from_slice(&[3 << 3, 1, 3, 2, 1 << 3]);
+    let answers = [
+        greeting.to_vec(),
+        [reply(0, 3), reply(0, 1), vec![b'a'; 33], reply(28, 2), reply(0, 5), vec![b'b'; 11]].concat(),
+        [reply(5, 1), reply(0, 77)].concat(),
+        [reply(0, 1), vec![b'a'; 20]].concat(),
+        vec![0; 16],
+    ];
+    let garbage = input(choices, b"SSH-2.0-OpenSSH_10.0\r\n");
+    answers.iter().map(|answer| input(choices, &[&greeting, answer.as_slice()].concat())).chain([garbage]).collect()
+}
+
+fn controls() -> Vec<Vec<u8>> {
+    let long_line = ["acl\n", &"x".repeat(1025)].concat();
+    let long_command = ["acl\n", &["x".repeat(1000), "\n".into()].concat().repeat(66)].concat();
+    [
+        "status\n\n",
+        "acl\n10.0.0.0/8\n2001:db8::1\n\n",
+        "acl 10.0.0.1 ::ffff:10.0.0.0/104\r\n\r\n",
+        "acl\nno address\n\x1b[2J\n\n",
+        "mirror\n10.0.0.1\n4777\nunlink\n0\n1000000\n\n",
+        "mirror 10.0.0.1 0 exit\n\n",
+        "mirror_max_bps\n1000\n\n",
+        "break\n\nstatus\n\n",
+        "statu",
+        " \t\n",
+        "0: updated\n",
+        "10: unknown command\r\nmore",
+        &long_line,
+        &long_command,
+    ]
+    .iter()
+    .map(|text| input(MIXED, text.as_bytes()))
+    .chain([input(MIXED, b"acl\n\xFF\xFE\0\n\n")])
+    .collect()
+}
+
+fn acls() -> Vec<Vec<u8>> {
+    let v4 = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF, 10, 1, 2, 3];
+    let v6 = [0x20, 1, 0xD, 0xB8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+    ["10.1.2.3\n10.0.0.0/8\n10.1.2.3/31", "2001:db8::1\n2001:db8::/32\n::/1", "::ffff:10.1.2.3\n::ffff:10.0.0.0/104"]
+        .into_iter()
+        .chain(["0\n[::1]\n::\n127.0.0.1", "10.0.0.0/33\n10.0.0.0/0\n::/129\n10.0.0.0/+8\n1.2.3\n", ""])
+        .flat_map(|text| [v4, v6].map(|visitor| input(visitor, text.as_bytes())))
+        .collect()
+}
+
+#[test]
+fn the_seeds_of_the_fuzzers_pass() {
+    let targets: [Target; 4] = [
+        ("session", session, sessions()),
+        ("client", client, clients()),
+        ("control", control, controls()),
+        ("acl", acl, acls()),
+    ];
+    let write = std::env::var_os("FLEXNBD_WRITE_SEEDS").is_some();
+    for (name, target, seeds) in targets {
+        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(name);
+        if write {
+            fs::create_dir_all(&folder).unwrap();
+        }
+        for (number, seed) in seeds.iter().enumerate() {
+            let path = folder.join(format!("made-{number:02}"));
+            if write {
+                fs::write(&path, seed).unwrap();
+            }
+            assert!(fs::read(&path).is_ok_and(|stored| stored == *seed), "{} is out of date", path.display());
+        }
+        for file in fs::read_dir(folder).unwrap() {
+            let replayed = Replayed(file.unwrap().path());
+            target(&fs::read(&replayed.0).unwrap());
+        }
+    }
+}
