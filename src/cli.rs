@@ -18,13 +18,14 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
 use crate::acl::{self, Acl};
+use crate::command;
 use crate::endpoint::Endpoint;
 use crate::logging::{self, fatal, Verbosity};
 use crate::remote::{self, Style, Target};
 use crate::server;
 use args::{
     AclArgs, CommandLine, HelpArgs, ListenArgs, LogFlags, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs, SockArgs,
-    TransferArgs,
+    StatusArgs, TransferArgs,
 };
 
 /// Stands for the program's name where a command line is made here; the definitions carry the one that is shown.
@@ -41,6 +42,7 @@ enum Job {
     Read(Target),
     Write(Target),
     Control { sock: PathBuf, words: Vec<String> },
+    Status { sock: PathBuf, json: bool, clients: bool },
     Mirror { sock: PathBuf, words: Vec<String>, wait: bool },
 }
 
@@ -66,6 +68,9 @@ fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
         Job::Read(target) => ended(remote::read(&target, &mut io::stdout()).map(|()| 0)),
         Job::Write(target) => ended(remote::write(&target).map(|()| 0)),
         Job::Control { sock, words } => ended(remote::control(&sock, &words, &mut io::stdout(), &mut io::stderr())),
+        Job::Status { sock, json, clients } => {
+            ended(remote::status(&sock, json, clients, &mut io::stdout(), &mut io::stderr()))
+        }
         Job::Mirror { sock, words, wait } => {
             let progress = wait.then(|| match verbosity {
                 Verbosity::Quiet => Style::Silent,
@@ -107,8 +112,8 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
         ),
         Mode::Break(SockArgs { sock, log }) => ("break", log, Ok(Job::Control { sock, words: vec!["break".into()] })),
         Mode::Acl(args) => ("acl", args.log, replace_acl(args)),
-        Mode::Status(SockArgs { sock, log }) => {
-            ("status", log, Ok(Job::Control { sock, words: vec!["status".into()] }))
+        Mode::Status(StatusArgs { sock, json, clients, log }) => {
+            ("status", log, Ok(Job::Status { sock, json, clients }))
         }
         Mode::Read(args) => ("read", args.log, transfer(args).map(Job::Read)),
         Mode::Write(args) => ("write", args.log, transfer(args).map(Job::Write)),
@@ -129,9 +134,10 @@ fn verbosity(before: LogFlags, after: LogFlags) -> Verbosity {
 }
 
 fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
+    let listen = endpoint(args.addr, args.port)?;
     Ok(Job::Serve(server::Config {
-        listen: endpoint(args.addr, args.port)?,
-        newstyle: Vec::new(),
+        newstyle: newstyle(&listen, args.newstyle_port, args.newstyle_sock)?,
+        listen,
         file: args.file,
         control: args.sock,
         acl: Acl::new(args.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, args.default_deny),
@@ -140,6 +146,23 @@ fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
         role,
         request_limit_ms: request_limit_ms(env::var_os(REQUEST_LIMIT).as_deref())?,
     }))
+}
+
+/// Where newstyle clients connect, beside the main `listen`.
+fn newstyle(listen: &Endpoint, port: Option<u16>, sock: Option<PathBuf>) -> Result<Vec<Endpoint>, String> {
+    let tcp = match (port, listen) {
+        (None, _) => None,
+        (Some(_), Endpoint::Unix(_)) => {
+            return Err("--newstyle-port <PORT> needs an IP address as --addr <ADDR>; for a UNIX socket there is \
+                        --newstyle-sock <PATH>"
+                .into());
+        }
+        (Some(port @ 1..), Endpoint::Tcp(addr)) if port == addr.port() => {
+            return Err(invalid("--newstyle-port <PORT>", &port.to_string(), "this is --port <PORT>, for oldstyle"));
+        }
+        (Some(port), Endpoint::Tcp(addr)) => Some(Endpoint::Tcp(SocketAddr::new(addr.ip(), port))),
+    };
+    Ok(tcp.into_iter().chain(sock.map(Endpoint::Unix)).collect())
 }
 
 fn request_limit_ms(value: Option<&OsStr>) -> Result<u64, String> {
@@ -162,7 +185,19 @@ fn mirror(args: MirrorArgs) -> Result<Job, String> {
     }
     words.extend(max_speed.map(|speed| speed.to_string()));
     words.extend(args.max_pause_ms.map(|ms| format!("max_pause_ms={ms}")));
+    words.extend(args.export.filter(|name| !name.is_empty()).map(|name| export_keyword(&name)).transpose()?);
     Ok(Job::Mirror { sock: args.sock, words, wait: args.wait })
+}
+
+/// A keyword is a line of the control socket, where white space around it does not count.
+fn export_keyword(name: &str) -> Result<String, String> {
+    let line = format!("export={name}");
+    if line.len() <= command::MAX_LINE && name.trim_end() == name && !name.contains('\n') {
+        return Ok(line);
+    }
+    let most = command::MAX_LINE - "export=".len();
+    let why = format!("expected at most {most} bytes, on one line, without white space at the end");
+    Err(invalid("--export <NAME>", name, why))
 }
 
 fn transfer(args: TransferArgs) -> Result<Target, String> {
@@ -175,7 +210,7 @@ fn transfer(args: TransferArgs) -> Result<Target, String> {
         (Endpoint::Tcp(remote), Some(bind)) => check_reach(bind, remote.ip())?,
         (_, None) => {}
     }
-    Ok(Target { server, bind, offset: args.from, length: args.size })
+    Ok(Target { server, bind, export: args.export.unwrap_or_default(), offset: args.from, length: args.size })
 }
 
 fn local_address(bind: Option<&str>) -> Result<Option<IpAddr>, String> {
@@ -374,6 +409,7 @@ mod tests {
         let expected = Target {
             server: Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777))),
             bind: Some(IpAddr::from([127, 0, 0, 2])),
+            export: "a disk".into(),
             offset: 1 << 62,
             length: 1 << 30,
         };
@@ -381,9 +417,21 @@ mod tests {
             "--addr 127.0.0.1 --port 4777 --from 4611686018427387904 --size 1073741824 --bind 127.0.0.2",
             "-b 127.0.0.2 -S 1073741824 -F 4611686018427387904 -p 4777 -l 127.0.0.1",
         ] {
-            assert_eq!(target(&format!("read {options}")), expected);
-            assert_eq!(target(&format!("write {options}")), expected);
+            for mode in ["read", "write"] {
+                let line = format!("{mode} {options}");
+                let words = line.split_whitespace().chain(["--export", "a disk"]);
+                let (Job::Read(found) | Job::Write(found)) = parse([PROGRAM].into_iter().chain(words)).unwrap().1
+                else {
+                    panic!("{line}")
+                };
+                assert_eq!(found, expected, "{line}");
+            }
         }
+        assert_eq!(target(READ).export, "");
+        let longest = "x".repeat(4096);
+        assert_eq!(target(&format!("{READ} --export {longest}")).export, longest);
+        refused_value(&format!("{READ} --export {longest}x"), "--export <NAME>", &format!("{longest}x"));
+        refused_value(&format!("{READ} --export a\0"), "--export <NAME>", "a\0");
         assert!(matches!(job(READ), Job::Read(Target { bind: None, offset: 0, length: 512, .. })));
         assert!(matches!(job(&READ.replace("read", "write")), Job::Write(_)));
     }
@@ -400,7 +448,6 @@ mod tests {
         for (line, expected) in [
             ("acl --sock ctl 10.0.0.1 10.0.0.0/8", "acl 10.0.0.1 10.0.0.0/8"),
             ("acl 10.0.0.1 -s ctl 10.0.0.0/8", "acl 10.0.0.1 10.0.0.0/8"),
-            ("status -s ctl", "status"),
             ("break --sock ctl", "break"),
             ("mirror-speed --sock ctl --max-speed 1000", "mirror_max_bps 1000"),
             ("mirror-speed -m0 -s ctl", "mirror_max_bps 0"),
@@ -421,6 +468,8 @@ mod tests {
             ("--max-pause 100", "exit max_pause_ms=100"),
             ("--max-pause=0 -u -m 1", "unlink 0 1 max_pause_ms=0"),
             ("--max-pause 60000 -b 127.0.0.2", "exit 127.0.0.2 max_pause_ms=60000"),
+            ("--export disk --max-pause 1 -u", "unlink max_pause_ms=1 export=disk"),
+            ("--export ''", "exit"),
         ] {
             assert_eq!(words(&format!("{MIRROR} {options}")), format!("mirror 10.0.0.1 4777 {expected}"), "{options}");
         }
@@ -429,6 +478,53 @@ mod tests {
         for option in ["-w", "--wait", "-uw"] {
             assert!(matches!(job(&format!("{MIRROR} {option}")), Job::Mirror { wait: true, .. }), "{option}");
         }
+    }
+
+    #[test]
+    fn an_export_of_a_mirror_fits_a_line() {
+        let longest = "x".repeat(1017);
+        assert!(words(&format!("{MIRROR} --export {longest}")).ends_with(&format!("exit export={longest}")));
+        refused_value(&format!("{MIRROR} --export {longest}x"), "--export <NAME>", &format!("{longest}x"));
+        for (name, fits) in [(" a b=c", true), ("a ", false), ("a\r", false), ("a\nb", false), ("\n", false)] {
+            assert_eq!(export_keyword(name).is_ok(), fits, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn status_has_two_forms() {
+        for (options, form) in [
+            ("", (false, false)),
+            ("--json", (true, false)),
+            ("--clients", (false, true)),
+            ("--clients --json", (true, true)),
+        ] {
+            let Job::Status { sock, json, clients } = job(&format!("status -s ctl {options}")) else { panic!() };
+            assert_eq!((sock, (json, clients)), ("ctl".into(), form), "{options}");
+        }
+    }
+
+    #[test]
+    fn newstyle_clients_get_listeners_of_their_own() {
+        let tcp = |port| Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], port)));
+        let unix = || Endpoint::Unix("new".into());
+        for (options, expected) in [
+            ("", vec![]),
+            ("--newstyle-port 10809", vec![tcp(10809)]),
+            ("--newstyle-port 0", vec![tcp(0)]),
+            ("--newstyle-sock new", vec![unix()]),
+            ("--newstyle-sock=new --newstyle-port=1", vec![tcp(1), unix()]),
+        ] {
+            for line in [SERVE, LISTEN] {
+                assert_eq!(config(&format!("{line} {options}")).newstyle, expected, "{line} {options}");
+            }
+        }
+        assert_eq!(config("serve -l 0 -p 0 -f disk --newstyle-port 0").newstyle.len(), 1);
+        assert_eq!(config("serve -l /run/nbd -f disk --newstyle-sock new").newstyle, [unix()]);
+        let message = refused("serve -l /run/nbd -f disk --newstyle-port 1");
+        assert!(message.contains("--newstyle-port <PORT> needs an IP address"), "{message}");
+        refused_value(&format!("{SERVE} --newstyle-port 4777"), "--newstyle-port <PORT>", "4777");
+        refused_value(&format!("{SERVE} --newstyle-port 65536"), "--newstyle-port <PORT>", "65536");
+        assert!(refused(&format!("{SERVE} --newstyle-sock ''")).contains("--newstyle-sock <PATH>"));
     }
 
     #[test]

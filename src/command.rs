@@ -31,9 +31,10 @@ pub enum Command {
     /// `acl ENTRY...`: put these entries in place of the access control list. They are not checked yet; without any,
     /// the list becomes empty.
     Acl(Vec<String>),
-    /// `status`: say how the server is.
-    Status,
-    /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]] [max_pause_ms=N]`: start a migration.
+    /// `status [json] [clients]`: say how the server is.
+    Status(StatusForm),
+    /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]] [max_pause_ms=N] [export=NAME]`: start
+    /// a migration.
     Mirror(Mirror),
     /// `mirror_max_bps N`: limit the running migration to N bytes per second; 0 (`None`) ends the limit.
     MirrorMaxBps(Option<u64>),
@@ -41,6 +42,15 @@ pub enum Command {
     Break,
     /// `wait`: answer when the running migration ends, or if there is none, the next one.
     Wait,
+}
+
+/// How to say how the server is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct StatusForm {
+    /// As a JSON object, not as key=value pairs.
+    pub json: bool,
+    /// With a record of each client.
+    pub clients: bool,
 }
 
 /// Where to migrate to, and how.
@@ -59,6 +69,8 @@ pub struct Mirror {
     pub max_bytes_per_s: Option<u64>,
     /// How long clients may be paused at the end, in milliseconds, if it was said: a target, at most a minute.
     pub max_pause_ms: Option<u64>,
+    /// The name of the export at the destination; empty for the default one.
+    pub export: String,
 }
 
 /// What the source does once the destination has everything.
@@ -221,7 +233,7 @@ fn parse_command(text: &[u8]) -> Result<Command, Answer> {
     let mut arguments = words.map(readable);
     let command = match name {
         b"acl" => Command::Acl(arguments.by_ref().collect()),
-        b"status" => Command::Status,
+        b"status" => Command::Status(parse_status(&mut arguments)?),
         b"mirror" => Command::Mirror(parse_mirror(&mut arguments)?),
         b"mirror_max_bps" => Command::MirrorMaxBps(parse_speed(&arguments.next().unwrap_or_default())?),
         b"break" => Command::Break,
@@ -233,6 +245,19 @@ fn parse_command(text: &[u8]) -> Result<Command, Answer> {
 
 fn end_of(mut arguments: impl Iterator<Item = String>) -> Result<(), Answer> {
     arguments.next().map_or(Ok(()), |_| Err(Answer::failed("too many arguments")))
+}
+
+/// Takes all arguments of `status`, in any order.
+fn parse_status(arguments: &mut impl Iterator<Item = String>) -> Result<StatusForm, Answer> {
+    let mut form = StatusForm::default();
+    for argument in arguments {
+        match argument.as_str() {
+            "json" => form.json = true,
+            "clients" => form.clients = true,
+            _ => return Err(Answer::bad_argument(&argument)),
+        }
+    }
+    Ok(form)
 }
 
 /// Takes all arguments of `mirror`: those without a name each in its place, where a missing one is a bad one, and then
@@ -253,11 +278,14 @@ fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, 
     let bind = places.next().filter(|bind| bind != "0");
     let max_bytes_per_s = places.next().map_or(Ok(None), |speed| parse_speed(&speed))?;
     end_of(places)?;
-    let mut mirror = Mirror { addr, port, action, bind, max_bytes_per_s, max_pause_ms: None };
+    let (max_pause_ms, export) = (None, String::new());
+    let mut mirror = Mirror { addr, port, action, bind, max_bytes_per_s, max_pause_ms, export };
     for keyword in keywords {
         let bad = || Answer::bad_argument(&keyword);
         match keyword.split_once('=') {
             Some(("max_pause_ms", ms)) => mirror.max_pause_ms = Some(parse_pause(ms).ok_or_else(bad)?),
+            // A line is far shorter than the longest name there may be.
+            Some(("export", name)) if !name.contains('\0') => mirror.export = name.into(),
             _ => return Err(bad()),
         }
     }
@@ -279,10 +307,11 @@ fn parse_number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
-/// An argument as text. One that is not UTF-8 is escaped as a whole; no address, name or number looks like that, so it
-/// is refused wherever it is used.
+/// An argument as text. One that is not UTF-8 is escaped as a whole, `=` too; no address, keyword or number looks like
+/// that, so it is refused wherever it is used.
 fn readable(argument: &[u8]) -> String {
-    std::str::from_utf8(argument).map_or_else(|_| argument.escape_ascii().to_string(), str::to_owned)
+    let escaped = |_| argument.escape_ascii().to_string().replace('=', "\\x3d");
+    std::str::from_utf8(argument).map_or_else(escaped, str::to_owned)
 }
 
 /// What a client wrote, fit to be repeated in a line: without control characters, and not longer than [`MAX_ECHO`].
@@ -325,14 +354,22 @@ mod tests {
 
     fn mirror(action: Action, bind: Option<&str>, max_bytes_per_s: Option<u64>) -> Command {
         let bind = bind.map(str::to_owned);
-        let max_pause_ms = None;
-        Command::Mirror(Mirror { addr: "10.0.0.1".into(), port: 4777, action, bind, max_bytes_per_s, max_pause_ms })
+        let (max_pause_ms, export) = (None, String::new());
+        Command::Mirror(Mirror {
+            addr: "10.0.0.1".into(),
+            port: 4777,
+            action,
+            bind,
+            max_bytes_per_s,
+            max_pause_ms,
+            export,
+        })
     }
 
     #[test]
     fn commands_parse_in_every_form() {
         for text in ["status\n\n", "status", "status\n", " status \r\n\r\n", "status\n \n", "\tstatus\n\nbreak\n\n"] {
-            assert_eq!(parse(text.as_bytes()), Ok(Command::Status), "{text:?}");
+            assert_eq!(parse(text.as_bytes()), Ok(Command::Status(StatusForm::default())), "{text:?}");
         }
         let both = Ok(Command::Acl(strings(&["10.0.0.0/8", "::1"])));
         for text in
@@ -374,6 +411,34 @@ mod tests {
     }
 
     #[test]
+    fn the_export_is_the_rest_of_its_line() {
+        for (line, name) in [
+            ("export=disk", "disk"),
+            ("export=", ""),
+            ("export=a=b c/\u{e9}", "a=b c/\u{e9}"),
+            ("export=first\nexport=\\x3d ", "\\x3d"),
+        ] {
+            let Command::Mirror(mut expected) = mirror(Action::Unlink, None, None) else { unreachable!() };
+            expected.export = name.into();
+            let text = format!("mirror 10.0.0.1 4777 unlink\n{line}\n\n");
+            assert_eq!(parse(text.as_bytes()), Ok(Command::Mirror(expected)), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn status_takes_its_forms_in_any_order() {
+        for (text, json, clients) in [
+            ("status json", true, false),
+            ("status\nclients", false, true),
+            ("status clients json", true, true),
+            ("status json\nclients", true, true),
+            ("status json json", true, false),
+        ] {
+            assert_eq!(parse(text.as_bytes()), Ok(Command::Status(StatusForm { json, clients })), "{text:?}");
+        }
+    }
+
+    #[test]
     fn bad_commands_get_their_answer() {
         for (text, code, answer) in [
             ("", 9, "missing command"),
@@ -383,7 +448,8 @@ mod tests {
             ("statu\n\n", 10, "unknown command"),
             ("STATUS\n\n", 10, "unknown command"),
             ("status\0\n\n", 10, "unknown command"),
-            ("status\nx\n\n", 1, "too many arguments"),
+            ("status\nx\n\n", 1, "bad argument: x"),
+            ("status json clients JSON\n\n", 1, "bad argument: JSON"),
             ("break x\n\n", 1, "too many arguments"),
             ("mirror_max_bps\n\n", 1, "bad speed"),
             ("mirror_max_bps -1\n\n", 1, "bad speed"),
@@ -406,11 +472,14 @@ mod tests {
             ("mirror 10.0.0.1 4777 max_pause_ms=-1\n\n", 1, "bad argument: max_pause_ms=-1"),
             ("mirror 10.0.0.1 4777 max_pause_ms=1=1\n\n", 1, "bad argument: max_pause_ms=1=1"),
             ("mirror 10.0.0.1 4777 max_pause_ms=60001\n\n", 1, "bad argument: max_pause_ms=60001"),
+            ("mirror 10.0.0.1 4777\nexport=a\0b\n\n", 1, "bad argument: export=a\\u{0}b"),
+            ("mirror 10.0.0.1 4777 Export=a\n\n", 1, "bad argument: Export=a"),
             ("wait 1\n\n", 1, "too many arguments"),
         ] {
             assert_eq!(parse(text.as_bytes()), Err(Answer { code, text: answer.into() }), "{text:?}");
         }
         assert_eq!(parse(b"\xff\xfe\n\n"), Err(Answer::unknown_command()));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 export=\xff\n\n"), Err(Answer::failed("bad action")));
     }
 
     #[test]
@@ -486,7 +555,7 @@ mod tests {
     fn a_reader_is_as_new_after_an_answer() {
         let mut reader = Reader::new();
         assert!(reader.push(&[b'x'; MAX_LINE + 1]).is_err());
-        assert_eq!(reader.push(b"status\n\n"), Ok(Some(Command::Status)));
+        assert_eq!(reader.push(b"status\n\n"), Ok(Some(Command::Status(StatusForm::default()))));
         assert_eq!(reader.text.capacity(), 0);
         assert_eq!(reader.push(b"break\n"), Ok(None));
         assert_eq!(reader.end_of_stream(), Ok(Command::Break));
@@ -514,6 +583,6 @@ mod tests {
         let words = ["mirror", "10.0.0.1", "4777", "unlink", "0", "7"];
         assert_eq!(encode_command(&words), b"mirror\n10.0.0.1\n4777\nunlink\n0\n7\n\n");
         assert_eq!(parse(&encode_command(&words)), Ok(mirror(Action::Unlink, None, Some(7))));
-        assert_eq!(parse(&encode_command(&["status"])), Ok(Command::Status));
+        assert_eq!(parse(&encode_command(&["status"])), Ok(Command::Status(StatusForm::default())));
     }
 }

@@ -133,6 +133,7 @@ impl Oracle {
             assert!(parsed.is_ok(), "{parsed:?}");
             let Ok(Some((event, used))) = parsed else { break };
             match event {
+                Event::Handshake => {}
                 Event::Greeting(Greeting { size, .. }) => assert_eq!(size, EXPORT),
                 Event::Reply { cookie, error } => {
                     assert_eq!(self.data.0, self.data.1, "a reply inside the data of another");
@@ -275,6 +276,8 @@ pub fn session(data: &[u8]) {
 /// What a [`ClientSession`] has understood.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Understood {
+    /// What it has sent in the handshake.
+    sent: Vec<u8>,
     greeting: Option<Greeting>,
     replies: Vec<(u64, u32)>,
     data: Vec<u8>,
@@ -306,12 +309,14 @@ fn listen(choices: &[u8], stream: &[u8], mut piece: impl FnMut(usize) -> usize) 
                 }
                 Ok(Some((event, used))) => {
                     match event {
+                        Event::Handshake => {}
                         Event::Greeting(greeting) => {
                             assert!(understood.greeting.replace(greeting).is_none(), "greeted twice");
                         }
                         Event::Reply { cookie, error } => understood.replies.push((cookie, error)),
                         Event::Data { bytes, .. } => understood.data.extend(bytes),
                     }
+                    understood.sent.extend(client.take_output());
                     used
                 }
             };

@@ -37,8 +37,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 const LOOK_EVERY_MS: u64 = 250;
 /// How often a control socket whose backlog is full is tried again.
 const BACKLOG_RETRY: Duration = Duration::from_millis(20);
-/// The longest answer line that is read, in bytes.
-const MAX_ANSWER: usize = 64 << 10;
+/// The longest answer line that is read, in bytes: the status of more clients than a server lists.
+const MAX_ANSWER: usize = 4 << 20;
 /// How much is moved at once, in bytes.
 const PIECE: usize = 256 << 10;
 
@@ -59,6 +59,8 @@ pub struct Target {
     pub server: Endpoint,
     /// The local address to connect from.
     pub bind: Option<IpAddr>,
+    /// The name of the export, at most 4096 bytes; empty for the default one.
+    pub export: String,
     /// Where the range starts, in bytes.
     pub offset: u64,
     /// How long it is, in bytes.
@@ -82,6 +84,9 @@ pub fn read(target: &Target, out: &mut impl Write) -> Result<(), Error> {
 /// half written.
 pub fn write(target: &Target) -> Result<(), Error> {
     let mut server = Connection::open(target)?;
+    if server.greeting.flags & u32::from(transmission::READ_ONLY) != 0 {
+        return Err(Error(format!("{}: the export is read-only; nothing was written", server.server)));
+    }
     let mut input = whole_input(u64::from(target.length))?;
     let fua = if server.greeting.flags & u32::from(transmission::SEND_FUA) == 0 { 0 } else { command::FUA };
     let head = server.request(kind::WRITE, fua, target)?;
@@ -102,6 +107,20 @@ pub fn write(target: &Target) -> Result<(), Error> {
 pub fn control(path: &Path, words: &[String], out: &mut impl Write, err: &mut impl Write) -> Result<u8, Error> {
     let answer = ask(path, words)?;
     print_answer(&answer, &answer.text, out, err)
+}
+
+/// Asks a control socket for the status of its server, as key=value pairs or as JSON, and prints it to `out`; with
+/// `clients` that of each client too, which has a line of its own unless it is JSON. Prints another answer to `err`;
+/// returns the code of the answer.
+pub fn status(path: &Path, json: bool, clients: bool, out: &mut impl Write, err: &mut impl Write) -> Result<u8, Error> {
+    let words: Vec<_> = [(true, "status"), (json, "json"), (clients, "clients")]
+        .into_iter()
+        .filter_map(|(wanted, word)| wanted.then_some(word))
+        .collect();
+    let answer = ask(path, &words)?;
+    // No value of a key=value pair holds a space.
+    let text = if json { answer.text.clone() } else { answer.text.replace(" client=", "\nclient=") };
+    print_answer(&answer, &text, out, err)
 }
 
 /// Sends a command that starts a migration to a control socket; with a style of `progress`, waits until the migration
@@ -199,13 +218,19 @@ impl Connection {
         set_limits(&fd.as_fd(), GREETING_LIMIT).map_err(failed)?;
         let mut connection = Self {
             stream: File::from(fd),
-            session: ClientSession::default(),
+            session: ClientSession::new(target.export.clone()),
             input: Buffer::with_capacity(PIECE),
             greeting: Greeting { size: 0, flags: 0 },
             server,
         };
+        let give_up = Instant::now() + GREETING_LIMIT;
         let mut greeting = None;
         while greeting.is_none() {
+            // Each byte has its own limit; one now and then must not make a handshake endless.
+            if Instant::now() >= give_up {
+                let limit_s = GREETING_LIMIT.as_secs();
+                return Err(Error(format!("{}: the handshake took longer than {limit_s} s", connection.server)));
+            }
             connection.events(|event| {
                 if let Event::Greeting(found) = event {
                     greeting = Some(found);
@@ -238,16 +263,11 @@ impl Connection {
             .map_err(|error| Error(format!("{}: cannot send: {}", self.server, explain(&error))))
     }
 
-    /// Receives once and passes on what it means.
+    /// Receives once, passes on what it means, and sends what the handshake answers.
     fn events(&mut self, mut take: impl FnMut(Event<'_>) -> Result<(), Error>) -> Result<(), Error> {
         self.input.compact();
         match self.stream.read(self.input.spare()) {
-            Ok(0) if self.greeting.size == 0 => {
-                let why = "the server closed the connection before its greeting: \
-                           its access control list may refuse this address, or it has no room for a client";
-                return Err(Error(format!("{}: {why}", self.server)));
-            }
-            Ok(0) => return Err(Error(format!("{}: the server closed the connection half-way", self.server))),
+            Ok(0) => return Err(Error(format!("{}: the server {}", self.server, self.session.explain_end()))),
             Ok(n) => self.input.advance(n),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(Error(format!("{}: cannot receive: {}", self.server, explain(&error)))),
@@ -259,6 +279,8 @@ impl Connection {
                 Some((event, used)) => {
                     take(event)?;
                     self.input.consume(used);
+                    let output = self.session.take_output();
+                    self.send(&output)?;
                 }
             }
         }
@@ -286,7 +308,7 @@ impl Connection {
                     left = left.saturating_sub(u32::try_from(bytes.len()).unwrap_or(left));
                     data(bytes)
                 }
-                Event::Greeting(_) => Ok(()),
+                Event::Handshake | Event::Greeting(_) => Ok(()),
             })?;
         }
         Ok(())

@@ -19,6 +19,8 @@ const FROM_MAX: u64 = 1 << 62;
 const CLIENTS_MAX: u64 = 1_000_000;
 /// A year; a longer time limit limits nothing.
 const LIMIT_MAX_S: u64 = 365 * 24 * 60 * 60;
+/// The longest name of an export, in bytes: that of the NBD specification ("Conventions").
+const EXPORT_MAX: usize = 4096;
 /// The longest pause a server lets a migration be asked to keep to, in milliseconds.
 const PAUSE_MAX_MS: u64 = 60_000;
 
@@ -93,7 +95,7 @@ Example: the same, and serve the image from then on:
   flexnbd listen --addr 0.0.0.0 --port 4779 --file disk.img \\
       --sock /run/disk.sock --serve 192.0.2.7 10.0.0.0/8")]
     Listen(ListenArgs),
-    /// Migrate what a running server serves to a server in listen mode.
+    /// Migrate what a running server serves to another NBD server.
     #[command(after_help = "\
 Prints 'Migration started' once the destination is connected and has the right
 size. The server then copies the image while its clients go on, and exits with 0
@@ -101,6 +103,11 @@ when the destination has everything. A failure before 'Migration started' is
 reported. After it, every failure is followed by another attempt from the start,
 until one succeeds, the break mode, or a signal; clients do not notice. Images
 smaller than 4096 bytes cannot be migrated.
+
+Besides a server in listen mode the destination may be any NBD server, oldstyle
+or newstyle, with an export of the same size that takes writes. One that offers
+no FLUSH cannot be asked to put the copy on stable storage; the log and the
+status (migration_durability=destination) say so.
 
 Example: migrate, see how far it is, and give it less of the network:
   flexnbd mirror --addr 192.0.2.8 --port 4779 --sock /run/disk.sock
@@ -133,12 +140,18 @@ Example: from now on, only this host and one network:
     /// Print the status of a running server, a line of key=value pairs.
     #[command(after_help = "\
 Example:
-  flexnbd status --sock /run/disk.sock")]
-    Status(SockArgs),
+  flexnbd status --sock /run/disk.sock
+Example: how many bytes each client has moved, with jq:
+  flexnbd status --sock /run/disk.sock --json --clients |
+      jq '.clients[] | .address, .bytes'")]
+    Status(StatusArgs),
     /// Read bytes from a server to stdout, in a single NBD query.
     #[command(after_help = "\
 Example: the first 512 bytes of a served image:
-  flexnbd read --addr 127.0.0.1 --port 4777 --from 0 --size 512 > head.bin")]
+  flexnbd read --addr 127.0.0.1 --port 4777 --from 0 --size 512 > head.bin
+Example: the same of an export that has a name, of any NBD server:
+  flexnbd read --addr 192.0.2.8 --port 10809 --export disk \\
+      --from 0 --size 512 > head.bin")]
     Read(TransferArgs),
     /// Write bytes from stdin to a server, in a single NBD query.
     #[command(after_help = "\
@@ -179,6 +192,15 @@ pub struct ServeArgs {
     /// hold at least 512 bytes; a tail of less than 512 bytes is left out.
     #[arg(short, long, verbatim_doc_comment)]
     pub file: PathBuf,
+    /// TCP port for newstyle clients, which most of today are (nbd-client,
+    /// qemu, libnbd), at ADDR, 0 to 65535; 0 picks a free one, which status
+    /// shows. They find the same image under the same rules; its export has
+    /// no name. PORT above is for oldstyle clients. [default: none]
+    #[arg(long, value_name = "PORT", value_parser = listen_port, allow_hyphen_values = true, verbatim_doc_comment)]
+    pub newstyle_port: Option<u16>,
+    /// UNIX socket to open for newstyle clients. [default: none]
+    #[arg(long, value_name = "PATH")]
+    pub newstyle_sock: Option<PathBuf>,
     /// Control socket to open, for modes such as status. It appears once
     /// the server is ready and is removed when it stops. [default: none]
     #[arg(short, long, verbatim_doc_comment)]
@@ -243,6 +265,11 @@ pub struct MirrorArgs {
     /// it, so that there is never a doubt which copy is the current one.
     #[arg(short, long, verbatim_doc_comment)]
     pub unlink: bool,
+    /// Name of the export at the destination, at most 1017 bytes. Leave it
+    /// out for the default export, and for an oldstyle server, which has no
+    /// names. [default: none]
+    #[arg(long, value_name = "NAME", value_parser = export, verbatim_doc_comment)]
+    pub export: Option<String>,
     /// Local IP address to connect from, where the destination's access
     /// control list asks for a certain one. [default: the system's choice]
     #[arg(short, long, value_name = "BIND_ADDR", verbatim_doc_comment)]
@@ -309,6 +336,11 @@ pub struct TransferArgs {
     /// Offset in the image to start at, in bytes; at most 2^62.
     #[arg(short = 'F', long, value_name = "OFFSET", value_parser = offset, allow_hyphen_values = true)]
     pub from: u64,
+    /// Name of the export, at most 4096 bytes. Leave it out for the default
+    /// export, and for an oldstyle server, which has no names.
+    /// [default: none]
+    #[arg(long, value_name = "NAME", value_parser = export, verbatim_doc_comment)]
+    pub export: Option<String>,
     /// Bytes to transfer; at most 2^30.
     #[arg(short = 'S', long, value_parser = size, allow_hyphen_values = true)]
     pub size: u32,
@@ -337,7 +369,27 @@ pub struct AclArgs {
     pub log: LogFlags,
 }
 
-/// Options of a mode that says nothing but which server is meant: `break` and `status`.
+/// Options of `status`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+pub struct StatusArgs {
+    /// Control socket of the server.
+    #[arg(short, long)]
+    pub sock: PathBuf,
+    /// Print one JSON object instead, on one line.
+    #[arg(long)]
+    pub json: bool,
+    /// Show every client too: its number, address, style of protocol, since
+    /// when it is connected (in seconds since 1970), requests and bytes so
+    /// far, and requests in flight. A line each, or an array in JSON.
+    #[arg(long, verbatim_doc_comment)]
+    pub clients: bool,
+    /// Verbosity given after the mode.
+    #[command(flatten)]
+    pub log: LogFlags,
+}
+
+/// Options of `break`, which says nothing but which server is meant.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub struct SockArgs {
@@ -383,6 +435,13 @@ fn size(text: &str) -> Result<u32, String> {
 
 fn speed(text: &str) -> Result<u64, String> {
     whole(text, 0..=u64::MAX)
+}
+
+fn export(text: &str) -> Result<String, String> {
+    if text.len() <= EXPORT_MAX && !text.contains('\0') {
+        return Ok(text.into());
+    }
+    Err(format!("expected at most {EXPORT_MAX} bytes, none of them NUL"))
 }
 
 fn pause(text: &str) -> Result<u64, String> {

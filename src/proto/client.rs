@@ -1,16 +1,26 @@
 //! The client's side of a conversation: what `read`, `write` and a migration speak. Requests in, bytes out; bytes in,
 //! events out. Never sees a socket, a file or a clock.
 //!
-//! Specification: "Oldstyle negotiation", "Request message", "Simple reply message".
+//! The greeting tells oldstyle from newstyle. Structured replies are never asked for, so every reply is a simple one.
+//!
+//! Specification: "Oldstyle negotiation", "Newstyle negotiation", "Request message", "Simple reply message".
+
+mod haggle;
 
 use super::error::Violation;
-use super::wire::{kind, Greeting, RequestHead, SimpleReply, GREETING_LEN, REQUEST_LEN, SIMPLE_REPLY_LEN};
+use super::wire::{
+    kind, Fields, Greeting, RequestHead, SimpleReply, GREETING_LEN, IHAVEOPT, NBDMAGIC, NEWSTYLE_GREETING_LEN,
+    OLDSTYLE_MAGIC, REQUEST_LEN, SIMPLE_REPLY_LEN,
+};
+use haggle::Haggle;
 use std::collections::VecDeque;
 
 /// What the server said.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Event<'a> {
-    /// The export, before anything else.
+    /// A part of a newstyle handshake; there may be something to send ([`ClientSession::take_output`]).
+    Handshake,
+    /// The export, before anything but [`Event::Handshake`]. From now on requests may be sent.
     Greeting(Greeting),
     /// The request with this cookie is answered: 0, or the error of the specification. Data of a READ follows.
     Reply {
@@ -28,11 +38,16 @@ pub enum Event<'a> {
     },
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 enum Phase {
-    Greeting,
+    /// The export to ask for.
+    Greeting(String),
+    Haggle(Haggle),
     Reply,
-    Payload { cookie: u64, left: u32 },
+    Payload {
+        cookie: u64,
+        left: u32,
+    },
 }
 
 /// One conversation with a server.
@@ -45,12 +60,19 @@ pub struct ClientSession {
 }
 
 impl Default for ClientSession {
+    /// A conversation about the export without a name.
     fn default() -> Self {
-        Self { phase: Phase::Greeting, next_cookie: 1, waiting: VecDeque::new() }
+        Self::new(String::new())
     }
 }
 
 impl ClientSession {
+    /// A conversation about the export of this name, which is at most 4096 bytes long; an empty one is the default
+    /// export.
+    pub fn new(export: String) -> Self {
+        Self { phase: Phase::Greeting(export), next_cookie: 1, waiting: VecDeque::new() }
+    }
+
     /// The bytes of a request, and the cookie its reply will carry. A WRITE's payload is the caller's to send behind it.
     pub fn request(&mut self, kind: u16, flags: u16, offset: u64, length: u32) -> ([u8; REQUEST_LEN], u64) {
         let cookie = self.next_cookie;
@@ -66,15 +88,42 @@ impl ClientSession {
         self.waiting.len()
     }
 
-    /// Looks at what was received: the next event and how many bytes it took, or `None` when it needs more.
-    pub fn parse<'a>(&mut self, input: &'a [u8]) -> Result<Option<(Event<'a>, usize)>, Violation> {
-        match self.phase {
-            Phase::Greeting => {
-                let Some(bytes) = input.first_chunk::<GREETING_LEN>() else { return Self::refuse_early(input) };
-                let greeting = Greeting::parse(bytes)?;
-                self.phase = Phase::Reply;
-                Ok(Some((Event::Greeting(greeting), GREETING_LEN)))
+    /// What the handshake wants sent, once; empty when it wants nothing.
+    pub fn take_output(&mut self) -> Vec<u8> {
+        match &mut self.phase {
+            Phase::Haggle(haggle) => haggle.take_output(),
+            Phase::Greeting(_) | Phase::Reply | Phase::Payload { .. } => Vec::new(),
+        }
+    }
+
+    /// What it means that the server ends the connection here, for people: how a sentence goes on that begins with the
+    /// server.
+    pub fn explain_end(&self) -> &'static str {
+        match &self.phase {
+            Phase::Greeting(_) => {
+                "closed the connection before its greeting: its access control list may refuse this address, or it has \
+                 no room for a client"
             }
+            Phase::Haggle(haggle) if haggle.asked_by_name() => {
+                "closed the connection when asked for the export, as a server does that has none of this name"
+            }
+            Phase::Haggle(_) => "closed the connection in the middle of the negotiation",
+            Phase::Reply | Phase::Payload { .. } => "closed the connection half-way",
+        }
+    }
+
+    /// Looks at what was received: the next event and how many bytes it took, or `None` when it needs more: never more
+    /// than [`GREETING_LEN`].
+    pub fn parse<'a>(&mut self, input: &'a [u8]) -> Result<Option<(Event<'a>, usize)>, Violation> {
+        match &mut self.phase {
+            Phase::Greeting(_) => self.greeting(input),
+            Phase::Haggle(haggle) => Ok(haggle.step(input)?.map(|(used, export)| match export {
+                None => (Event::Handshake, used),
+                Some(export) => {
+                    self.phase = Phase::Reply;
+                    (Event::Greeting(export), used)
+                }
+            })),
             Phase::Reply => {
                 let Some(bytes) = input.first_chunk::<SIMPLE_REPLY_LEN>() else { return Ok(None) };
                 let SimpleReply { error, cookie } = SimpleReply::parse(bytes)?;
@@ -87,7 +136,7 @@ impl ClientSession {
                 Ok(Some((Event::Reply { cookie, error }, SIMPLE_REPLY_LEN)))
             }
             Phase::Payload { .. } if input.is_empty() => Ok(None),
-            Phase::Payload { cookie, left } => {
+            &mut Phase::Payload { cookie, left } => {
                 let bytes = input.get(..left as usize).unwrap_or(input);
                 let left = left.saturating_sub(u32::try_from(bytes.len()).unwrap_or(left));
                 self.phase = if left == 0 { Phase::Reply } else { Phase::Payload { cookie, left } };
@@ -96,14 +145,27 @@ impl ClientSession {
         }
     }
 
-    /// Something else than an NBD server often says less than a greeting and then waits: its first 16 bytes tell.
-    fn refuse_early<'a>(input: &[u8]) -> Result<Option<(Event<'a>, usize)>, Violation> {
-        let Some(start) = input.first_chunk::<16>() else { return Ok(None) };
-        let mut bytes = [0; GREETING_LEN];
-        if let Some(to) = bytes.first_chunk_mut() {
-            *to = *start;
+    /// The first 16 bytes tell what the server speaks. They are judged as soon as they are there, because something else
+    /// than an NBD server often says less than a greeting and then waits.
+    fn greeting<'a>(&mut self, input: &'a [u8]) -> Result<Option<(Event<'a>, usize)>, Violation> {
+        let Phase::Greeting(export) = &mut self.phase else { return Ok(None) };
+        let mut fields = Fields(input);
+        match fields.u64().zip(fields.u64()) {
+            None => Ok(None),
+            Some((NBDMAGIC, OLDSTYLE_MAGIC)) if !export.is_empty() => Err(Violation::NoExportNames),
+            Some((NBDMAGIC, OLDSTYLE_MAGIC)) => {
+                let Some(bytes) = input.first_chunk::<GREETING_LEN>() else { return Ok(None) };
+                let greeting = Greeting::parse(bytes)?;
+                self.phase = Phase::Reply;
+                Ok(Some((Event::Greeting(greeting), GREETING_LEN)))
+            }
+            Some((NBDMAGIC, IHAVEOPT)) => {
+                let Some(offered) = fields.u16() else { return Ok(None) };
+                self.phase = Phase::Haggle(Haggle::begin(std::mem::take(export), offered));
+                Ok(Some((Event::Handshake, NEWSTYLE_GREETING_LEN)))
+            }
+            Some((first, second)) => Err(Violation::NotNbd(first, second)),
         }
-        Greeting::parse(&bytes).map(|_| None)
     }
 }
 
@@ -164,7 +226,7 @@ mod tests {
     #[test]
     fn garbage_ends_the_conversation() {
         let ssh = b"SSH-2.0-Something";
-        assert!(matches!(run(&mut ClientSession::default(), ssh, 1), Err(Violation::NotOldstyle(..))));
+        assert!(matches!(run(&mut ClientSession::default(), ssh, 1), Err(Violation::NotNbd(..))));
         let mut stream = Greeting { size: 4096, flags: 13 }.encode().to_vec();
         stream.extend(reply(0, 77));
         assert_eq!(run(&mut ClientSession::default(), &stream, 1), Err(Violation::UnknownCookie(77)));

@@ -1,5 +1,6 @@
 //! The two ways the protocol says no: an [`Errno`] goes into a reply, a [`Violation`] ends the connection.
 
+use super::wire::option_reply;
 use std::fmt;
 
 /// The error values of the specification ("Error values"). No other value leaves this server.
@@ -59,8 +60,27 @@ pub enum Violation {
     BadReplyMagic(u32),
     /// A reply carries a cookie nobody waits for.
     UnknownCookie(u64),
-    /// The first 16 bytes are no oldstyle greeting.
-    NotOldstyle(u64, u64),
+    /// The first 16 bytes are no greeting.
+    NotNbd(u64, u64),
+    /// An export was named, and an oldstyle server has but one, without a name.
+    NoExportNames,
+    /// A reply to an option does not start with the magic of those.
+    BadOptionReplyMagic(u64),
+    /// A reply to an option that makes no sense where it came.
+    UnexpectedOptionReply {
+        /// The option it says it is for.
+        option: u32,
+        /// Its type.
+        kind: u32,
+        /// How many bytes of data it has.
+        length: u32,
+    },
+    /// A reply to an option is longer than is worth skipping, in bytes.
+    OptionReplyTooLong(u32),
+    /// More replies to options than this many.
+    TooManyOptionReplies(u32),
+    /// The server does not give the export: the type of its reply.
+    OptionRefused(u32),
     /// Client flags with a bit nobody knows.
     ClientFlags(u32),
     /// An option does not start with the option magic.
@@ -83,8 +103,21 @@ impl fmt::Display for Violation {
             Self::BadRequestMagic(magic) => write!(f, "not an NBD request: it starts with {magic:#010x}"),
             Self::BadReplyMagic(magic) => write!(f, "not an NBD reply: it starts with {magic:#010x}"),
             Self::UnknownCookie(cookie) => write!(f, "a reply with a cookie nobody waits for: {cookie:#018x}"),
-            Self::NotOldstyle(first, second) => {
-                write!(f, "not an oldstyle NBD greeting: it starts with {first:#018x} {second:#018x}")
+            Self::NotNbd(first, second) => {
+                write!(f, "not an NBD greeting: it starts with {first:#018x} {second:#018x}")
+            }
+            Self::NoExportNames => write!(f, "an oldstyle NBD server, whose only export has no name"),
+            Self::BadOptionReplyMagic(magic) => write!(f, "not an NBD option reply: it starts with {magic:#018x}"),
+            Self::UnexpectedOptionReply { option, kind, length } => {
+                write!(f, "a senseless reply to option {option}: type {kind:#x}, {length} bytes")
+            }
+            Self::OptionReplyTooLong(length) => write!(f, "a reply to an option of {length} bytes"),
+            Self::TooManyOptionReplies(most) => write!(f, "more than {most} replies to options"),
+            Self::OptionRefused(option_reply::ERR_UNKNOWN) => {
+                write!(f, "there is no export of this name (ERR_UNKNOWN)")
+            }
+            Self::OptionRefused(kind) => {
+                write!(f, "the server refused the export: {} ({kind:#x})", option_reply::error_name(*kind))
             }
             Self::ClientFlags(flags) => write!(f, "unknown client flags: {flags:#x}"),
             Self::BadOptionMagic(magic) => write!(f, "not an NBD option: it starts with {magic:#018x}"),

@@ -85,6 +85,23 @@ pub mod option_reply {
     pub const ERR_UNKNOWN: u32 = ERROR | 6;
     /// The option is too long.
     pub const ERR_TOO_BIG: u32 = ERROR | 9;
+
+    /// The name of an error another server sent, for people.
+    pub fn error_name(kind: u32) -> &'static str {
+        match kind & !ERROR {
+            1 => "ERR_UNSUP",
+            2 => "ERR_POLICY",
+            3 => "ERR_INVALID",
+            4 => "ERR_PLATFORM",
+            5 => "ERR_TLS_REQD",
+            6 => "ERR_UNKNOWN",
+            7 => "ERR_SHUTDOWN",
+            8 => "ERR_BLOCK_SIZE_REQD",
+            9 => "ERR_TOO_BIG",
+            10 => "ERR_EXT_HEADER_REQD",
+            _ => "an error the specification does not know",
+        }
+    }
 }
 
 /// Information about an export ("`NBD_INFO_EXPORT`" and its like).
@@ -121,6 +138,8 @@ pub mod extent {
 pub mod transmission {
     /// Always set: the other bits mean something.
     pub const HAS_FLAGS: u16 = 1;
+    /// Nothing can be written.
+    pub const READ_ONLY: u16 = 2;
     /// FLUSH is understood.
     pub const SEND_FLUSH: u16 = 4;
     /// The FUA command flag is understood.
@@ -268,7 +287,7 @@ impl Greeting {
         let mut fields = Fields(bytes);
         let magics = (fields.u64().unwrap_or(0), fields.u64().unwrap_or(0));
         if magics != (NBDMAGIC, OLDSTYLE_MAGIC) {
-            return Err(Violation::NotOldstyle(magics.0, magics.1));
+            return Err(Violation::NotNbd(magics.0, magics.1));
         }
         Ok(Self { size: fields.u64().unwrap_or(0), flags: fields.u32().unwrap_or(0) })
     }

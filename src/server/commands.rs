@@ -18,7 +18,7 @@ impl Server {
     /// Carries a command out for the control connection `from`. `None`: the answer comes later.
     pub(super) fn execute(&mut self, from: Key, command: Command) -> Option<Answer> {
         let outcome = match command {
-            Command::Status => Ok(status::line(self)),
+            Command::Status(wanted) => Ok(status::answer(self, wanted)),
             Command::Acl(entries) => self.replace_acl(&entries),
             Command::Mirror(wanted) => match self.start_mirror(from, &wanted) {
                 Ok(()) => return None,
@@ -81,6 +81,7 @@ impl Server {
         let settings = mirror::Settings {
             to: SocketAddr::new(ip, wanted.port),
             bind,
+            export: wanted.export.clone(),
             action: wanted.action,
             request_limit_ms: sh.limits.request_limit_ms,
         };

@@ -6,9 +6,9 @@ use crate::buffer::Buffer;
 use crate::event::ready::Ready;
 use crate::migrate::{Abilities, Plan};
 use crate::proto::client::ClientSession;
-use crate::proto::error::Errno;
+use crate::proto::error::{Errno, Violation};
 use crate::proto::outbox::{Outbox, PIECES};
-use crate::proto::wire::kind;
+use crate::proto::wire::{kind, option_reply};
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
@@ -31,8 +31,12 @@ pub enum Failure {
         /// The image, in bytes.
         local: u64,
     },
-    /// The destination closed the connection.
-    Closed,
+    /// The destination has no export of the name that was asked for.
+    NoExport(Violation),
+    /// The export at the destination cannot be written.
+    ReadOnly,
+    /// The destination closed the connection; what that means, as [`ClientSession::explain_end`] says it.
+    Closed(&'static str),
     /// Anything else, in words.
     Broken(String),
 }
@@ -44,7 +48,18 @@ impl Failure {
             Self::Connect(_) => "Mirror failed to connect",
             Self::NoGreeting => "Remote server failed to respond",
             Self::Size { .. } => "Remote size does not match local size",
-            Self::Closed | Self::Broken(_) => "Mirror was rejected",
+            Self::NoExport(_) => "Remote export does not exist",
+            Self::ReadOnly => "Remote export is read-only",
+            Self::Closed(_) | Self::Broken(_) => "Mirror was rejected",
+        }
+    }
+}
+
+impl From<Violation> for Failure {
+    fn from(violation: Violation) -> Self {
+        match violation {
+            Violation::NoExportNames | Violation::OptionRefused(option_reply::ERR_UNKNOWN) => Self::NoExport(violation),
+            _ => Self::Broken(violation.to_string()),
         }
     }
 }
@@ -55,7 +70,9 @@ impl fmt::Display for Failure {
             Self::Connect(why) => write!(f, "cannot connect: {why}"),
             Self::NoGreeting => f.write_str("the destination did not greet in time"),
             Self::Size { remote, local } => write!(f, "the destination has {remote} bytes, the image {local}"),
-            Self::Closed => f.write_str("the destination closed the connection"),
+            Self::NoExport(why) => write!(f, "the destination: {why}"),
+            Self::ReadOnly => f.write_str("the export at the destination is read-only"),
+            Self::Closed(why) => write!(f, "the destination {why}"),
             Self::Broken(why) => f.write_str(why),
         }
     }
@@ -93,18 +110,26 @@ pub struct Link {
 }
 
 impl Link {
-    /// A connection that is being made.
-    pub fn new(stream: Stream) -> Self {
+    /// A connection that is being made, to the export of this name.
+    pub fn new(stream: Stream, export: String) -> Self {
         Self {
             stage: Stage::Connecting,
             stream,
             ready: Ready::default(),
-            session: ClientSession::default(),
+            session: ClientSession::new(export),
             can: Abilities::default(),
             input: Buffer::with_capacity(RECEIVE),
             outbox: Outbox::default(),
             asked: VecDeque::new(),
             held: 0,
+        }
+    }
+
+    /// Queues what the handshake answers, if it does.
+    pub fn send_handshake(&mut self, now_ms: u64) {
+        let output = self.session.take_output();
+        if !output.is_empty() {
+            self.outbox.push_text(output, now_ms);
         }
     }
 
@@ -165,7 +190,7 @@ impl Link {
         match self.stream.read(&mut [0]) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
             Err(error) => Err(Failure::Broken(format!("cannot receive: {error}"))),
-            Ok(0) => Err(Failure::Closed),
+            Ok(0) => Err(Failure::Closed(self.session.explain_end())),
             Ok(_) => Err(Failure::Broken("the destination says something nobody asked for".into())),
         }
     }

@@ -53,6 +53,8 @@ pub struct Settings {
     pub to: SocketAddr,
     /// The local address to connect from.
     pub bind: Option<IpAddr>,
+    /// The name of the export to write to; empty for the default one.
+    pub export: String,
     /// What to do once the destination has everything.
     pub action: Action,
     /// How long a request may go without progress, in milliseconds.
@@ -115,7 +117,7 @@ impl Mirror {
         let mut stream = Stream::Tcp(TcpStream::from_std(stream));
         stream.set_options()?;
         registry.register(&mut stream, key.token(), Interest::READABLE | Interest::WRITABLE)?;
-        self.link = Some(Link::new(stream));
+        self.link = Some(Link::new(stream, self.settings.export.clone()));
         self.deadline_ms = sh.now_ms.saturating_add(CONNECT_MS);
         self.arm(key, sh);
         Ok(())
@@ -181,6 +183,8 @@ impl Mirror {
         }
         match link.send(sh) {
             Ok(0) => Next::Idle,
+            // To take an option does not make a greeting later.
+            Ok(_) if link.stage == Stage::Greeting => Next::Again,
             Ok(_) => {
                 self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
                 Next::Again
@@ -225,7 +229,12 @@ impl Mirror {
         next
     }
 
-    /// Stops it, wherever it is; false when it is too late for that.
+    /// True when its connection comes from this address.
+    pub fn is_at(&self, addr: SocketAddr) -> bool {
+        self.link.as_ref().and_then(|link| link.stream.local_addr()) == Some(addr)
+    }
+
+    /// True as long as it can be stopped, wherever it is.
     pub fn may_stop(&self) -> bool {
         self.link.as_ref().is_none_or(|link| link.stage != Stage::Leaving)
     }
@@ -251,6 +260,12 @@ impl Mirror {
             Some(Stage::Copying) if plan.progress().pass > 1 => "converging",
             Some(Stage::Copying) => "copying",
         }
+    }
+
+    /// True when the destination keeps to itself how durable what it has is: it offers no FLUSH.
+    pub fn lacks_flush(&self) -> bool {
+        let greeted = self.link.as_ref().filter(|link| matches!(link.stage, Stage::Copying | Stage::Leaving));
+        greeted.is_some_and(|link| !link.can.flush)
     }
 
     /// Attempts begun.
@@ -283,7 +298,7 @@ impl Mirror {
         let space = link.input.spare();
         let wanted = space.len();
         match link.stream.read(space) {
-            Ok(0) => return Err(Failure::Closed),
+            Ok(0) => return Err(Failure::Closed(link.session.explain_end())),
             Ok(n) => {
                 if n < wanted {
                     link.ready.clear_readable();
@@ -302,13 +317,17 @@ impl Mirror {
         };
         loop {
             let Some(link) = &mut self.link else { return Ok(Next::Idle) };
-            match link.session.parse(link.input.filled()).map_err(|violation| Failure::Broken(violation.to_string()))? {
+            match link.session.parse(link.input.filled())? {
                 None => return Ok(Next::Again),
                 Some((event, used)) => {
                     let greeting = match event {
                         Event::Greeting(greeting) => Some(greeting),
                         Event::Reply { cookie, error } => {
                             link.answered(cookie, error, plan, sh.now_ms)?;
+                            None
+                        }
+                        Event::Handshake => {
+                            link.send_handshake(sh.now_ms);
                             None
                         }
                         Event::Data { .. } => None,
@@ -329,6 +348,9 @@ impl Mirror {
         }
         let Some(link) = &mut self.link else { return Ok(()) };
         let offers = |flag: u16| greeting.flags & u32::from(flag) != 0;
+        if offers(transmission::READ_ONLY) {
+            return Err(Failure::ReadOnly);
+        }
         link.can = Abilities { zero: offers(transmission::SEND_WRITE_ZEROES), flush: offers(transmission::SEND_FLUSH) };
         link.stage = Stage::Copying;
         self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
@@ -438,6 +460,7 @@ impl Mirror {
             return Next::Close(Reason::Migrated);
         }
         if self.starter.is_some() {
+            warn!("{self}: not started: {why}");
             return Next::Close(Reason::NotStarted(why.answer().into()));
         }
         if plan.pauses_clients() {
@@ -481,6 +504,10 @@ impl Mirror {
 
 impl fmt::Display for Mirror {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "migration to {}", self.settings.to)
+        write!(f, "migration to {}", self.settings.to)?;
+        if !self.settings.export.is_empty() {
+            write!(f, " export {:?}", self.settings.export)?;
+        }
+        Ok(())
     }
 }

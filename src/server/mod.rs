@@ -343,6 +343,12 @@ impl Server {
     }
 
     fn add_client(&mut self, stream: Stream, peer: Peer, purpose: Purpose) {
+        if let Some(key) = self.mirror.filter(|&key| self.is_mirror_at(key, peer)) {
+            // An image copied onto itself would never be done.
+            self.shared.clients -= 1;
+            let why = "Mirror was rejected: the destination is this server itself".into();
+            return self.settle(key, Some(Next::Close(Reason::NotStarted(why))));
+        }
         let mut client = Box::new(Client::new(self.take_id(), stream, peer, purpose, &self.shared));
         self.shared.inbound.iter_mut().for_each(Inbound::begin);
         let registry = self.poll.registry();
@@ -355,6 +361,11 @@ impl Server {
             warn!("lost {peer} before it was served: {error}");
             self.shared.clients -= 1;
         }
+    }
+
+    /// True when `peer` is the near end of the migration's own connection.
+    fn is_mirror_at(&self, key: Key, peer: Peer) -> bool {
+        matches!((self.slots.get(key), peer), (Some(Slot::Mirror(mirror)), Peer::Net(addr)) if mirror.is_at(addr))
     }
 
     fn add_control(&mut self, stream: Stream) {

@@ -1,66 +1,204 @@
-//! The status line: what this server says of itself.
+//! The status: what this server says of itself and of its clients, as key=value pairs or as JSON.
+//!
+//! The facts are listed once, in [`of_server`] and [`of_client`]; both forms show the same list.
 
+use super::client::Client;
 use super::{Server, Slot};
-use std::fmt::Write;
+use crate::command::StatusForm;
+use std::fmt::{self, Write};
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
 
-/// The answer to `status`: key=value pairs, separated by spaces; no key and no value holds a space.
-pub fn line(server: &Server) -> String {
+/// The most clients that are listed: a record is at most 250 bytes long, and whoever asks reads 4 MiB.
+const RECORDS_MAX: usize = 10_000;
+
+/// What a fact may be.
+#[derive(Debug)]
+enum Value {
+    Number(u64),
+    Flag(bool),
+    Text(String),
+}
+
+/// Facts in their order, by the names that users see. No name holds a space or needs to be escaped.
+type Facts = Vec<(&'static str, Value)>;
+
+/// The answer to `status`: one line.
+pub fn answer(server: &Server, form: StatusForm) -> String {
+    let mut facts = of_server(server);
+    let records: Option<Vec<Facts>> = form.clients.then(|| {
+        let mut clients: Vec<_> = server.slots.iter().filter_map(|(_, slot)| client(slot)).collect();
+        clients.sort_unstable_by_key(|client| client.id());
+        if let Some(more @ 1..) = clients.len().checked_sub(RECORDS_MAX) {
+            facts.push(("clients_left_out", Value::Number(more as u64)));
+        }
+        let unix_now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let now_ms = server.shared.now_ms;
+        clients.into_iter().take(RECORDS_MAX).map(|client| of_client(client, now_ms, unix_now)).collect()
+    });
+    if form.json {
+        json(&facts, records.as_deref())
+    } else {
+        text(&facts, records.as_deref().unwrap_or_default())
+    }
+}
+
+fn client(slot: &Slot) -> Option<&Client> {
+    match slot {
+        Slot::Client(client) => Some(client),
+        _ => None,
+    }
+}
+
+fn of_server(server: &Server) -> Facts {
     let sh = &server.shared;
     let mut tally = sh.closed;
-    for (_, slot) in server.slots.iter() {
-        if let Slot::Client(client) = slot {
-            tally += client.tally();
-        }
-    }
-    let pid = std::process::id();
-    let mut line = format!("pid={pid} is_mirroring={} has_control={}", server.mirror.is_some(), sh.inbound.is_none());
-    let mut put = |key: &str, value: &dyn std::fmt::Display| {
-        // Writing to a String cannot fail.
-        let _ = write!(line, " {key}={value}");
-    };
-    put("size", &sh.disk.size());
-    put("clients_allowed", &(sh.clients < sh.clients_max()));
-    put("num_clients", &sh.clients);
+    server.slots.iter().filter_map(|(_, slot)| client(slot)).for_each(|client| tally += client.tally());
+    let mut facts = Facts::new();
+    let mut put = |name, value| facts.push((name, value));
+    put("pid", Value::Number(std::process::id().into()));
+    put("is_mirroring", Value::Flag(server.mirror.is_some()));
+    put("has_control", Value::Flag(sh.inbound.is_none()));
+    put("size", Value::Number(sh.disk.size()));
+    put("clients_allowed", Value::Flag(sh.clients < sh.clients_max()));
+    put("num_clients", Value::Number(sh.clients as u64));
     if let (Some(Slot::Mirror(mirror)), Some(plan)) = (server.mirror.and_then(|key| server.slots.get(key)), &sh.plan) {
         let progress = plan.progress();
         let duration_ms = sh.now_ms.saturating_sub(mirror.started_ms());
-        put("migration_speed", &progress.bytes_per_s);
-        put("migration_duration", &(duration_ms / 1000));
-        put("migration_seconds_left", &progress.left_bytes.div_ceil(progress.bytes_per_s.max(1)));
-        put("migration_bytes_left", &progress.left_bytes);
+        let seconds_left = progress.left_bytes.div_ceil(progress.bytes_per_s.max(1));
+        put("migration_speed", Value::Number(progress.bytes_per_s));
+        put("migration_duration", Value::Number(duration_ms / 1000));
+        put("migration_seconds_left", Value::Number(seconds_left));
+        put("migration_bytes_left", Value::Number(progress.left_bytes));
         if let Some(limit) = progress.limit_bytes_per_s {
-            put("migration_speed_limit", &limit);
+            put("migration_speed_limit", Value::Number(limit));
         }
-        put("migration_phase", &mirror.phase(plan));
-        put("migration_pass", &progress.pass);
-        put("migration_attempts", &mirror.attempts());
-        put("migration_dirty_bytes", &progress.dirty_bytes);
+        put("migration_phase", Value::Text(mirror.phase(plan).into()));
+        put("migration_pass", Value::Number(progress.pass.into()));
+        put("migration_attempts", Value::Number(mirror.attempts().into()));
+        put("migration_dirty_bytes", Value::Number(progress.dirty_bytes));
         if let Some(limit) = progress.write_limit_bytes_per_s {
-            put("migration_write_limit", &limit);
+            put("migration_write_limit", Value::Number(limit));
+        }
+        if mirror.lacks_flush() {
+            put("migration_durability", Value::Text("destination".into()));
         }
         if let Some(error) = mirror.last_error() {
-            put("migration_last_error", &one_word(error));
+            put("migration_last_error", Value::Text(error.into()));
         }
     }
-    put("reads", &tally.reads);
-    put("writes", &tally.writes);
-    put("trims", &tally.trims);
-    put("flushes", &tally.flushes);
-    put("read_bytes", &tally.read_bytes);
-    put("written_bytes", &tally.written_bytes);
-    put("errors", &tally.errors);
+    put("reads", Value::Number(tally.reads));
+    put("writes", Value::Number(tally.writes));
+    put("trims", Value::Number(tally.trims));
+    put("flushes", Value::Number(tally.flushes));
+    put("read_bytes", Value::Number(tally.read_bytes));
+    put("written_bytes", Value::Number(tally.written_bytes));
+    put("errors", Value::Number(tally.errors));
     for (n, address) in server.addresses.iter().enumerate() {
-        let key = match (n, address.starts_with('/')) {
-            (0, _) => "address",
-            (_, true) => "newstyle_socket",
-            (_, false) => "newstyle_address",
+        let name = match n {
+            0 => "address",
+            _ if address.parse::<SocketAddr>().is_ok() => "newstyle_address",
+            _ => "newstyle_socket",
         };
-        put(key, &one_word(address));
+        put(name, Value::Text(address.clone()));
     }
-    line
+    facts
 }
 
-/// A value without spaces.
-fn one_word(text: &str) -> String {
-    text.replace(|c: char| c.is_whitespace() || c.is_control(), "_")
+fn of_client(client: &Client, now_ms: u64, unix_now: Duration) -> Facts {
+    let tally = client.tally();
+    let connected = Duration::from_millis(now_ms.saturating_sub(client.opened_ms()));
+    let requests = tally.reads + tally.writes + tally.trims + tally.flushes;
+    vec![
+        ("client", Value::Number(client.id())),
+        ("address", Value::Text(client.peer().to_string())),
+        ("style", Value::Text(client.style().into())),
+        ("since", Value::Number(unix_now.saturating_sub(connected).as_secs())),
+        ("requests", Value::Number(requests)),
+        ("bytes", Value::Number(tally.read_bytes.saturating_add(tally.written_bytes))),
+        ("in_flight", Value::Number(client.in_flight() as u64)),
+    ]
+}
+
+/// `key=value` pairs, separated by spaces. No value holds one. The records of clients follow each other, each beginning
+/// with its `client`.
+fn text(facts: &Facts, records: &[Facts]) -> String {
+    let pairs = facts.iter().chain(records.iter().flatten()).map(|(name, value)| format!("{name}={value}"));
+    pairs.collect::<Vec<_>>().join(" ")
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Flag(flag) => flag.fmt(f),
+            Self::Text(text) => {
+                text.chars().try_for_each(|c| f.write_char(if c.is_whitespace() || c.is_control() { '_' } else { c }))
+            }
+        }
+    }
+}
+
+/// One JSON object (RFC 8259), the records of clients in an array of it.
+fn json(facts: &Facts, records: Option<&[Facts]>) -> String {
+    let mut members: Vec<String> = facts.iter().map(json_member).collect();
+    if let Some(records) = records {
+        let objects: Vec<_> = records.iter().map(|record| json(record, None)).collect();
+        members.push(format!("\"clients\":[{}]", objects.join(",")));
+    }
+    format!("{{{}}}", members.join(","))
+}
+
+fn json_member((name, value): &(&str, Value)) -> String {
+    match value {
+        Value::Number(_) | Value::Flag(_) => format!("\"{name}\":{value}"),
+        Value::Text(text) => {
+            let mut member = format!("\"{name}\":\"");
+            for c in text.chars() {
+                // Writing to a String cannot fail.
+                let _ = match c {
+                    '"' | '\\' => write!(member, "\\{c}"),
+                    c if c.is_control() => write!(member, "\\u{:04x}", u32::from(c)),
+                    c => member.write_char(c),
+                };
+            }
+            member + "\""
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts() -> Facts {
+        vec![
+            ("pid", Value::Number(u64::MAX)),
+            ("is_mirroring", Value::Flag(true)),
+            ("address", Value::Text("/a b\t\"\\\u{7f}\u{85}é\u{2003}🦀".into())),
+        ]
+    }
+
+    fn record(id: u64) -> Facts {
+        vec![("client", Value::Number(id)), ("style", Value::Text("oldstyle".into()))]
+    }
+
+    #[test]
+    fn text_is_words() {
+        let server = "pid=18446744073709551615 is_mirroring=true address=/a_b_\"\\__é_🦀";
+        assert_eq!(text(&facts(), &[]), server);
+        let records = [record(1), record(9)];
+        assert_eq!(text(&facts(), &records), format!("{server} client=1 style=oldstyle client=9 style=oldstyle"));
+    }
+
+    #[test]
+    fn json_has_types_and_escapes() {
+        let server =
+            r#""pid":18446744073709551615,"is_mirroring":true,"address":"/a b\u0009\"\\\u007f\u0085é\u{2003}🦀""#
+                .replace(r"\u{2003}", "\u{2003}");
+        assert_eq!(json(&facts(), None), format!("{{{server}}}"));
+        assert_eq!(json(&facts(), Some(&[])), format!("{{{server},\"clients\":[]}}"));
+        let clients = r#""clients":[{"client":1,"style":"oldstyle"},{"client":9,"style":"oldstyle"}]"#;
+        assert_eq!(json(&facts(), Some(&[record(1), record(9)])), format!("{{{server},{clients}}}"));
+    }
 }

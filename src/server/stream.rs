@@ -27,6 +27,14 @@ impl Stream {
         }
     }
 
+    /// Where the near end of a TCP connection is.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(stream) => stream.local_addr().ok(),
+            Self::Unix(_) => None,
+        }
+    }
+
     /// Says whether a connection that was begun has been made, once the socket is writable.
     pub fn check_connected(&self) -> io::Result<()> {
         let (error, peer) = match self {

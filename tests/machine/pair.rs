@@ -94,6 +94,7 @@ impl Client<'_> {
         while let Some((event, used)) = self.session.parse(&self.unparsed[at..]).expect("the server speaks NBD") {
             at += used;
             let cookie = match event {
+                Event::Handshake => unreachable!("an oldstyle server does not haggle"),
                 Event::Greeting(greeting) => {
                     let flags = u32::from(Export { size: 0 }.flags(Style::Oldstyle));
                     assert_eq!(greeting, Greeting { size: self.plan.before.len() as u64, flags });
