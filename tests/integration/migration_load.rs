@@ -183,8 +183,6 @@ fn sources_are_killed() {
         let content = fs::read(&source.image).unwrap();
         source = Server::serve().content(&content).start();
     }
-    wait_for("the start", SOON, || {
-        (mirror(&source, destination.address(), "").code == Some(0)).then_some(())
-    });
+    wait_for("the start", SOON, || (mirror(&source, destination.address(), "").code == Some(0)).then_some(()));
     expect_migrated(&mut source, &mut destination);
 }
