@@ -8,9 +8,9 @@
 //! ```
 //!
 //! The image is a bitmap of dirty blocks, all of them at first. A pass goes over the dirty blocks in their order; what
-//! clients write meanwhile is dirty again and part of the next pass. When what is left can be sent within the pause
-//! target, clients are paused and the rest is sent. Where clients dirty blocks faster than they can be sent, they are
-//! held back, twice as much with every pass that gained nothing.
+//! clients write meanwhile is dirty again and part of the next pass. When another pass would gain nothing and what is
+//! left can be sent within the pause target, clients are paused and the rest is sent. Where clients dirty blocks faster
+//! than they can be sent, they are held back, twice as much with every pass that gained nothing.
 //!
 //! Invariants:
 //! 1. No two requests in flight overlap: the destination may carry them out in any order.
@@ -19,32 +19,39 @@
 //! 3. [`Step::Commit`] comes only after [`Plan::quiesced`], with nothing dirty, nothing in flight, and everything flushed
 //!    where the destination can.
 
+mod bucket;
+mod meter;
+
 use crate::bitmap::Bitmap;
+use bucket::Bucket;
+use meter::Meter;
 use std::ops::Range;
 
 /// A dirty block, in bytes: 2 MiB of memory per TiB.
 const BLOCK: u64 = 64 << 10;
 /// The most data of one request, in bytes: one buffer.
 pub const DATA_MAX: u64 = 256 << 10;
-/// The smallest piece a slow limit cuts data into, in bytes: a page.
+/// The smallest piece a slow limit cuts data into, in bytes: a page. Also what a request without data is taken to cost.
 const DATA_MIN: u64 = 4 << 10;
 /// The longest range zeroed by one request, in bytes. A destination that has to write the zeroes must answer in time.
 const ZERO_MAX: u64 = 128 << 20;
-/// Blocks taken from the bitmap at once, in bytes. A multiple of what one request may be.
-const TAKE_MAX: u64 = 1 << 30;
-/// Requests in flight at the most.
+/// Requests in flight at the most; 32 MiB of data, which is 300 MB/s over 100 ms of round trip.
 pub const MAX_IN_FLIGHT: usize = 128;
-/// Data in flight at the most, in bytes: 300 MB/s over 100 ms of round trip.
-const UNANSWERED_MAX: u64 = 32 << 20;
-/// How long the speed is measured before it counts, in milliseconds.
-const METER_MS: u64 = 200;
-/// The least clients may dirty per second, in bytes, however slow the way is: they are slowed, not stopped.
-const WRITE_LIMIT_MIN: u64 = 2 * BLOCK;
+/// The least clients may dirty per second, in bytes, however slow the way is: a block every two seconds.
+const WRITE_LIMIT_MIN: u64 = BLOCK / 2;
+/// The longest that writes are held back in one go, in milliseconds: they are slowed, not stopped. The disk drivers of
+/// guests give up after 30 s.
+const HELD_MAX_MS: u64 = 10_000;
+/// The most that one operation of a client counts against its limit, in bytes. What is longer than a buffer is zeroes.
+const WRITE_MAX: u64 = DATA_MAX + BLOCK;
 /// Clients are not held back twice within this time, in milliseconds: gradually.
 const SLOWER_EVERY_MS: u64 = 500;
 /// Data sent since the last flush that is worth another one before clients are paused, in bytes.
 const UNFLUSHED_MAX: u64 = 16 << 20;
-/// Flushes before the pause at the most; a destination whose flushes stay slow is paused for all the same.
+/// Data sent since the last flush that is worth another one at any time, in bytes. A destination that collects more in
+/// its memory might need longer for the flush at the end than an answer may take.
+const FLUSH_EVERY: u64 = 1 << 30;
+/// Flushes just before the pause at the most; a destination whose flushes stay slow is paused for all the same.
 const FLUSHES_MAX: u32 = 3;
 /// The shortest time a pause may take before it is given up, in milliseconds.
 const PAUSE_LIMIT_MIN_MS: u64 = 1_000;
@@ -93,78 +100,14 @@ enum Phase {
 enum Flush {
     /// None was asked for since enough was sent to want one.
     Due,
+    /// Until it is answered, there should not be more than this much for the next one.
     Asked {
         at_ms: u64,
+        unflushed_max: u64,
     },
     Answered {
         took_ms: u64,
     },
-}
-
-/// Lets so many bytes per second pass; what is over is waited for afterwards.
-#[derive(Debug, Clone, Copy)]
-struct Bucket {
-    bytes_per_s: u64,
-    left: i64,
-    at_ms: u64,
-}
-
-impl Bucket {
-    fn new(bytes_per_s: u64, now_ms: u64) -> Self {
-        Self { bytes_per_s: bytes_per_s.max(1), left: 0, at_ms: now_ms }
-    }
-
-    /// The time from which on something may pass: now, or later.
-    fn open_at(&mut self, now_ms: u64) -> u64 {
-        let rate = i64::try_from(self.bytes_per_s).unwrap_or(i64::MAX);
-        let elapsed = i64::try_from(now_ms.saturating_sub(self.at_ms)).unwrap_or(i64::MAX);
-        let earned = rate.saturating_mul(elapsed) / 1000;
-        if earned > 0 {
-            // What was not used is kept for a tenth of a second, so that a late timer does not cost speed.
-            self.left = self.left.saturating_add(earned).min(rate / 10);
-            self.at_ms = now_ms;
-        }
-        if self.left >= 0 {
-            return now_ms;
-        }
-        let wait = self.left.unsigned_abs().saturating_mul(1000).div_ceil(self.bytes_per_s);
-        self.at_ms.saturating_add(wait.max(1))
-    }
-
-    fn take(&mut self, bytes: u64) {
-        self.left = self.left.saturating_sub(i64::try_from(bytes).unwrap_or(i64::MAX));
-    }
-}
-
-/// How fast answers come, while there is always something in flight.
-#[derive(Debug, Clone, Copy)]
-struct Meter {
-    since_ms: u64,
-    bytes: u64,
-    /// There was a moment without anything in flight: this stretch says nothing about the way.
-    idle: bool,
-    bytes_per_s: Option<u64>,
-}
-
-impl Meter {
-    fn new(now_ms: u64) -> Self {
-        Self { since_ms: now_ms, bytes: 0, idle: false, bytes_per_s: None }
-    }
-
-    fn note(&mut self, bytes: u64, now_ms: u64) {
-        self.bytes = self.bytes.saturating_add(bytes);
-        let elapsed_ms = now_ms.saturating_sub(self.since_ms);
-        if elapsed_ms < METER_MS {
-            return;
-        }
-        let sample = self.bytes.saturating_mul(1000) / elapsed_ms;
-        self.bytes_per_s = match self.bytes_per_s {
-            None => Some(sample),
-            Some(before) if self.idle => Some(before.max(sample)),
-            Some(before) => Some(before.midpoint(sample)),
-        };
-        (self.since_ms, self.bytes, self.idle) = (now_ms, 0, false);
-    }
 }
 
 /// What a migration has done and has left, for status and log.
@@ -204,13 +147,17 @@ pub struct Plan {
     extent: Option<(Range<u64>, bool)>,
     /// Requests in flight: the range, and whether it is data.
     in_flight: Vec<(Range<u64>, bool)>,
-    unanswered_bytes: u64,
     flush: Flush,
+    /// How often it was flushed just before a pause.
     flushes: u32,
+    /// What the last flush does not cover.
     unflushed_bytes: u64,
     pass: u32,
     /// Dirty bytes when the pass began.
     pass_dirty_bytes: u64,
+    /// The pass began with hardly less than the one before: there is nothing to gain by another.
+    settled: bool,
+    /// When clients were held back last.
     slower_ms: u64,
     limit: Option<Bucket>,
     write_limit: Option<Bucket>,
@@ -218,6 +165,8 @@ pub struct Plan {
     sent_bytes: u64,
     zeroed_bytes: u64,
     paused_ms: u64,
+    /// The time before which there is no other pause.
+    pause_from_ms: u64,
     pauses_given_up: u32,
 }
 
@@ -234,12 +183,12 @@ impl Plan {
             taken: 0..0,
             extent: None,
             in_flight: Vec::with_capacity(MAX_IN_FLIGHT),
-            unanswered_bytes: 0,
             flush: Flush::Due,
             flushes: 0,
             unflushed_bytes: 0,
             pass: 1,
             pass_dirty_bytes: size,
+            settled: false,
             slower_ms: now_ms,
             limit: limit_bytes_per_s.map(|limit| Bucket::new(limit, now_ms)),
             write_limit: None,
@@ -247,6 +196,7 @@ impl Plan {
             sent_bytes: 0,
             zeroed_bytes: 0,
             paused_ms: now_ms,
+            pause_from_ms: now_ms,
             pauses_given_up: 0,
         };
         plan.dirty.set_range(0, size);
@@ -259,17 +209,17 @@ impl Plan {
         self.can = can;
     }
 
-    /// The destination is gone, and what it has is worth nothing any more. Clients go on. This may be so even after
-    /// [`Step::Commit`], as long as the destination has not been told.
+    /// The destination is gone, and what it has is worth nothing any more. Clients go on. Even [`Step::Commit`] may fail
+    /// like this, up to the moment in which the destination could have been told.
     pub fn lost(&mut self, now_ms: u64) {
         self.dirty.set_range(0, self.size);
         self.phase = Phase::Copying;
         (self.cursor, self.taken, self.extent) = (0, 0..0, None);
         self.in_flight.clear();
-        (self.unanswered_bytes, self.unflushed_bytes) = (0, 0);
-        (self.flush, self.flushes) = (Flush::Due, 0);
-        (self.pass, self.pass_dirty_bytes, self.slower_ms) = (1, self.size, now_ms);
-        (self.sent_bytes, self.zeroed_bytes, self.pauses_given_up) = (0, 0, 0);
+        (self.flush, self.flushes, self.unflushed_bytes) = (Flush::Due, 0, 0);
+        (self.pass, self.pass_dirty_bytes, self.settled, self.slower_ms) = (1, self.size, false, now_ms);
+        (self.sent_bytes, self.zeroed_bytes) = (0, 0);
+        (self.pause_from_ms, self.pauses_given_up) = (now_ms, 0);
         self.write_limit = None;
         self.meter = Meter::new(now_ms);
     }
@@ -283,9 +233,14 @@ impl Plan {
     /// A client may have changed the range. To be called before it is told so (invariant 2).
     pub fn note_write(&mut self, range: &Range<u64>) {
         let before = self.dirty.set_bytes();
-        self.dirty.set_range(range.start, range.end.saturating_sub(range.start));
+        // What is taken will be read with this write in it.
+        for part in [range.start..range.end.min(self.taken.start), range.start.max(self.taken.end)..range.end] {
+            self.dirty.set_range(part.start, part.end.saturating_sub(part.start));
+        }
+        let dirtied = self.dirty.set_bytes() - before;
         if let Some(limit) = &mut self.write_limit {
-            limit.take(self.dirty.set_bytes().saturating_sub(before));
+            limit.take(if self.can.zero { dirtied.min(WRITE_MAX) } else { dirtied });
+            limit.forgive_beyond(HELD_MAX_MS);
         }
         if self.extent.as_ref().is_some_and(|(known, _)| overlap(known, range)) {
             self.extent = None;
@@ -335,13 +290,15 @@ impl Plan {
         self.paused_ms
     }
 
-    /// Lets clients go on although the end was near: it took too long.
+    /// Lets clients go on although the end was near: it took too long. They get as much time as they were paused.
     pub fn give_up_pause(&mut self) {
-        if self.phase != Phase::Committed {
-            self.phase = Phase::Copying;
-            self.pauses_given_up += 1;
-            self.flushes = 0;
-        }
+        let Some(end_ms) = self.pause_ends_ms() else { return };
+        self.pause_from_ms = end_ms.saturating_add(end_ms - self.paused_ms);
+        self.phase = Phase::Copying;
+        self.pauses_given_up += 1;
+        self.flushes = 0;
+        // What was to fit did not, so the way may not be as fast as it was.
+        self.meter.bytes_per_s = self.meter.bytes_per_s.map(|speed| speed / 2);
     }
 
     /// The destination has done what a [`Step::Data`] or [`Step::Zero`] asked for.
@@ -350,7 +307,6 @@ impl Plan {
         let (range, is_data) = self.in_flight.swap_remove(at);
         let bytes = range.end - range.start;
         if is_data {
-            self.unanswered_bytes -= bytes;
             self.sent_bytes += bytes;
             self.meter.note(bytes, now_ms);
         } else {
@@ -360,7 +316,7 @@ impl Plan {
 
     /// The destination has answered a [`Step::Flush`].
     pub fn flushed(&mut self, now_ms: u64) {
-        if let Flush::Asked { at_ms } = self.flush {
+        if let Flush::Asked { at_ms, .. } = self.flush {
             self.flush = Flush::Answered { took_ms: now_ms.saturating_sub(at_ms) };
         }
     }
@@ -372,6 +328,9 @@ impl Plan {
                 if let Some(step) = self.approach_end(now_ms) {
                     return step;
                 }
+                if self.can.flush && self.unflushed_bytes >= FLUSH_EVERY && !matches!(self.flush, Flush::Asked { .. }) {
+                    return self.ask_flush(FLUSH_EVERY, now_ms);
+                }
             }
             Phase::Quiescing | Phase::Committed => return Step::Wait,
             Phase::LastPass if self.left_bytes() == 0 => return self.finish(now_ms),
@@ -382,37 +341,35 @@ impl Plan {
 
     /// The end of the copy: a flush while clients still go on, so that the one in the pause is short; then the pause.
     fn approach_end(&mut self, now_ms: u64) -> Option<Step> {
-        if !self.fits_pause() {
+        let left = self.left_bytes();
+        if left > 0 && !(self.settled && self.fits_pause()) {
             return None;
         }
         if self.can.flush {
-            if self.unflushed_bytes > UNFLUSHED_MAX {
-                (self.flush, self.flushes) = (self.flush_if_due(), 0);
-            }
             match self.flush {
                 Flush::Asked { .. } => return None,
-                Flush::Answered { took_ms } if took_ms <= self.max_pause_ms / 2 || self.flushes >= FLUSHES_MAX => {}
-                Flush::Due | Flush::Answered { .. } => return Some(self.ask_flush(now_ms)),
+                Flush::Answered { .. } if self.unflushed_bytes == 0 || self.flushes >= FLUSHES_MAX => {}
+                Flush::Answered { took_ms }
+                    if took_ms <= self.max_pause_ms / 2 && self.unflushed_bytes <= UNFLUSHED_MAX => {}
+                Flush::Due | Flush::Answered { .. } => {
+                    self.flushes += 1;
+                    return Some(self.ask_flush(UNFLUSHED_MAX / 2, now_ms));
+                }
             }
+        }
+        if now_ms < self.pause_from_ms {
+            return (left == 0).then_some(Step::WaitUntil(self.pause_from_ms));
         }
         self.phase = Phase::Quiescing;
         self.paused_ms = now_ms;
         Some(Step::Quiesce)
     }
 
-    /// A flush that is on its way is not forgotten.
-    fn flush_if_due(&self) -> Flush {
-        match self.flush {
-            asked @ Flush::Asked { .. } => asked,
-            _ => Flush::Due,
-        }
-    }
-
-    fn ask_flush(&mut self, now_ms: u64) -> Step {
-        self.flush = Flush::Asked { at_ms: now_ms };
-        self.flushes += 1;
+    /// Flushes; not much more than `more` is sent before that is done, or the flush after it would take even longer.
+    fn ask_flush(&mut self, more: u64, now_ms: u64) -> Step {
         // A flush covers what was answered before it, not what is on its way beside it.
-        self.unflushed_bytes = self.in_flight_bytes();
+        self.unflushed_bytes = self.in_flight.iter().map(|(range, is_data)| flush_cost(range, *is_data)).sum();
+        self.flush = Flush::Asked { at_ms: now_ms, unflushed_max: self.unflushed_bytes.saturating_add(more) };
         Step::Flush
     }
 
@@ -422,7 +379,7 @@ impl Plan {
             _ if !self.can.flush => {}
             Flush::Asked { .. } => return Step::Wait,
             Flush::Answered { .. } if self.unflushed_bytes == 0 => {}
-            Flush::Due | Flush::Answered { .. } => return self.ask_flush(now_ms),
+            Flush::Due | Flush::Answered { .. } => return self.ask_flush(UNFLUSHED_MAX / 2, now_ms),
         }
         self.phase = Phase::Committed;
         debug_assert!(self.left_bytes() == 0 && self.in_flight.is_empty(), "invariant 3");
@@ -431,11 +388,12 @@ impl Plan {
 
     /// The next piece of the image.
     fn send(&mut self, now_ms: u64) -> Step {
-        if self.in_flight.len() >= MAX_IN_FLIGHT || self.unanswered_bytes >= UNANSWERED_MAX {
+        if self.in_flight.len() >= MAX_IN_FLIGHT {
             return Step::Wait;
         }
-        if self.taken.is_empty() && !self.take(now_ms) {
-            self.meter.idle |= self.in_flight.is_empty();
+        let enough = matches!(self.flush, Flush::Asked { unflushed_max, .. } if self.unflushed_bytes >= unflushed_max);
+        if enough || (self.taken.is_empty() && !self.take(now_ms)) {
+            self.meter.idle = true;
             return Step::Wait;
         }
         let start = self.taken.start;
@@ -451,13 +409,12 @@ impl Plan {
             {
                 return Step::WaitUntil(at_ms);
             }
-            let bytes = end - start;
-            self.limit.iter_mut().for_each(|limit| limit.take(bytes));
-            self.unanswered_bytes += bytes;
+            self.limit.iter_mut().for_each(|limit| limit.take(end - start));
+            self.meter.idle |= !self.in_flight.iter().any(|(_, is_data)| *is_data);
         }
         debug_assert!(self.in_flight.iter().all(|(sent, _)| !overlap(sent, &(start..end))), "invariant 1");
         self.taken.start = end;
-        self.unflushed_bytes = self.unflushed_bytes.saturating_add(if zero { DATA_MIN } else { end - start });
+        self.unflushed_bytes = self.unflushed_bytes.saturating_add(flush_cost(&(start..end), !zero));
         self.in_flight.push((start..end, !zero));
         if is_hole {
             Step::Zero(start..end)
@@ -468,12 +425,11 @@ impl Plan {
 
     /// Takes the next dirty blocks from the bitmap. False when there are none that could be sent now.
     fn take(&mut self, now_ms: u64) -> bool {
-        let found = self.dirty.next_set_range(self.cursor, TAKE_MAX);
-        let Some(mut range) = found.or_else(|| {
-            let first = self.dirty.next_set_range(0, TAKE_MAX)?;
-            self.begin_pass(now_ms);
-            Some(first)
-        }) else {
+        let ahead = self.dirty.next_set_range(self.cursor, ZERO_MAX);
+        let is_new_pass = ahead.is_none();
+        let Some(mut range) = ahead.or_else(|| self.dirty.next_set_range(0, ZERO_MAX)) else {
+            // The pass ends here, or it would follow a client that writes in order through all of the image.
+            self.cursor = self.size;
             return false;
         };
         for (sent, _) in &self.in_flight {
@@ -485,27 +441,28 @@ impl Plan {
         if range.is_empty() {
             return false;
         }
+        if is_new_pass {
+            self.begin_pass(now_ms);
+        }
         self.dirty.clear_range(range.start, range.end - range.start);
         self.cursor = range.end;
         self.taken = range;
         true
     }
 
-    /// Looks back at a pass: if it gained nothing, clients are held back.
+    /// Looks back at a pass: if it gained nothing, the end is near, or clients are held back.
     fn begin_pass(&mut self, now_ms: u64) {
         let dirty_bytes = self.dirty.set_bytes();
-        let gained = dirty_bytes <= self.pass_dirty_bytes / 4 * 3;
-        let early = now_ms < self.slower_ms.saturating_add(SLOWER_EVERY_MS);
-        self.cursor = 0;
-        if early && self.pass > 1 {
+        self.settled = dirty_bytes > self.pass_dirty_bytes / 4 * 3;
+        self.pass += 1;
+        self.pass_dirty_bytes = dirty_bytes;
+        if !self.settled || self.fits_pause() || now_ms < self.slower_ms.saturating_add(SLOWER_EVERY_MS) {
             return;
         }
-        if !gained && !self.fits_pause() {
-            let before = self.write_limit.map_or(self.meter.bytes_per_s.unwrap_or(u64::MAX), |limit| limit.bytes_per_s);
-            self.write_limit = Some(Bucket::new((before / 2).max(WRITE_LIMIT_MIN), now_ms));
-        }
-        self.pass += 1;
-        (self.pass_dirty_bytes, self.slower_ms) = (dirty_bytes, now_ms);
+        let Some(speed) = self.speed() else { return };
+        let before = self.write_limit.map_or(speed, |limit| limit.bytes_per_s.min(speed));
+        self.write_limit = Some(Bucket::new((before / 2).max(WRITE_LIMIT_MIN), now_ms));
+        self.slower_ms = now_ms;
     }
 
     /// How much one request may carry: less when the limit is slow, so that it is held evenly.
@@ -514,19 +471,23 @@ impl Plan {
         most.clamp(DATA_MIN, DATA_MAX) / DATA_MIN * DATA_MIN
     }
 
-    /// True when what is left can be sent within the pause target.
+    /// True when what is left can be sent within half of the pause target. The other half is for the flush. Clients that
+    /// are held back for longer than that with every block may be paused for as long.
     fn fits_pause(&self) -> bool {
-        let left = self.left_bytes();
-        let speed = self.meter.bytes_per_s.unwrap_or(0);
-        left == 0 || left.saturating_mul(1000) <= speed.saturating_mul(self.max_pause_ms)
+        let held_ms = self.write_limit.map_or(0, |limit| BLOCK * 1000 / limit.bytes_per_s);
+        let target_ms = (self.max_pause_ms / 2).max(held_ms);
+        self.left_bytes().saturating_mul(1000) <= self.speed().unwrap_or(0).saturating_mul(target_ms)
+    }
+
+    /// How fast data goes, in bytes per second, once there is a measure.
+    fn speed(&self) -> Option<u64> {
+        let most = self.limit.map_or(u64::MAX, |limit| limit.bytes_per_s);
+        self.meter.bytes_per_s.map(|speed| speed.min(most))
     }
 
     fn left_bytes(&self) -> u64 {
-        self.dirty.set_bytes() + (self.taken.end - self.taken.start) + self.in_flight_bytes()
-    }
-
-    fn in_flight_bytes(&self) -> u64 {
-        self.in_flight.iter().map(|(range, _)| range.end - range.start).sum()
+        let in_flight: u64 = self.in_flight.iter().map(|(range, _)| range.end - range.start).sum();
+        self.dirty.set_bytes() + (self.taken.end - self.taken.start) + in_flight
     }
 
     /// What was done and what is left.
@@ -535,15 +496,147 @@ impl Plan {
             pass: self.pass,
             sent_bytes: self.sent_bytes,
             zeroed_bytes: self.zeroed_bytes,
-            left_bytes: self.left_bytes(),
+            // What is in flight and dirty again is not twice as much for whoever looks at it.
+            left_bytes: self.left_bytes().min(self.size),
             dirty_bytes: self.dirty.set_bytes(),
-            bytes_per_s: self.meter.bytes_per_s.unwrap_or(0),
+            bytes_per_s: self.speed().unwrap_or(0),
             limit_bytes_per_s: self.limit.map(|limit| limit.bytes_per_s),
             write_limit_bytes_per_s: self.write_limit.map(|limit| limit.bytes_per_s),
         }
     }
 }
 
+/// What a request adds to the work of the next flush, in bytes.
+fn flush_cost(range: &Range<u64>, is_data: bool) -> u64 {
+    if is_data {
+        range.end - range.start
+    } else {
+        DATA_MIN
+    }
+}
+
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const ALL: Abilities = Abilities { zero: true, flush: true };
+
+    fn begun(size: u64) -> Plan {
+        let mut plan = Plan::new(size, 100, None, 0);
+        plan.begin(ALL, 0);
+        plan
+    }
+
+    /// What comes next, in a file that is a hole from some offset on.
+    fn next(plan: &mut Plan, hole_from: u64, now_ms: u64) -> Step {
+        loop {
+            match plan.next(now_ms) {
+                Step::Look(offset) if offset < hole_from => plan.note_extent(offset..hole_from, false),
+                Step::Look(offset) => plan.note_extent(offset..u64::MAX, true),
+                step => return step,
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_taken_and_not_read_yet_does_not_become_dirty() {
+        let mut plan = begun(4 * MIB);
+        assert_eq!(next(&mut plan, u64::MAX, 0), Step::Data(0..DATA_MAX));
+        plan.note_write(&(MIB..2 * MIB));
+        assert_eq!(plan.progress().dirty_bytes, 0);
+        plan.note_write(&(DATA_MAX - 1..MIB));
+        assert_eq!(plan.progress().dirty_bytes, BLOCK);
+    }
+
+    #[test]
+    fn clients_are_held_for_a_bounded_time() {
+        let mut plan = begun(1 << 40);
+        plan.dirty.clear();
+        plan.write_limit = Some(Bucket::new(MIB, 0));
+        // Zeroes without end cost no more than a buffer of data where they are one request, and less than for ever where not.
+        plan.note_write(&(0..1 << 39));
+        assert_eq!(plan.holds_writes_until(0), Some(WRITE_MAX * 1000 / MIB + 1));
+        plan.can.zero = false;
+        plan.note_write(&(1 << 39..1 << 40));
+        assert_eq!(plan.holds_writes_until(0), Some(HELD_MAX_MS));
+        assert_eq!(plan.holds_writes_until(HELD_MAX_MS), None);
+    }
+
+    #[test]
+    fn a_long_copy_is_flushed_on_its_way() {
+        let mut plan = begun(5 << 30);
+        let mut sent = 0;
+        for flush in 1..=4 {
+            loop {
+                match next(&mut plan, u64::MAX, 0) {
+                    Step::Data(range) => {
+                        sent += range.end - range.start;
+                        plan.acked(&range, 0);
+                    }
+                    Step::Flush => break plan.flushed(0),
+                    step => panic!("{step:?}"),
+                }
+            }
+            assert_eq!(sent, flush * FLUSH_EVERY);
+        }
+    }
+
+    #[test]
+    fn a_flush_that_is_not_answered_holds_up_the_copy() {
+        let mut plan = begun(5 << 30);
+        let (mut sent, mut flushes) = (0, 0);
+        while next(&mut plan, u64::MAX, 0) != Step::Wait {
+            sent = plan.cursor - (plan.taken.end - plan.taken.start);
+            flushes += u32::from(matches!(plan.flush, Flush::Asked { .. }) && plan.unflushed_bytes == 0);
+            plan.in_flight.clear();
+        }
+        assert_eq!((sent, flushes), (2 * FLUSH_EVERY, 1));
+    }
+
+    #[test]
+    fn time_that_went_into_zeroes_is_not_counted_as_slow() {
+        let mut plan = begun(1 << 30);
+        for now_ms in 0..400 {
+            let Step::Data(range) = next(&mut plan, 100 * MIB, now_ms) else { panic!("data first") };
+            plan.acked(&range, now_ms);
+        }
+        let speed = plan.progress().bytes_per_s;
+        assert!(speed > 0);
+        for now_ms in 400..10_000 {
+            match next(&mut plan, 100 * MIB, now_ms * 10) {
+                Step::Zero(range) => plan.acked(&range, now_ms * 10),
+                Step::Flush => break,
+                _ => {}
+            }
+        }
+        plan.note_write(&(0..DATA_MAX));
+        let Step::Data(range) = next(&mut plan, 100 * MIB, 100_000) else { panic!("what is dirty") };
+        plan.acked(&range, 100_001);
+        assert_eq!(plan.progress().bytes_per_s, speed);
+    }
+
+    #[test]
+    fn after_a_pause_that_took_too_long_clients_go_on_for_as_long() {
+        let mut plan = Plan::new(BLOCK, 100, None, 0);
+        plan.begin(Abilities::default(), 0);
+        let mut limit_ms = PAUSE_LIMIT_MIN_MS;
+        let Step::Data(range) = next(&mut plan, u64::MAX, 0) else { panic!("data first") };
+        plan.acked(&range, 10);
+        let mut now_ms = 10;
+        for _ in 0..9 {
+            assert_eq!(next(&mut plan, u64::MAX, now_ms), Step::Quiesce);
+            now_ms += limit_ms;
+            assert_eq!(plan.pause_ends_ms(), Some(now_ms));
+            plan.give_up_pause();
+            assert!(!plan.pauses_clients());
+            assert_eq!(next(&mut plan, u64::MAX, now_ms), Step::WaitUntil(now_ms + limit_ms));
+            now_ms += limit_ms;
+            limit_ms = (2 * limit_ms).min(PAUSE_LIMIT_MAX_MS);
+        }
+    }
 }

@@ -1,0 +1,104 @@
+//! PURE: a rate that is held.
+
+/// What a limit that was not used leaves for later, in milliseconds of it, so that a late timer does not cost speed.
+const KEPT_MS: u64 = 100;
+
+/// Lets so many bytes per second pass; what is over is waited for afterwards.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bucket {
+    pub(super) bytes_per_s: u64,
+    /// What may pass without a wait, or what is over if negative, in thousandths of bytes: what a slow rate earns in a
+    /// millisecond is no whole byte.
+    left: i64,
+    at_ms: u64,
+}
+
+impl Bucket {
+    pub(super) fn new(bytes_per_s: u64, now_ms: u64) -> Self {
+        Self { bytes_per_s: bytes_per_s.max(1), left: 0, at_ms: now_ms }
+    }
+
+    /// The time from which on something may pass: now, or later.
+    pub(super) fn open_at(&mut self, now_ms: u64) -> u64 {
+        let earned = self.worth(now_ms.saturating_sub(self.at_ms));
+        self.left = self.left.saturating_add(earned).min(self.worth(KEPT_MS));
+        self.at_ms = now_ms;
+        let over = self.left.min(0).unsigned_abs();
+        now_ms.saturating_add(over.div_ceil(self.bytes_per_s))
+    }
+
+    /// Counts bytes that pass, whether there was room for them or not.
+    pub(super) fn take(&mut self, bytes: u64) {
+        self.left = self.left.saturating_sub_unsigned(bytes.saturating_mul(1000));
+    }
+
+    /// Forgets what is over by more than this time makes good.
+    pub(super) fn forgive_beyond(&mut self, ms: u64) {
+        self.left = self.left.max(-self.worth(ms));
+    }
+
+    /// What so much time is worth, in thousandths of bytes.
+    fn worth(&self, ms: u64) -> i64 {
+        i64::try_from(self.bytes_per_s.saturating_mul(ms)).unwrap_or(i64::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ops::Range;
+
+    /// What passes in so many milliseconds, when it is asked every `every_ms` and takes `piece` bytes.
+    fn passed(bucket: &mut Bucket, times_ms: Range<u64>, every_ms: u64, piece: u64) -> u64 {
+        let mut bytes = 0;
+        for now_ms in times_ms.filter(|now_ms| now_ms % every_ms == 0) {
+            while bucket.open_at(now_ms) <= now_ms {
+                bucket.take(piece);
+                bytes += piece;
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn a_bucket_lets_its_rate_pass_however_often_it_is_asked() {
+        for rate in [1, 3, 999, 1_999, 65_537, 10_000_000] {
+            for every_ms in [1, 7, 90] {
+                let seconds = 400_000 / rate.clamp(1_000, 40_000);
+                let piece = (rate / 20).max(1);
+                let bytes = passed(&mut Bucket::new(rate, 0), 0..seconds * 1_000, every_ms, piece);
+                let expected = rate * seconds;
+                assert!(
+                    bytes.abs_diff(expected) <= expected / 100 + rate / 5 + piece,
+                    "{rate}: {bytes} not {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_bucket_keeps_a_tenth_of_a_second() {
+        let mut bucket = Bucket::new(1_000_000, 0);
+        assert_eq!(passed(&mut bucket, 60_000..60_001, 1, 1_000), 101_000);
+        bucket.take(5_000_000);
+        assert_eq!(bucket.open_at(60_000), 65_001);
+        bucket.forgive_beyond(1_000);
+        assert_eq!(bucket.open_at(60_000), 61_000);
+        assert_eq!((bucket.open_at(60_999), bucket.open_at(61_000)), (61_000, 61_000));
+    }
+
+    #[test]
+    fn a_bucket_bears_any_number() {
+        for rate in [0, 1, u64::MAX] {
+            let mut bucket = Bucket::new(rate, 0);
+            assert_eq!(bucket.open_at(0), 0);
+            bucket.take(u64::MAX);
+            bucket.take(u64::MAX);
+            assert!(bucket.open_at(u64::MAX) >= u64::MAX - 1);
+            bucket.forgive_beyond(u64::MAX);
+        }
+        let mut slow = Bucket::new(1, 0);
+        slow.take(1 << 40);
+        assert_eq!(slow.open_at(10), 1_000 << 40);
+    }
+}

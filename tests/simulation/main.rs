@@ -1,0 +1,14 @@
+//! The plan of a migration against a shadow source and destination, in simulated time: no socket, no file, no clock.
+//!
+//! [`world`] is everything around the plan: a file that clients write, a link, a destination that answers in any order.
+//! It holds the plan to its promises at every step. [`seeds`] makes worlds up, thousands of them; [`faults`] lets an
+//! attempt fail at every step there is; [`pace`] asks for figures: how long, how much, how late.
+//!
+//! A failed seed is printed; `FLEXNBD_SEED=that cargo test --test simulation seeds` runs it again.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
+
+mod faults;
+mod pace;
+mod random;
+mod seeds;
+mod world;

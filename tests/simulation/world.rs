@@ -1,0 +1,678 @@
+//! Everything around a plan: the file, its clients, the link, the destination, the operator, and time.
+//!
+//! The file is cells of 512 bytes that hold the number of the write that was there last, 0 for zeroes. A write lands in
+//! two halves some time after it was submitted and is done some time after that; the mirror reads in two halves too. So
+//! every order in which an asynchronous engine could let them meet comes up. The destination carries requests out in
+//! any order, each for itself, and what it holds is durable when a flush asked for after its answer was answered.
+
+use crate::random::Random;
+use flexnbd::migrate::{Abilities, Plan, Step, DATA_MAX, MAX_IN_FLIGHT};
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
+use std::ops::Range;
+
+/// What the file is made of, in bytes.
+pub const CELL: u64 = 512;
+/// What a cell of the destination holds before anything is written to it: not what the source has, and not zero.
+const STALE: u32 = u32::MAX;
+/// How often the plan may be asked in one millisecond before that is a loop without an end.
+const STEPS_MAX: u32 = 100_000;
+const MS: u64 = 1_000;
+/// The longest that a write may be held back, in milliseconds; what the plan promises.
+const HELD_MAX_MS: u64 = 10_000;
+
+/// What a client does, over and over. Times are in microseconds.
+#[derive(Debug, Clone)]
+pub struct Client {
+    /// Where it writes.
+    pub area: Range<u64>,
+    pub len: Range<u64>,
+    /// From one write to the next; 0 for one after the other.
+    pub every_us: u64,
+    /// How many at once.
+    pub depth: u64,
+    /// Goes through its area in order, instead of jumping about.
+    pub in_order: bool,
+    /// One in so many is zeroes or a trim; 0 for none.
+    pub zeroes: u64,
+    pub until_ms: u64,
+}
+
+impl Client {
+    /// Writes `len` bytes at random places of the area, `bytes_per_s` of them.
+    pub fn steady(area: Range<u64>, len: u64, bytes_per_s: u64) -> Self {
+        let every_us = len * 1_000_000 / bytes_per_s;
+        Self { area, len: len..len + 1, every_us, depth: 64, in_order: false, zeroes: 0, until_ms: u64::MAX }
+    }
+
+    /// Writes as fast as it can.
+    pub fn full_speed(area: Range<u64>, len: u64, depth: u64) -> Self {
+        Self { area, len: len..len + 1, every_us: 0, depth, in_order: true, zeroes: 0, until_ms: u64::MAX }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Setup {
+    pub seed: u64,
+    pub size: u64,
+    /// One in so many stretches of the file is a hole.
+    pub holes: u64,
+    pub max_pause_ms: u64,
+    pub can: Abilities,
+    pub link_bytes_per_s: u64,
+    /// The speed of the link from some millisecond on.
+    pub link_changes: Vec<(u64, u64)>,
+    /// There, or back.
+    pub latency_us: u64,
+    /// What the destination may take for a request, at random; many of these, and answers come in any order.
+    pub jitter_us: u64,
+    /// What a disk operation of the source may take, at random.
+    pub disk_us: u64,
+    /// What a client's write takes at least.
+    pub write_us: u64,
+    /// What every flush takes.
+    pub flush_us: u64,
+    /// What a flush takes for each MiB that was not flushed.
+    pub flush_us_per_mib: u64,
+    /// The destination does nothing else while it flushes.
+    pub flush_blocks: bool,
+    pub clients: Vec<Client>,
+    /// Writes that wait together go on together, not one after the other.
+    pub burst: bool,
+    /// The limit at the start, and from some millisecond on.
+    pub limit: Option<u64>,
+    pub limits: Vec<(u64, Option<u64>)>,
+    /// The connection is lost once in so many steps, at most so often.
+    pub lost: (u64, u32),
+    /// The connection is lost at this step.
+    pub lost_at: Option<u64>,
+    /// The operator stops the migration in this millisecond, and starts another a moment later.
+    pub break_ms: Option<u64>,
+    pub deadline_ms: u64,
+}
+
+impl Setup {
+    /// A link of 1 GB/s to a good destination, and no client.
+    pub fn new(seed: u64, size: u64) -> Self {
+        Self {
+            seed,
+            size,
+            holes: 0,
+            max_pause_ms: 100,
+            can: Abilities { zero: true, flush: true },
+            link_bytes_per_s: 1_000_000_000,
+            link_changes: Vec::new(),
+            latency_us: 100,
+            jitter_us: 100,
+            disk_us: 50,
+            write_us: 50,
+            flush_us: 2_000,
+            flush_us_per_mib: 100,
+            flush_blocks: true,
+            clients: Vec::new(),
+            burst: false,
+            limit: None,
+            limits: Vec::new(),
+            lost: (0, 0),
+            lost_at: None,
+            break_ms: None,
+            deadline_ms: 60_000,
+        }
+    }
+}
+
+/// What came of it. Times are in milliseconds.
+#[derive(Debug, Clone, Default)]
+pub struct Outcome {
+    pub committed_ms: u64,
+    pub attempts: u32,
+    pub steps: u64,
+    /// The pause that ended with the commit.
+    pub pause_ms: u64,
+    /// Pauses that ended without it.
+    pub given_up: u32,
+    pub flushes: u32,
+    pub flushes_in_pause: u32,
+    pub passes: u32,
+    /// The longest a write waited because writes were held back.
+    pub held_ms: u64,
+    /// The longest a client waited for its answer.
+    pub longest_ms: u64,
+    /// The least that clients were allowed to dirty per second, if they were held back.
+    pub write_limit: Option<u64>,
+    /// Data sent in each tenth of a second.
+    pub sent: BTreeMap<u64, u64>,
+    pub sent_bytes: u64,
+    pub writes: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Event {
+    Issue(usize),
+    Land { op: u64, half: bool },
+    Done { op: u64 },
+    Read { request: u64, half: bool },
+    Execute { request: u64 },
+    Ack { request: u64 },
+    Flushed { attempt: u32 },
+    Limit(Option<u64>),
+    Link(u64),
+    Break,
+    Begin { timer: u64 },
+    Wake,
+}
+
+struct Op {
+    since_us: u64,
+    client: usize,
+    range: Range<u64>,
+    version: u32,
+    punches: bool,
+}
+
+struct Request {
+    range: Range<u64>,
+    data: Option<Vec<u32>>,
+}
+
+pub struct World {
+    setup: Setup,
+    random: Random,
+    now_us: u64,
+    events: BinaryHeap<Reverse<(u64, u64)>>,
+    what: BTreeMap<u64, Event>,
+    /// When a wake is due.
+    wakes: BTreeSet<u64>,
+    last_number: u64,
+    plan: Plan,
+    connected: bool,
+    /// The timer that begins the next attempt; those before it were cancelled.
+    timer: u64,
+    running: bool,
+    source: Vec<u32>,
+    hole: Vec<bool>,
+    target: Vec<u32>,
+    /// Operations of clients on their way.
+    ops: BTreeMap<u64, Op>,
+    waiting: VecDeque<Op>,
+    in_order_at: Vec<u64>,
+    outstanding: Vec<u64>,
+    version: u32,
+    requests: BTreeMap<u64, Request>,
+    link_free_us: u64,
+    busy_until_us: u64,
+    /// Answered, and not covered by the answer of a flush.
+    not_durable: BTreeSet<u64>,
+    not_durable_bytes: u64,
+    /// What the flush on its way covers.
+    covered: Option<BTreeSet<u64>>,
+    paused_us: Option<u64>,
+    resumed: Option<(u64, u64)>,
+    sent_before: u64,
+    out: Outcome,
+}
+
+fn cells(range: &Range<u64>) -> Range<usize> {
+    usize::try_from(range.start / CELL).unwrap()..usize::try_from(range.end.div_ceil(CELL)).unwrap()
+}
+
+/// The first or the second half of a range.
+fn half_of(range: &Range<u64>, second: bool) -> Range<u64> {
+    let middle = range.start + (range.end - range.start) / 2 / CELL * CELL;
+    if second {
+        middle..range.end
+    } else {
+        range.start..middle
+    }
+}
+
+/// Runs a migration until it is done, and checks at every step what has to hold.
+pub fn run(setup: &Setup) -> Outcome {
+    let mut world = World::new(setup.clone());
+    while !world.turn() {}
+    world.out
+}
+
+impl World {
+    fn new(setup: Setup) -> Self {
+        let mut random = Random::new(setup.seed);
+        let count = cells(&(0..setup.size)).end;
+        let (mut source, mut hole) = (Vec::with_capacity(count), Vec::with_capacity(count));
+        while source.len() < count {
+            let is_hole = random.one_in(setup.holes);
+            let run = usize::try_from(random.magnitude(8..4096)).unwrap().min(count - source.len());
+            source.extend(std::iter::repeat_n(if is_hole { 0 } else { random.pick(&[0, 1, 1, 1]) }, run));
+            hole.extend(std::iter::repeat_n(is_hole, run));
+        }
+        let clients = setup.clients.len();
+        let mut world = Self {
+            plan: Plan::new(setup.size, setup.max_pause_ms, setup.limit, 0),
+            random,
+            now_us: 0,
+            events: BinaryHeap::new(),
+            what: BTreeMap::new(),
+            wakes: BTreeSet::new(),
+            last_number: 0,
+            connected: false,
+            timer: 0,
+            running: true,
+            source,
+            hole,
+            target: vec![STALE; count],
+            ops: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            in_order_at: vec![0; clients],
+            outstanding: vec![0; clients],
+            version: 1,
+            requests: BTreeMap::new(),
+            link_free_us: 0,
+            busy_until_us: 0,
+            not_durable: BTreeSet::new(),
+            not_durable_bytes: 0,
+            covered: None,
+            paused_us: None,
+            resumed: None,
+            sent_before: 0,
+            out: Outcome::default(),
+            setup,
+        };
+        world.begin_in(0);
+        for client in 0..clients {
+            world.at(0, Event::Issue(client));
+        }
+        for (at_ms, limit) in world.setup.limits.clone() {
+            world.at(at_ms * MS, Event::Limit(limit));
+        }
+        for (at_ms, rate) in world.setup.link_changes.clone() {
+            world.at(at_ms * MS, Event::Link(rate));
+        }
+        if let Some(at_ms) = world.setup.break_ms {
+            world.at(at_ms * MS, Event::Break);
+        }
+        world
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.now_us / MS
+    }
+
+    fn number(&mut self) -> u64 {
+        self.last_number += 1;
+        self.last_number
+    }
+
+    fn at(&mut self, at_us: u64, event: Event) {
+        let number = self.number();
+        self.events.push(Reverse((at_us.max(self.now_us), number)));
+        self.what.insert(number, event);
+    }
+
+    fn wake_at(&mut self, at_ms: u64) {
+        if self.wakes.insert(at_ms) {
+            self.at(at_ms.saturating_mul(MS), Event::Wake);
+        }
+    }
+
+    fn after(&mut self, us: u64, event: Event) {
+        self.at(self.now_us + us, event);
+    }
+
+    /// One event and what follows from it. True when the migration is done.
+    fn turn(&mut self) -> bool {
+        let Some(Reverse((at_us, number))) = self.events.pop() else { panic!("nothing would ever happen again") };
+        self.now_us = at_us;
+        assert!(self.now_ms() <= self.setup.deadline_ms, "not done in time: {:?} {:?}", self.plan.progress(), self.out);
+        let event = self.what.remove(&number).unwrap();
+        self.handle(event);
+        self.admit();
+        let done = self.running && self.connected && self.drive();
+        self.watch_pause();
+        done
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Issue(client) => self.issue(client),
+            Event::Land { op, half } => self.land(op, half),
+            Event::Done { op } => self.done(op),
+            Event::Read { request, half } => self.read(request, half),
+            Event::Execute { request } => self.execute(request),
+            Event::Ack { request } => self.ack(request),
+            Event::Flushed { attempt } if attempt == self.out.attempts && self.connected => {
+                let covered = self.covered.take().unwrap();
+                self.not_durable.retain(|request| !covered.contains(request));
+                self.plan.flushed(self.now_ms());
+            }
+            Event::Limit(limit) => {
+                let now_ms = self.now_ms();
+                self.plan.set_limit(limit, now_ms);
+            }
+            Event::Link(rate) => self.setup.link_bytes_per_s = rate,
+            Event::Break => {
+                self.disconnect();
+                self.running = false;
+                self.begin_in(500);
+            }
+            Event::Begin { timer } if timer == self.timer => self.begin(),
+            Event::Wake => {
+                self.wakes.remove(&self.now_ms());
+            }
+            Event::Begin { .. } | Event::Flushed { .. } => {}
+        }
+    }
+
+    fn begin_in(&mut self, ms: u64) {
+        self.timer = self.number();
+        self.after(ms * MS, Event::Begin { timer: self.timer });
+    }
+
+    fn begin(&mut self) {
+        if !self.running {
+            // A new migration knows nothing of the one before.
+            self.plan = Plan::new(self.setup.size, self.setup.max_pause_ms, self.setup.limit, self.now_ms());
+            self.running = true;
+        }
+        self.connected = true;
+        self.out.attempts += 1;
+        (self.busy_until_us, self.link_free_us) = (self.now_us, self.now_us);
+        self.sent_before = 0;
+        self.plan.begin(self.setup.can, self.now_ms());
+    }
+
+    /// The destination goes, with what it has not done, and with what it has.
+    fn disconnect(&mut self) {
+        self.connected = false;
+        self.requests.clear();
+        self.not_durable.clear();
+        self.covered = None;
+        self.target.fill(STALE);
+    }
+
+    fn lose(&mut self) {
+        self.disconnect();
+        self.plan.lost(self.now_ms());
+        assert!(!self.plan.pauses_clients(), "clients go on after a failure");
+        assert_eq!(self.plan.pause_ends_ms(), None);
+        self.begin_in(1_000);
+    }
+
+    // The clients.
+
+    fn issue(&mut self, client: usize) {
+        let what = self.setup.clients[client].clone();
+        if self.now_ms() >= what.until_ms || self.outstanding[client] >= what.depth {
+            return;
+        }
+        let len = (self.random.within(what.len.clone()).div_ceil(CELL) * CELL).min(what.area.end - what.area.start);
+        let last = what.area.end - len;
+        let start = if what.in_order {
+            let at = what.area.start + self.in_order_at[client];
+            let at = if at > last { what.area.start } else { at };
+            self.in_order_at[client] = at + len - what.area.start;
+            at
+        } else {
+            self.random.within(what.area.start..last + 1) / CELL * CELL
+        };
+        let zero = self.random.one_in(what.zeroes);
+        let punches = zero && self.random.one_in(2);
+        self.version += 1;
+        let version = if zero { 0 } else { self.version };
+        self.outstanding[client] += 1;
+        self.waiting.push_back(Op { client, range: start..start + len, version, punches, since_us: self.now_us });
+        if what.every_us > 0 {
+            self.after(what.every_us, Event::Issue(client));
+        } else if self.outstanding[client] < what.depth {
+            self.after(0, Event::Issue(client));
+        }
+    }
+
+    /// Lets the operations begin that wait, if they may.
+    fn admit(&mut self) {
+        let now_ms = self.now_ms();
+        while !self.waiting.is_empty() {
+            if self.running && self.plan.pauses_clients() {
+                return;
+            }
+            let held = if self.running { self.plan.holds_writes_until(now_ms) } else { None };
+            if let Some(until_ms) = held {
+                assert!(until_ms > now_ms && until_ms <= now_ms + HELD_MAX_MS, "held until {until_ms} at {now_ms}");
+                return self.wake_at(until_ms);
+            }
+            let limited = self.running && self.plan.progress().write_limit_bytes_per_s.is_some();
+            if limited && !self.setup.burst && !self.ops.is_empty() {
+                return;
+            }
+            let Some(op) = self.waiting.pop_front() else { return };
+            if limited {
+                self.out.held_ms = self.out.held_ms.max((self.now_us - op.since_us) / MS);
+            }
+            let number = self.number();
+            self.ops.insert(number, op);
+            self.out.writes += 1;
+            let disk_us = self.setup.disk_us;
+            let (first, second) = (self.random.below(disk_us), self.random.below(disk_us));
+            self.after(first, Event::Land { op: number, half: false });
+            self.after(second, Event::Land { op: number, half: true });
+            let done = first.max(second) + self.random.below(disk_us).max(self.setup.write_us);
+            self.after(done, Event::Done { op: number });
+        }
+    }
+
+    fn land(&mut self, op: u64, half: bool) {
+        let op = &self.ops[&op];
+        let range = cells(&half_of(&op.range, half));
+        self.source[range.clone()].fill(op.version);
+        self.hole[range].fill(op.punches);
+    }
+
+    fn done(&mut self, op: u64) {
+        let op = self.ops.remove(&op).unwrap();
+        if self.running {
+            self.plan.note_write(&op.range);
+        }
+        self.out.longest_ms = self.out.longest_ms.max((self.now_us - op.since_us) / MS);
+        self.outstanding[op.client] -= 1;
+        if self.setup.clients[op.client].every_us == 0 {
+            self.after(0, Event::Issue(op.client));
+        }
+    }
+
+    // The mirror.
+
+    /// Asks the plan until it waits. True after the commit.
+    fn drive(&mut self) -> bool {
+        for _ in 0..STEPS_MAX {
+            self.check_figures();
+            if self.plan.is_quiescing() && self.ops.is_empty() {
+                self.plan.quiesced();
+            }
+            let now_ms = self.now_ms();
+            let step = self.plan.next(now_ms);
+            if self.fails() {
+                // What the plan wanted does not come to anything, be it the commit.
+                self.lose();
+                return false;
+            }
+            match step {
+                Step::Look(offset) => self.look(offset),
+                Step::Data(range) => self.send(range, true),
+                Step::Zero(range) => {
+                    let data = !self.setup.can.zero;
+                    self.send(range, data);
+                }
+                Step::Flush => self.flush(),
+                Step::Wait => {
+                    let waits_for_clients = self.plan.is_quiescing() && !self.ops.is_empty();
+                    let waits_for_answers = !self.requests.is_empty() || self.covered.is_some();
+                    assert!(waits_for_clients || waits_for_answers, "stuck: {:?}", self.plan);
+                    return false;
+                }
+                Step::WaitUntil(at_ms) => {
+                    assert!(at_ms > now_ms, "a wait until now");
+                    self.wake_at(at_ms);
+                    return false;
+                }
+                Step::Quiesce => self.quiesce(),
+                Step::Commit => {
+                    self.commit();
+                    return true;
+                }
+            }
+        }
+        panic!("the plan never waits");
+    }
+
+    fn fails(&mut self) -> bool {
+        let (every, most) = self.setup.lost;
+        self.out.steps += 1;
+        (self.out.attempts <= most && self.random.one_in(every)) || self.setup.lost_at == Some(self.out.steps - 1)
+    }
+
+    /// What the file system says: exact, or cut short at any place.
+    fn look(&mut self, offset: u64) {
+        assert!(offset < self.setup.size && offset % CELL == 0);
+        let cut = self.random.pick(&[4 << 10, 64 << 10, 256 << 10, 1 << 20]);
+        let most = if self.random.one_in(16) { u64::from(u32::MAX) } else { cut };
+        let rest = &self.hole[cells(&(offset..self.setup.size.min(offset + most)))];
+        let run = rest.iter().take_while(|&&hole| hole == rest[0]).count() as u64;
+        self.plan.note_extent(offset..self.setup.size.min(offset + run * CELL), rest[0]);
+    }
+
+    fn send(&mut self, range: Range<u64>, is_data: bool) {
+        assert!(range.start < range.end && range.end <= self.setup.size);
+        for other in self.requests.values() {
+            assert!(other.range.end <= range.start || range.end <= other.range.start, "requests in flight overlap");
+        }
+        assert!(self.requests.len() < MAX_IN_FLIGHT, "too many in flight");
+        let len = range.end - range.start;
+        let number = self.number();
+        if is_data {
+            assert!(len <= DATA_MAX);
+            *self.out.sent.entry(self.now_ms() / 100).or_default() += len;
+            self.out.sent_bytes += len;
+            self.requests.insert(number, Request { data: Some(vec![STALE; cells(&(0..len)).end]), range });
+            let disk_us = self.setup.disk_us;
+            let (first, second) = (self.random.below(disk_us), self.random.below(disk_us));
+            // The half that is read last passes it on.
+            self.after(first.min(second), Event::Read { request: number, half: first > second });
+            self.after(first.max(second), Event::Read { request: number, half: first <= second });
+            let arrives_us = self.arrives_us(first.max(second), len);
+            let execute_us = arrives_us + self.random.below(self.setup.jitter_us);
+            self.at(execute_us, Event::Execute { request: number });
+        } else {
+            self.requests.insert(number, Request { data: None, range });
+            let execute_us = self.arrives_us(0, 0) + self.random.below(self.setup.jitter_us);
+            self.at(execute_us, Event::Execute { request: number });
+        }
+    }
+
+    /// When something has come over the link that leaves the source some time from now.
+    fn arrives_us(&mut self, leaves_us: u64, len: u64) -> u64 {
+        let on_the_link_us = (len + 28) * 1_000_000 / self.setup.link_bytes_per_s;
+        self.link_free_us = self.link_free_us.max(self.now_us + leaves_us) + on_the_link_us;
+        self.link_free_us + self.setup.latency_us
+    }
+
+    fn read(&mut self, number: u64, half: bool) {
+        let Some(request) = self.requests.get_mut(&number) else { return };
+        let range = half_of(&request.range, half);
+        let within = range.start - request.range.start..range.end - request.range.start;
+        request.data.as_mut().unwrap()[cells(&within)].copy_from_slice(&self.source[cells(&range)]);
+    }
+
+    fn execute(&mut self, number: u64) {
+        let Some(request) = self.requests.get(&number) else { return };
+        if self.busy_until_us > self.now_us {
+            return self.at(self.busy_until_us, Event::Execute { request: number });
+        }
+        match &request.data {
+            Some(data) => self.target[cells(&request.range)].copy_from_slice(data),
+            None => self.target[cells(&request.range)].fill(0),
+        }
+        self.after(self.setup.latency_us, Event::Ack { request: number });
+    }
+
+    fn ack(&mut self, number: u64) {
+        let Some(request) = self.requests.remove(&number) else { return };
+        self.not_durable.insert(number);
+        self.not_durable_bytes += request.data.map_or(0, |_| request.range.end - request.range.start);
+        self.plan.acked(&request.range, self.now_ms());
+    }
+
+    fn flush(&mut self) {
+        assert!(self.setup.can.flush, "a flush that the destination does not know");
+        assert!(self.covered.is_none(), "one flush at a time");
+        self.covered = Some(self.not_durable.clone());
+        self.out.flushes += 1;
+        self.out.flushes_in_pause += u32::from(self.plan.pauses_clients());
+        let bytes = std::mem::take(&mut self.not_durable_bytes);
+        let arrives_us = self.arrives_us(0, 0);
+        let done_us = arrives_us + self.setup.flush_us + bytes * self.setup.flush_us_per_mib / (1 << 20);
+        if self.setup.flush_blocks {
+            self.busy_until_us = done_us;
+        }
+        self.at(done_us + self.setup.latency_us, Event::Flushed { attempt: self.out.attempts });
+    }
+
+    fn quiesce(&mut self) {
+        assert!(self.plan.is_quiescing() && self.plan.pauses_clients());
+        assert_eq!(self.plan.paused_at_ms(), self.now_ms());
+        assert!(self.paused_us.is_none(), "a pause within a pause");
+        if let Some((resumed_us, paused_us)) = self.resumed {
+            let went_on_us = self.now_us - resumed_us;
+            assert!(went_on_us + MS >= paused_us, "{went_on_us} us between pauses, after one of {paused_us} us");
+        }
+        self.paused_us = Some(self.now_us);
+    }
+
+    /// Lets clients go on when it takes too long.
+    fn watch_pause(&mut self) {
+        if !self.running || self.plan.pause_ends_ms().is_none() {
+            self.paused_us = None;
+            return;
+        }
+        let (paused_us, ends_ms) = (self.paused_us.unwrap(), self.plan.pause_ends_ms().unwrap());
+        let now_ms = self.now_ms();
+        if now_ms >= ends_ms {
+            self.plan.give_up_pause();
+            assert!(!self.plan.pauses_clients());
+            self.resumed = Some((self.now_us, self.now_us - paused_us));
+            self.paused_us = None;
+            self.out.given_up += 1;
+            self.wake_at(now_ms + 1);
+        } else {
+            self.wake_at(ends_ms);
+        }
+    }
+
+    fn commit(&mut self) {
+        assert!(self.ops.is_empty(), "a client's operation is still on its way");
+        assert!(self.requests.is_empty() && self.covered.is_none(), "an answer is still on its way");
+        assert!(!self.setup.can.flush || self.not_durable.is_empty(), "something is not durable");
+        let differs = self.source.iter().zip(&self.target).position(|(source, target)| source != target);
+        assert_eq!(differs, None, "the first cell that is not what it was");
+        let now_ms = self.now_ms();
+        assert_eq!(self.plan.next(now_ms), Step::Wait, "nothing comes after the commit");
+        assert!(self.plan.pauses_clients() && self.plan.pause_ends_ms().is_none(), "no way back");
+        let progress = self.plan.progress();
+        assert_eq!((progress.left_bytes, progress.dirty_bytes), (0, 0));
+        assert!(progress.sent_bytes + progress.zeroed_bytes >= self.setup.size);
+        self.out.committed_ms = now_ms;
+        self.out.pause_ms = (self.now_us - self.paused_us.unwrap()) / MS;
+        self.out.passes = progress.pass;
+    }
+
+    /// What status shows has to make sense at any moment.
+    fn check_figures(&mut self) {
+        let progress = self.plan.progress();
+        assert!(progress.left_bytes <= self.setup.size && progress.dirty_bytes <= self.setup.size);
+        assert!(progress.dirty_bytes <= progress.left_bytes);
+        let sent = progress.sent_bytes + progress.zeroed_bytes;
+        assert!(sent >= self.sent_before, "what was confirmed stays so");
+        assert!(sent + progress.left_bytes >= self.setup.size, "a byte is neither confirmed nor left");
+        self.sent_before = sent;
+        if let Some(limit) = progress.write_limit_bytes_per_s {
+            self.out.write_limit = Some(self.out.write_limit.map_or(limit, |least| least.min(limit)));
+        }
+    }
+}
