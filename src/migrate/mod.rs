@@ -257,6 +257,11 @@ impl Plan {
         self.phase != Phase::Copying
     }
 
+    /// True while clients are held back. What one write costs is known when it is done, so that they go one by one.
+    pub fn limits_writes(&self) -> bool {
+        self.write_limit.is_some()
+    }
+
     /// The time until which clients have to wait with writes, if they have to.
     pub fn holds_writes_until(&mut self, now_ms: u64) -> Option<u64> {
         self.write_limit.as_mut().map(|limit| limit.open_at(now_ms)).filter(|&at_ms| at_ms > now_ms)

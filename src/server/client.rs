@@ -117,11 +117,15 @@ impl Client {
         }
         let mut received = false;
         self.stalled = false;
-        let held = sh.holds_writes();
+        let mut held = sh.holds_writes();
         self.session.hold_writes(held);
         while sh.disk.has_room() {
             match self.session.next_step(&mut sh.pool) {
                 Step::Request(request) => {
+                    if request.action.changes_export() && sh.limits_writes() {
+                        held = true;
+                        self.session.hold_writes(held);
+                    }
                     let taken = sh.disk.submit(disk_op(key, request));
                     debug_assert!(taken.is_ok(), "it had room");
                 }

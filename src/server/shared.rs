@@ -83,6 +83,11 @@ impl Shared {
         self.plan.as_mut().and_then(|plan| plan.holds_writes_until(now_ms))
     }
 
+    /// True while writes go one by one, because each has to be paid for.
+    pub fn limits_writes(&self) -> bool {
+        self.plan.as_ref().is_some_and(|plan| plan.limits_writes())
+    }
+
     /// True while writes have to wait for the migration.
     pub fn holds_writes(&mut self) -> bool {
         self.writes_held_until().is_some()
