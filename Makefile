@@ -18,7 +18,8 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 # $(call within,SECONDS) runs a command that is killed after so long.
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
-.PHONY: all check test test-slow tools demo bench footprint fuzz install uninstall clean help
+.PHONY: all check test test-slow test-kernel tools tools-kernel demo bench bench-migration footprint fuzz install \
+	uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
@@ -40,13 +41,18 @@ test: tools ## All tests but the slow ones, installing the tools they need
 test-slow: tools ## The tests that take minutes of real time
 	$(call within,1800) $(CARGO) test --locked --tests -- --ignored
 
+test-kernel: $(BINARY) tools-kernel ## A real kernel's disk on flexnbd, migrated in use (qemu; Debian on amd64, as root)
+	FLEXNBD=$(BINARY) $(call within,900) bash tests/kernel/run.sh
+
 # What the tests run, each with the Debian package it is in.
 TOOLS := qemu-io:qemu-utils nbdkit:nbdkit nbdcopy:libnbd-bin nbdsh:python3-libnbd fio:fio nbd-server:nbd-server \
 	nbd-client:nbd-client strace:strace mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkfs.ext4:e2fsprogs ip:iproute2 \
 	unshare:util-linux losetup:mount
+tools-kernel: TOOLS := qemu-system-x86_64:qemu-system-x86 nbd-client:nbd-client busybox:busybox-static cpio:cpio \
+	modprobe:kmod mkfs.ext4:e2fsprogs fstrim:util-linux perl:perl-base
 # System programs are not on everybody's path.
-tools: export PATH := $(PATH):/usr/sbin:/sbin
-tools: ## Install the clients and servers the tests run against (Debian, as root), or name what is missing
+tools tools-kernel: export PATH := $(PATH):/usr/sbin:/sbin
+tools tools-kernel: ## Install the clients and servers the tests run against (Debian, as root), or name what is missing
 	@missing() { for tool in $(TOOLS); do command -v "$${tool%%:*}" >/dev/null || echo "$${tool##*:}"; done; }; \
 	packages=$$(missing | xargs); \
 	if [ -n "$$packages" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -61,11 +67,14 @@ tools: ## Install the clients and servers the tests run against (Debian, as root
 		exit 1; \
 	fi
 
-demo: $(BINARY) ## Show what flexnbd does, in half a minute
+demo: $(BINARY) ## Show a migration under a client that goes on, in half a minute
 	FLEXNBD=$(BINARY) $(call within,120) bash tests/demo.sh
 
 bench: $(BINARY) tools ## Compare with other servers (QUICK=1, ROUNDS=5, SECONDS_PER_RUN=2, BENCH_DIR=/dev/shm)
 	FLEXNBD=$(BINARY) $(call within,7200) python3 tests/bench/bench.py
+
+bench-migration: $(BINARY) tools ## Migrate beside nbdcopy (QUICK=1, ROUNDS=5, SIZE_MIB=1024, BENCH_DIR=/var/tmp)
+	FLEXNBD=$(BINARY) $(call within,7200) python3 tests/bench/migration.py
 
 footprint: $(BINARY) tools ## Measure size, memory and system calls
 	FLEXNBD=$(BINARY) $(call within,300) bash tests/footprint.sh
@@ -109,4 +118,4 @@ clean: ## Remove everything built
 	rm -rf fuzz/target
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / { split($$1, names, " "); printf "  make %-15s %s\n", names[1], $$2 }' Makefile

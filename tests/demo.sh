@@ -1,16 +1,20 @@
 #!/bin/bash
-# Shows what flexnbd does, on an image of its own making. `make demo` runs it. It leaves nothing behind, and whatever
+# Shows what flexnbd is for: a disk image moves to another server while a client goes on using it. `make demo` runs it.
+# Both servers are on this machine here, with images of the demo's own making. It leaves nothing behind, and whatever
 # takes longer than it should ends it with an error.
 set -euo pipefail
 
 flexnbd=$(realpath "${FLEXNBD:-target/release/flexnbd}")
 dir=$(mktemp -d)
-server=
+# The processes to end: the two servers, and the client.
+source= destination= client=
 
 clean_up() {
-    if [ -n "$server" ]; then
-        kill "$server" 2>/dev/null || true
-    fi
+    for job in $client $source $destination; do
+        kill "$job" 2>/dev/null || true
+    done
+    wait
+    cd /
     rm -rf "$dir"
 }
 trap clean_up EXIT
@@ -29,7 +33,7 @@ say() {
 # Shows a command and runs it, its output indented.
 show() {
     echo "  \$ $1"
-    timeout 10 bash -euo pipefail -c "$1" 2>&1 | sed 's/^/    /'
+    timeout 10 bash -euo pipefail -c "$1" 2>&1 | sed 's/^/    /' || fail "this has failed, or took too long"
 }
 
 fail() {
@@ -37,66 +41,130 @@ fail() {
     exit 1
 }
 
-# Starts a server with a control socket; ready when that answers.
-serve() {
-    echo "  \$ flexnbd serve $* &"
-    "$flexnbd" serve "$@" 2>log &
-    server=$!
+# Starts a server in the mode $1 with the image and the control socket of these names, and with the options that follow;
+# sets `started` to its process and `at` to how it is reached.
+start() {
+    local mode=$1 name=$2 port
+    shift 2
+    set -- "$mode" --verbose --addr 127.0.0.1 --port 0 --file "$name.img" --sock "$name.sock" "$@"
+    echo "  \$ flexnbd $* &"
+    "$flexnbd" "$@" 2>"$name.log" &
+    started=$!
     for _ in $(seq 100); do
-        port=$(flexnbd status --sock control 2>/dev/null | sed -n 's/.* address=[^ ]*:\([0-9]*\).*/\1/p') || true
-        [ -z "$port" ] || return 0
-        kill -0 "$server" 2>/dev/null || fail "the server ended: $(cat log)"
+        port=$(flexnbd status --sock "$name.sock" 2>/dev/null | sed -n 's/.* address=[^ ]*:\([0-9]*\).*/\1/p') || true
+        [ -z "$port" ] || break
+        kill -0 "$started" 2>/dev/null || fail "the server ended: $(cat "$name.log")"
         sleep 0.1
     done
-    fail "the server did not get ready: $(cat log)"
+    [ -n "$port" ] || fail "the server did not get ready: $(cat "$name.log")"
+    at="--addr 127.0.0.1 --port $port"
+    echo "    It is process $started and listens on the free port $port."
 }
 
-# Stops the server, which must end at once and cleanly.
-stop() {
-    echo "  \$ kill $server"
-    kill "$server"
-    timeout 10 tail --pid="$server" -f /dev/null || fail "the server does not end"
-    wait "$server" || fail "the server ended with exit code $?: $(cat log)"
-    server=
+# Waits for a server to end, which must be soon and with exit code 0.
+ends() {
+    timeout 10 tail --pid="$1" -f /dev/null || fail "process $1 does not end"
+    wait "$1" || fail "process $1 ended with exit code $?: $(cat ./*.log)"
 }
 
-say "1. A disk image of 1 GiB. It is one hole: it holds no data, and takes no space yet."
-show "truncate -s 1G image"
-show "du -k image"
+# The client. It keeps a journal at the start of the image: it appends a line of 16 bytes, reads it back, and so on. The
+# lines whose writes were answered it also keeps in a file of its own. It ends when its server does.
+keep_journal() {
+    local lines line offset read
+    lines=$(wc -l <answered)
+    while true; do
+        printf -v line 'write %9d' "$((lines += 1))"
+        offset=$((lines * 16 - 16))
+        flexnbd write $at --from "$offset" --size 16 <<<"$line" 2>/dev/null || break
+        echo "$line" >>answered
+        read=$(flexnbd read $at --from "$offset" --size 16 2>/dev/null) || break
+        [ "$read" = "$line" ] || fail "the client wrote '$line' and read '$read'"
+    done
+    timeout 2 tail --pid="$1" -f /dev/null || fail "the client was cut off by a server that still runs"
+}
 
-say "2. A server for it, on a free port of this machine, with a control socket."
-serve --addr 127.0.0.1 --port 0 --file image --sock control
-echo "    It is process $server and listens on port $port."
-# What the commands below have in common.
-at="--addr 127.0.0.1 --port $port"
+# Fails if the client has, or if it has no new line within some seconds.
+client_goes_on() {
+    local before
+    before=$(wc -l <answered)
+    for _ in $(seq 50); do
+        [ "$(wc -l <answered)" = "$before" ] || return 0
+        sleep 0.1
+    done
+    fail "the client does not get on"
+}
 
-say "3. Any NBD client could use it now. flexnbd has a small one: write 14 bytes at 512 MiB, read them back."
-show "echo 'Hello, blocks' | flexnbd write $at --from 536870912 --size 14"
-show "flexnbd read $at --from 536870912 --size 14"
-[ "$(flexnbd read $at --from 536870912 --size 14)" = "Hello, blocks" ] || fail "other bytes came back"
+say "1. A disk image of 256 MiB. There are 64 MiB of data at its end; the rest is a hole, which takes no space on the
+   disk. A server for it, with a control socket:"
+show "truncate -s 256M source.img"
+show "head -c 64M /dev/urandom | dd of=source.img bs=1M seek=192 conv=notrunc status=none"
+start serve source
+source=$started
 
-say "4. A write of zeroes over a hole leaves the hole: 64 MiB written, and still next to nothing on the disk."
-show "head -c 67108864 /dev/zero | flexnbd write $at --from 0 --size 67108864"
-show "du -k image"
+say "2. Any NBD client could use it now. flexnbd has a small one: write 14 bytes at 128 MiB, read them back."
+show "echo 'Hello, blocks' | flexnbd write $at --from 134217728 --size 14"
+show "flexnbd read $at --from 134217728 --size 14"
+[ "$(flexnbd read $at --from 134217728 --size 14)" = "Hello, blocks" ] || fail "other bytes came back"
 
-say "5. The control socket tells how it is going."
-show "flexnbd status --sock control | tr ' ' '\n'"
-
-say "6. ... and says who may connect. Now only 192.0.2.0/24, which is not us:"
-show "flexnbd acl --sock control 192.0.2.0/24"
+say "3. The control socket says how it is going, and who may connect. Let that be only 192.0.2.0/24, which is not us:"
+show "flexnbd status --sock source.sock | tr ' ' '\n' | head -n 6"
+show "flexnbd acl --sock source.sock 192.0.2.0/24"
 echo "  \$ flexnbd read $at --from 0 --size 14"
 if flexnbd read $at --from 0 --size 14 >refused 2>&1; then
     fail "a client was let in against the access control list"
 fi
 sed 's/^/    /' refused
+show "flexnbd acl --sock source.sock 127.0.0.1"
 
-say "   The server has logged it. With this machine back on the list, the data is there again:"
-sed 's/^/    /' log
-show "flexnbd acl --sock control 192.0.2.0/24 127.0.0.1"
-show "flexnbd read $at --from 536870912 --size 14"
+say "4. Now a client that never stops: it writes line after line into the image, and reads each one back."
+>answered
+keep_journal "$source" &
+client=$!
+client_goes_on
+echo "    Its last line so far: $(tail -n 1 answered)"
 
-say "7. Asked to stop, it stops at once, and takes its control socket with it."
-stop
-[ ! -e control ] || fail "the control socket is still there"
+say "5. The image is to move. Another server waits for it, with an empty image of the same size (on another machine, if
+   this were not a demo). It will go on as a server of the image once it has all of it:"
+show "truncate -s 256M destination.img"
+start listen destination --serve
+destination=$started
+
+say "6. The migration, made slow enough to be watched. The client goes on meanwhile. What it writes where the copy has
+   been already is copied once more; for the last of it the client is paused, for some milliseconds:"
+before=$(wc -l <answered)
+echo "  \$ flexnbd mirror $at --sock source.sock --max-speed 12000000 --wait"
+# Not through a pipe: at a terminal the progress is drawn.
+timeout --foreground 60 "$flexnbd" mirror $at --sock source.sock --max-speed 12000000 --wait ||
+    fail "the migration failed"
+
+say "7. The source has ended by itself, with exit code 0, and with it the client. The end of the source's log:"
+ends "$source"
+source=
+wait "$client" || fail "the client has failed"
+client=
+grep migration source.log | tail -n 2 | sed 's/^/    /'
+lines=$(wc -l <answered)
+echo "    While the image moved, $((lines - before)) writes of the client were answered; $lines in all."
+[ "$lines" -gt "$before" ] || fail "the client was not served during the migration"
+
+say "8. Nothing is lost: the images are the same, and every line that was answered is at the destination. What was a
+   hole is still one:"
+show "cmp source.img destination.img && echo the same"
+show "flexnbd read $at --from 0 --size $((lines * 16)) | cmp - answered && echo all of them"
+show "du -m source.img destination.img"
+
+say "9. The client goes on at the destination, where it had to stop:"
+keep_journal "$destination" &
+client=$!
+client_goes_on
+sleep 1
+echo "  \$ kill $destination"
+kill "$destination"
+ends "$destination"
+destination=
+wait "$client" || fail "the client has failed"
+client=
+lines=$(wc -l <answered)
+show "head -c $((lines * 16)) destination.img | cmp - answered && echo all $lines lines"
 
 say "That was flexnbd. README.md has more; \`flexnbd help MODE\` explains each mode."
