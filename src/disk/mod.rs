@@ -225,6 +225,13 @@ impl Disk {
         &self.path
     }
 
+    /// About how many bytes of the image are data, and not holes.
+    pub fn allocated(&self) -> u64 {
+        let blocks =
+            if self.image.is_device { None } else { self.image.file.metadata().ok().map(|file| file.blocks()) };
+        blocks.map_or(self.image.size, |blocks| blocks.saturating_mul(512).min(self.image.size))
+    }
+
     /// True for a block device.
     pub fn is_device(&self) -> bool {
         self.image.is_device

@@ -495,6 +495,11 @@ impl Plan {
         self.dirty.set_bytes() + (self.taken.end - self.taken.start) + in_flight
     }
 
+    /// True when a hole costs one small request, whatever its size.
+    pub fn sends_no_holes(&self) -> bool {
+        self.can.zero
+    }
+
     /// What was done and what is left.
     pub fn progress(&self) -> Progress {
         Progress {

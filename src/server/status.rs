@@ -5,6 +5,7 @@
 use super::client::Client;
 use super::{Server, Slot};
 use crate::command::StatusForm;
+use crate::migrate::{Plan, Progress};
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
@@ -65,7 +66,7 @@ fn of_server(server: &Server) -> Facts {
     if let (Some(Slot::Mirror(mirror)), Some(plan)) = (server.mirror.and_then(|key| server.slots.get(key)), &sh.plan) {
         let progress = plan.progress();
         let duration_ms = sh.now_ms.saturating_sub(mirror.started_ms());
-        let seconds_left = progress.left_bytes.div_ceil(progress.bytes_per_s.max(1));
+        let seconds_left = data_left(server, plan, &progress).div_ceil(progress.bytes_per_s.max(1));
         put("migration_speed", Value::Number(progress.bytes_per_s));
         put("migration_duration", Value::Number(duration_ms / 1000));
         put("migration_seconds_left", Value::Number(seconds_left));
@@ -165,6 +166,16 @@ fn json_member((name, value): &(&str, Value)) -> String {
             member + "\""
         }
     }
+}
+
+/// About how many bytes have to be sent yet. The first pass meets every hole of the file, and those cost next to nothing
+/// where the destination can make holes itself.
+fn data_left(server: &Server, plan: &Plan, progress: &Progress) -> u64 {
+    if progress.pass == 1 && plan.sends_no_holes() {
+        let data = server.shared.disk.allocated().saturating_sub(progress.sent_bytes);
+        return progress.left_bytes.min(data);
+    }
+    progress.left_bytes
 }
 
 #[cfg(test)]
