@@ -333,7 +333,7 @@ fn check_data(bytes: &[u8], offset: u64) {
     assert!(bytes.iter().zip(offset..).all(|(&byte, at)| byte == content(at)), "other data");
 }
 
-/// The byte of the export at `offset`. Every third block is a hole.
+/// The byte of the export at `offset`.
 fn content(offset: u64) -> u8 {
     if is_hole(offset) {
         0
@@ -342,8 +342,9 @@ fn content(offset: u64) -> u8 {
     }
 }
 
+/// Every third block of the first slice is a hole, and all that is behind it.
 fn is_hole(offset: u64) -> bool {
-    (offset / HOLE) % 3 == 1
+    offset >= SLICE as u64 || (offset / HOLE) % 3 == 1
 }
 
 /// The extents of a range.
@@ -353,8 +354,12 @@ fn extents(mut offset: u64, length: u64) -> Vec<Extent> {
     while offset < end {
         let block = offset / HOLE;
         // Blocks 1, 4, 7, ... are holes, the two between are one piece of data.
-        let border = if is_hole(offset) { block + 1 } else { (block + 1) / 3 * 3 + 1 };
-        let next = (border * HOLE).min(end);
+        let border = match is_hole(offset) {
+            true if offset >= SLICE as u64 => end,
+            true => (block + 1) * HOLE,
+            false => ((block + 1) / 3 * 3 + 1) * HOLE,
+        };
+        let next = border.min(end);
         found.push(Extent { length: next - offset, is_hole: is_hole(offset) });
         offset = next;
     }
@@ -431,6 +436,7 @@ pub fn newstyle_session(data: &[u8]) {
         assert!(tags.len() <= MAX_IN_FLIGHT, "too many in flight");
         let held: usize = disk.iter().flat_map(|held| &held.buffer).map(Buffer::capacity).sum();
         assert!(held <= MAX_HELD + SLICE && cap - pool.available() <= MAX_HELD + SLICE + INBOX, "too much held");
+        // A read that begins in a hole is answered in two pieces.
         assert!(session.in_flight() <= 2 * MAX_IN_FLIGHT, "replies without a limit");
         assert!(session.oldest_ms().is_none_or(|oldest_ms| oldest_ms <= now_ms));
         if let Some(end) = session.finished() {

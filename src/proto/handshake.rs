@@ -107,6 +107,7 @@ impl Haggle {
                 return Err(Violation::OptionTooLong(length));
             }
             self.options += 1;
+            self.unselect(kind);
             let error = if is_known(kind) { option_reply::ERR_TOO_BIG } else { option_reply::ERR_UNSUP };
             reply(out, kind, error, &[]);
             self.phase = Phase::Drain { left: length };
@@ -193,13 +194,17 @@ impl Haggle {
         Ok(())
     }
 
+    /// A SET replaces what was selected before, also when it fails.
+    fn unselect(&mut self, kind: u32) {
+        if kind == option::SET_META_CONTEXT {
+            self.agreed.allocation = false;
+        }
+    }
+
     /// `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`.
     fn meta_context(&mut self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
         let set = kind == option::SET_META_CONTEXT;
-        if set {
-            // A set that fails leaves nothing selected.
-            self.agreed.allocation = false;
-        }
+        self.unselect(kind);
         if !self.agreed.structured {
             return Err(option_reply::ERR_INVALID);
         }

@@ -340,6 +340,11 @@ impl RequestHead {
         matches!(self.kind, kind::WRITE | kind::WRITE_ZEROES | kind::TRIM)
     }
 
+    /// True for a request that may be answered with ENOTSUP.
+    pub fn asks_for_fast_zero(&self) -> bool {
+        self.kind == kind::WRITE_ZEROES && self.flags & command::FAST_ZERO != 0
+    }
+
     /// The first byte behind the range, or `None` when that does not fit 64 bits.
     pub fn end(&self) -> Option<u64> {
         self.offset.checked_add(u64::from(self.length))

@@ -14,6 +14,7 @@ use crate::proto::error::Errno;
 use crate::proto::outbox::PIECES;
 use crate::proto::request::{Action, Agreed, Export, Extent, Refusal, Request, Style};
 use crate::proto::session::{ServerSession, Step, Tally};
+use crate::proto::wire::RequestHead;
 use log::{info, warn};
 use std::fmt;
 use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
@@ -188,8 +189,9 @@ impl Client {
             .into_iter()
             .map(|disk::Extent { range, is_hole }| Extent { length: range.end - range.start, is_hole });
         let result = done.result.map(|()| extents.collect()).map_err(|error| {
-            let errno = errno_of(&error);
-            self.log_failure(done.tag, &error, errno, sh.now_ms);
+            let head = self.session.request(done.tag).copied();
+            let errno = errno_of(&error, head.is_some_and(|head| head.asks_for_fast_zero()));
+            self.log_failure(head, &error, errno, sh.now_ms);
             errno
         });
         match self.session.complete(done.tag, result, done.buffer, &mut sh.pool) {
@@ -301,8 +303,8 @@ impl Client {
         self.log_failed(&format_args!("refused {head} with {errno}: {why}"), now_ms);
     }
 
-    fn log_failure(&mut self, tag: u32, error: &io::Error, errno: Errno, now_ms: u64) {
-        let Some(head) = self.session.request(tag).copied() else { return };
+    fn log_failure(&mut self, head: Option<RequestHead>, error: &io::Error, errno: Errno, now_ms: u64) {
+        let Some(head) = head else { return };
         self.log_failed(&format_args!("{head} failed: {error}; answered {errno}"), now_ms);
     }
 
@@ -338,13 +340,12 @@ fn disk_op(key: Key, request: Request) -> disk::Op {
 }
 
 /// What a client is told of an error of the disk ("Error values").
-fn errno_of(error: &io::Error) -> Errno {
+fn errno_of(error: &io::Error, fast_zero: bool) -> Errno {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Errno::NoSpc,
         ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Errno::Perm,
         ErrorKind::OutOfMemory => Errno::NoMem,
-        // Only what must be fast is ever not supported.
-        ErrorKind::Unsupported => Errno::NotSup,
+        ErrorKind::Unsupported if fast_zero => Errno::NotSup,
         _ => Errno::Io,
     }
 }

@@ -21,7 +21,7 @@ const BLOCK: usize = 4096;
 const CAPS: [usize; 4] = [0, 12 << 10, SLICE, ROOMY];
 /// How many conversations one run of the simulation holds.
 const SEEDS: u64 = 1500;
-/// HAS_FLAGS, FLUSH, FUA, TRIM, WRITE_ZEROES, DF, MULTI_CONN, CACHE, FAST_ZERO.
+/// What is offered: flags, FLUSH, FUA, TRIM, `WRITE_ZEROES`, DF, `MULTI_CONN`, CACHE, `FAST_ZERO`.
 const FLAGS: u16 = 1 | 4 | 8 | 32 | 64 | 128 | 256 | 1024 | 2048;
 
 /// How a request must be answered.
@@ -112,7 +112,8 @@ impl Talk {
         let mut said = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
         let context = [&1_u32.to_be_bytes(), b"base:allocation".as_slice()].concat();
         let info = [&[0; 2], (size as u64).to_be_bytes().as_slice(), &FLAGS.to_be_bytes()].concat();
-        let sizes = [&[0, 3][..], &1_u32.to_be_bytes(), &4096_u32.to_be_bytes(), &(32_u32 << 20).to_be_bytes()].concat();
+        let sizes =
+            [&[0, 3][..], &1_u32.to_be_bytes(), &4096_u32.to_be_bytes(), &(32_u32 << 20).to_be_bytes()].concat();
         let steps = [
             (99, vec![7; 9000], vec![(0x8000_0001, &[][..])]),
             (option::LIST, Vec::new(), vec![(2, &[0; 4][..]), (1, &[])]),
@@ -125,7 +126,7 @@ impl Talk {
         ];
         for (kind, data, replies) in steps {
             sent.extend(option(kind, &data));
-            replies.iter().for_each(|(reply, data)| said.extend(option_reply(kind, *reply, data)));
+            said.extend(replies.into_iter().flat_map(|(reply, data)| option_reply(kind, reply, data)));
         }
         let end = Ok(End::EndOfStream);
         Self { stream: sent, greeting: said, after: before.clone(), before, asks: Vec::new(), end }

@@ -3,10 +3,12 @@
 //! The seeds are made here, so that they follow the protocol when it grows: `FLEXNBD_WRITE_SEEDS=1` writes them anew.
 //! What a fuzzer finds is added to their folder by hand, under another name, and replayed like the rest.
 
+use crate::newstyle::{contexts, everything, option, Talk};
 use crate::plan::{head, Plan};
 use crate::scripts::short;
-use flexnbd::fuzzing::{acl, client, control, session, CHOICES};
-use flexnbd::proto::wire::{kind, Greeting, SimpleReply};
+use flexnbd::buffer::SLICE;
+use flexnbd::fuzzing::{acl, client, control, haggling, newstyle_session, session, CHOICES};
+use flexnbd::proto::wire::{kind, option as opt, Greeting, SimpleReply};
 use std::fs;
 use std::path::PathBuf;
 
@@ -28,6 +30,9 @@ impl Drop for Replayed {
 const MIXED: [u8; CHOICES] = [2, 0, 7, 30, 9, 1, 0x82, 55, 6, 0, 13, 4, 91, 3, 200, 10];
 /// Choices that let the disk fail often.
 const FAILING: [u8; CHOICES] = [0, 1, 3, 0xFF, 7, 0xFF, 2, 1, 0xFF, 11, 20, 3, 0xFF, 0, 1, 0xFF];
+
+/// Choices of a client that takes hardly any answer, of a server without a pool.
+const SILENT: [u8; CHOICES] = [0, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3];
 
 fn input(choices: [u8; CHOICES], rest: &[u8]) -> Vec<u8> {
     [&choices, rest].concat()
@@ -96,9 +101,62 @@ fn acls() -> Vec<Vec<u8>> {
         .collect()
 }
 
+/// What clients say before they ask: the usual, and what bad ones try.
+fn hagglings() -> Vec<Vec<u8>> {
+    let flags = 3_u32.to_be_bytes().to_vec();
+    let long_name = [&4097_u32.to_be_bytes(), [b'x'; 4097].as_slice(), &[0, 0]].concat();
+    let lying = b"\xFF\xFF\xFF\xFF\0\0";
+    let mut huge = option(opt::LIST, &[]);
+    huge[12..].copy_from_slice(&u32::MAX.to_be_bytes());
+    let haggle = Talk::new(512).stream;
+    let mut streams = vec![haggle.clone(), haggle[..haggle.len() - 9].to_vec(), vec![0xFF; 4], Vec::new()];
+    let ends = [
+        option(opt::EXPORT_NAME, &[]),
+        option(opt::EXPORT_NAME, b"other"),
+        option(opt::ABORT, b"bye"),
+        option(opt::STARTTLS, &[]),
+        option(opt::GO, &long_name),
+        option(opt::INFO, lying),
+        option(opt::LIST, b"data"),
+        option(opt::STRUCTURED_REPLY, &[]).repeat(2),
+        [option(opt::STRUCTURED_REPLY, &[]), option(opt::SET_META_CONTEXT, &contexts(&["base:", ""]))].concat(),
+        [option(opt::STRUCTURED_REPLY, &[]), option(opt::LIST_META_CONTEXT, lying)].concat(),
+        option(99, &[]).repeat(65),
+        option(99, &[0; 9000]),
+        huge,
+    ];
+    streams.extend(ends.into_iter().map(|end| [flags.clone(), end].concat()));
+    streams.into_iter().map(|stream| input(MIXED, &stream)).collect()
+}
+
+fn newstyle_sessions() -> Vec<Vec<u8>> {
+    let everything = everything().stream;
+    let enter = |options: &[Vec<u8>]| [3_u32.to_be_bytes().to_vec(), options.concat()].concat();
+    let structured = option(opt::STRUCTURED_REPLY, &[]);
+    let go = option(opt::GO, &[0; 6]);
+    let mut streams = vec![everything, enter(&[structured.clone(), go]), enter(&[option(opt::EXPORT_NAME, &[])])];
+    let asks: [(u16, u16, u32); 6] =
+        [(0, 0, 300_000), (0, 4, 65_536), (5, 0, 9), (6, 16, 9000), (1, 1, 70_000), (4, 0, 9)];
+    for stream in &mut streams[1..] {
+        for (kind, flags, length) in asks {
+            stream.extend(head(kind, flags, 777, length).encode());
+            stream.resize(stream.len() + if kind == kind::WRITE { length as usize } else { 0 }, 7);
+        }
+    }
+    streams.push(enter(&[structured.clone(), option(opt::ABORT, &[])]));
+    let hole = head(kind::READ, 0, SLICE as u64, SLICE as u32 + 512).encode();
+    streams.push([enter(&[structured, option(opt::GO, &[0; 6])]), hole.to_vec()].concat());
+    streams
+        .iter()
+        .flat_map(|stream| [[0; CHOICES], MIXED, FAILING, SILENT].map(|choices| input(choices, stream)))
+        .collect()
+}
+
 #[test]
 fn the_seeds_of_the_fuzzers_pass() {
-    let targets: [Target; 4] = [
+    let targets: [Target; 6] = [
+        ("haggling", haggling, hagglings()),
+        ("newstyle_session", newstyle_session, newstyle_sessions()),
         ("session", session, sessions()),
         ("client", client, clients()),
         ("control", control, controls()),

@@ -35,6 +35,10 @@ pub const MAX_HELD: usize = 4 * SLICE;
 /// How much is received at once besides a payload, in bytes: thousands of bare requests, fifteen writes of 4 KiB.
 /// What is larger is received straight into the payload's buffer, so more here would only be copied once more.
 const RECEIVE: usize = 64 << 10;
+/// Slices of a long read or write end on multiples of this, in bytes, so that zero blocks stay whole ones for the disk,
+/// and holes for the client.
+const BLOCK: u64 = 4096;
+
 /// Why a conversation ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -487,5 +491,19 @@ impl ServerSession {
             kind::FLUSH => self.tally.flushes += 1,
             _ => {}
         }
+    }
+}
+
+/// How many of the `left` bytes at `offset` go into a slice of `capacity` bytes: all, or as many as end on a block.
+fn slice_len(offset: u64, left: u32, capacity: usize) -> u32 {
+    let capacity = u32::try_from(capacity).unwrap_or(u32::MAX);
+    if left <= capacity {
+        return left;
+    }
+    let over = (offset.wrapping_add(u64::from(capacity)) % BLOCK) as u32;
+    if over < capacity {
+        capacity - over
+    } else {
+        capacity
     }
 }

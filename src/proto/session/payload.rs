@@ -1,12 +1,9 @@
 //! WRITE: a payload is handed on in slices as it arrives, or swallowed once the request has failed.
 
-use super::{Phase, ServerSession, Step};
+use super::{slice_len, Phase, ServerSession, Step};
 use crate::buffer::{Buffer, Pool};
 use crate::proto::request::Action;
 use crate::proto::wire::command;
-
-/// Slices of a long write end on multiples of this, in bytes, so that zero blocks stay whole ones for the disk.
-const BLOCK: u64 = 4096;
 
 /// The payload of a WRITE on its way in.
 #[derive(Debug)]
@@ -74,19 +71,5 @@ impl ServerSession {
         }
         let fua = last && self.request(tag).is_some_and(|head| head.flags & command::FUA != 0);
         Some(self.hand_out(tag, Action::Write { offset, payload: buffer, fua }))
-    }
-}
-
-/// How many of the `left` bytes at `offset` go into a slice of `capacity` bytes: all, or as many as end on a block.
-fn slice_len(offset: u64, left: u32, capacity: usize) -> u32 {
-    let capacity = u32::try_from(capacity).unwrap_or(u32::MAX);
-    if left <= capacity {
-        return left;
-    }
-    let over = (offset.wrapping_add(u64::from(capacity)) % BLOCK) as u32;
-    if over < capacity {
-        capacity - over
-    } else {
-        capacity
     }
 }

@@ -3,7 +3,7 @@
 //! A READ that fits one slice runs beside others. One that needs several runs alone, because the slices of a simple reply
 //! follow each other on the wire (invariant 3).
 
-use super::{Pending, ServerSession, Step};
+use super::{slice_len, Pending, ServerSession, Step, MAX_IN_FLIGHT};
 use crate::buffer::{Buffer, Pool};
 use crate::proto::reply;
 use crate::proto::request::{Action, Extent};
@@ -27,7 +27,7 @@ impl ServerSession {
             self.held += buffer.capacity();
         }
         let tag = self.accept(head);
-        let length = buffer.capacity().min(head.length as usize);
+        let length = slice_len(head.offset, head.length, buffer.capacity()) as usize;
         self.long_read = (length < head.length as usize).then_some(tag);
         self.hand_out_read(tag, head.flags, head.offset, length, buffer)
     }
@@ -37,10 +37,14 @@ impl ServerSession {
         let Some(Pending { head, in_disk: 0, replied, .. }) = self.pending.get(tag as usize) else {
             return Step::NeedRoom;
         };
-        let left = (head.length - replied) as usize;
+        if self.outbox.replies() >= MAX_IN_FLIGHT {
+            // Chunks of holes take no memory of the pool, so that nothing else would bound them.
+            return Step::NeedRoom;
+        }
+        let left = head.length - replied;
         let (flags, offset) = (head.flags, head.offset + u64::from(*replied));
-        let Some(buffer) = self.take_buffer(left, pool) else { return Step::NeedRoom };
-        let length = buffer.capacity().min(left);
+        let Some(buffer) = self.take_buffer(left as usize, pool) else { return Step::NeedRoom };
+        let length = slice_len(offset, left, buffer.capacity()) as usize;
         self.hand_out_read(tag, flags, offset, length, buffer)
     }
 
