@@ -90,9 +90,10 @@ impl Buffer {
 
 /// Hands out buffers and takes them back.
 ///
-/// Invariant 2: `allocated` is the memory of every buffer of this pool, handed out or free; it exceeds `cap` only by
-/// reserve buffers ([`Pool::take_reserve`]), of which each connection holds at most two: one to receive into, one for a
-/// payload.
+/// Invariant 2: `allocated` is the memory of every buffer of this pool, handed out or free. It exceeds `cap` only by what
+/// was taken beyond it ([`Pool::take_beyond`], [`Pool::take_reserve`]): for each connection at most one buffer to receive
+/// into (16 KiB while it negotiates, else 4 KiB) and one for a payload (64 KiB for a READ with DF, else 4 KiB), and one
+/// slice for the migration.
 #[derive(Debug)]
 pub struct Pool {
     free: [Vec<Buffer>; CLASSES.len()],
@@ -122,8 +123,8 @@ impl Pool {
         self.take(len).or_else(|| CLASSES.iter().take(largest).rev().find_map(|&size| self.take(size)))
     }
 
-    /// An empty buffer of at least `len` bytes, even beyond the cap. For the one migration there can be, and one at a
-    /// time, so that it goes on while clients hold all of the pool.
+    /// An empty buffer of at least `len` bytes, even beyond the cap. For what has to go on while others hold all of the
+    /// pool, and for one buffer at a time: the migration, an option, a READ that must not be cut.
     pub fn take_beyond(&mut self, len: usize) -> Buffer {
         let capacity = CLASSES.get(Self::class_for(len)).copied().unwrap_or(SLICE);
         self.take(len).unwrap_or_else(|| self.allocate(capacity))

@@ -16,7 +16,7 @@
 //!  migrate   what a migration sends next     event     parts of a loop  logging  lines on stderr
 //!  disk      the image
 //!  buffer    memory for payloads             bitmap    ranges of a file sys      libc, the only unsafe code
-//!  endpoint  where a server is
+//!  endpoint  where a server is               fuzzing   ways in for fuzzers; nothing of the program uses it
 //! ```
 //!
 //! What is marked PURE in its own docs sees no socket, no file and no clock, and is tested and fuzzed on bytes alone.

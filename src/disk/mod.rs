@@ -79,8 +79,7 @@ pub enum Action {
         fua: bool,
         /// Keep the range allocated: make no hole.
         allocate: bool,
-        /// Fail with [`ErrorKind::Unsupported`] rather than write the zeroes. (What sticks out of the blocks of a
-        /// device at the ends is written all the same; it is less than two blocks.)
+        /// Fail with [`ErrorKind::Unsupported`] rather than write the zeroes. Then nothing has changed.
         fast: bool,
     },
     /// Gives a range back to the file system or the device. It may read as zeroes or as before. Where the image
@@ -245,7 +244,12 @@ impl Disk {
         if (named.dev(), named.ino()) != (open.dev(), open.ino()) {
             return Err(io::Error::other("the path names another file by now"));
         }
-        fs::remove_file(path)
+        fs::remove_file(&path)?;
+        // Or else a power failure could bring the name back, when it counts that it is gone. It is gone already, so
+        // this cannot fail the operation any more.
+        let synced = path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all());
+        synced.unwrap_or_else(|error| log::warn!("{}: the unlink may not be durable: {error}", path.display()));
+        Ok(())
     }
 
     /// Queues an operation, or hands it back when [`MAX_OPS`] are in flight. It has to lie inside the image.

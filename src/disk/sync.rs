@@ -27,9 +27,9 @@ const DEVICE_STEP: u64 = 16 << 20;
 /// How many zeroes are written in one step, in bytes.
 const WRITE_STEP: usize = 1 << 20;
 
-/// After this many operations that need more steps, a kick leaves the rest of the queue to the next: many long ranges
+/// After this many operations that need more steps, or walk through the file, a kick leaves the rest of the queue to the next: many long ranges
 /// hold the loop for 16 MiB of written zeroes, not for 1 MiB each.
-const UNFINISHED_PER_KICK: usize = 16;
+const SLOW_PER_KICK: usize = 16;
 
 /// An operation on its way. What is left of a long one is in its action.
 struct Job {
@@ -86,19 +86,20 @@ impl Engine {
     /// Takes each queued operation one step further, then does the fdatasync for all that are waiting for one.
     pub(super) fn kick(&mut self, image: &Image) {
         debug_assert!(self.committing.is_empty(), "invariant 1");
-        let mut unfinished = 0;
+        let mut slow = 0;
         for _ in 0..self.queue.len() {
             let Some(mut job) = self.queue.pop_front() else { break };
+            slow += usize::from(matches!(job.op.action, Action::Map { .. }));
             match self.step(image, &mut job.op.action, &mut job.extents) {
                 Ok(false) => {
                     self.queue.push_back(job);
-                    unfinished += 1;
+                    slow += 1;
                 }
                 Ok(true) if job.op.action.wants_sync() => self.committing.push(job),
                 Ok(true) => self.done.push_back(job.finish(Ok(()))),
                 Err(error) => self.done.push_back(job.finish(Err(error))),
             }
-            if unfinished == UNFINISHED_PER_KICK {
+            if slow == SLOW_PER_KICK {
                 break;
             }
         }
@@ -154,8 +155,11 @@ impl Engine {
 
     /// Zeroes the front of a range; returns how many bytes.
     fn zero_step(&mut self, image: &Image, offset: u64, length: u64, allocate: bool, fast: bool) -> io::Result<u64> {
+        if fast && image.is_device && (offset | length) % BLOCK != 0 {
+            // Its ends would have to be written, before it is known whether the rest can be done without.
+            return Err(ErrorKind::Unsupported.into());
+        }
         let piece = match piece(image, offset, length) {
-            // Less than a block, so it is quick enough for `fast` too.
             Piece::Ragged(n) => return self.write_zeroes(image, offset, n, allocate),
             Piece::Whole(n) => n,
         };

@@ -47,11 +47,6 @@ impl Ready {
         self.writable
     }
 
-    /// True when the peer has closed its side. There may still be bytes to read before its end of stream.
-    pub fn read_closed(self) -> bool {
-        self.read_closed
-    }
-
     /// Notes that a read would block, or that a stream gave less than was asked for, which means the same unless the
     /// peer has closed (invariant 1).
     pub fn clear_readable(&mut self) {
@@ -100,11 +95,6 @@ pub struct RunQueue {
 }
 
 impl RunQueue {
-    /// An empty queue.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Puts `key` at the end, unless it is queued already. The keys are those of one [`super::slots::Slots`], so that
     /// their indices are small.
     pub fn push(&mut self, key: Key) {
@@ -155,6 +145,10 @@ mod tests {
     use super::super::slots::Slots;
     use super::*;
 
+    fn insert(slots: &mut Slots<()>) -> Key {
+        slots.try_insert_with(|_| Ok::<_, ()>(())).unwrap()
+    }
+
     struct Pair {
         poll: Poll,
         ours: UnixStream,
@@ -189,7 +183,7 @@ mod tests {
         assert!(pair.poll().readable());
         pair.ready.clear_readable();
         assert!(!pair.poll().readable());
-        assert!(!pair.ready.read_closed());
+        assert!(!pair.ready.read_closed);
     }
 
     #[test]
@@ -198,7 +192,7 @@ mod tests {
         pair.theirs.write_all(b"x").unwrap();
         pair.theirs.shutdown(Shutdown::Write).unwrap();
         let ready = pair.poll();
-        assert!(ready.readable() && ready.read_closed());
+        assert!(ready.readable() && ready.read_closed);
         assert_eq!(pair.ours.read(&mut [0; 8]).unwrap(), 1);
         pair.ready.clear_readable();
         assert!(pair.poll().readable());
@@ -212,7 +206,7 @@ mod tests {
         pair.ready.clear_writable();
         pair.theirs = UnixStream::pair().unwrap().0;
         let ready = pair.poll();
-        assert!(ready.readable() && ready.writable() && ready.read_closed());
+        assert!(ready.readable() && ready.writable() && ready.read_closed);
     }
 
     fn push_all(run: &mut RunQueue, keys: &[Key]) {
@@ -223,9 +217,9 @@ mod tests {
 
     #[test]
     fn each_key_runs_once_a_batch_in_order() {
-        let mut slots = Slots::new();
-        let [a, b, c] = [(); 3].map(|()| slots.insert_with(|_| ()));
-        let mut run = RunQueue::new();
+        let mut slots = Slots::default();
+        let [a, b, c] = [(); 3].map(|()| insert(&mut slots));
+        let mut run = RunQueue::default();
         let mut batch = Vec::new();
         push_all(&mut run, &[c, a, c, a]);
         run.take_batch(&mut batch);
@@ -241,12 +235,12 @@ mod tests {
 
     #[test]
     fn a_stale_key_does_not_keep_its_successor_out() {
-        let mut slots = Slots::new();
-        let old = slots.insert_with(|_| ());
-        let mut run = RunQueue::new();
+        let mut slots = Slots::default();
+        let old = insert(&mut slots);
+        let mut run = RunQueue::default();
         run.push(old);
         slots.remove(old);
-        let new = slots.insert_with(|_| ());
+        let new = insert(&mut slots);
         push_all(&mut run, &[new, new]);
         let mut batch = Vec::new();
         run.take_batch(&mut batch);
@@ -257,9 +251,9 @@ mod tests {
 
     #[test]
     fn batches_reuse_their_memory() {
-        let mut slots = Slots::new();
-        let keys: Vec<Key> = (0..100).map(|_| slots.insert_with(|_| ())).collect();
-        let (mut run, mut batch) = (RunQueue::new(), Vec::new());
+        let mut slots = Slots::default();
+        let keys: Vec<Key> = (0..100).map(|_| insert(&mut slots)).collect();
+        let (mut run, mut batch) = (RunQueue::default(), Vec::new());
         for _ in 0..2 {
             push_all(&mut run, &keys);
             run.take_batch(&mut batch);

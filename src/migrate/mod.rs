@@ -55,8 +55,9 @@ const FLUSH_EVERY: u64 = 1 << 30;
 const FLUSHES_MAX: u32 = 3;
 /// The shortest time a pause may take before it is given up, in milliseconds.
 const PAUSE_LIMIT_MIN_MS: u64 = 1_000;
-/// The longest, in milliseconds: each pause given up doubles the limit, so that a slow destination is reached too.
-const PAUSE_LIMIT_MAX_MS: u64 = 60_000;
+/// The longest, in milliseconds, unless a longer target was asked for: each pause given up doubles the limit, so that a
+/// slow destination is reached too. Guests report errors of a disk that is silent for 30 s.
+const PAUSE_LIMIT_MAX_MS: u64 = 10_000;
 
 /// What the destination can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -286,7 +287,7 @@ impl Plan {
         matches!(self.phase, Phase::Quiescing | Phase::LastPass).then(|| {
             let least = self.max_pause_ms.saturating_mul(5).max(PAUSE_LIMIT_MIN_MS);
             let limit_ms = least.saturating_mul(1 << self.pauses_given_up.min(16));
-            self.paused_ms.saturating_add(limit_ms.min(PAUSE_LIMIT_MAX_MS.max(least)))
+            self.paused_ms.saturating_add(limit_ms.min(PAUSE_LIMIT_MAX_MS.max(self.max_pause_ms)))
         })
     }
 

@@ -145,13 +145,6 @@ pub enum Action {
     },
 }
 
-impl Action {
-    /// True when the export may hold other bytes afterwards.
-    pub fn changes_export(&self) -> bool {
-        matches!(self, Self::Write { .. } | Self::Zero { .. } | Self::Trim { .. })
-    }
-}
-
 /// A request that is answered with an error without asking the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Refusal {

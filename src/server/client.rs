@@ -1,7 +1,7 @@
 //! One NBD client: its socket, its session, its deadline.
 
 use super::effect::Effect;
-use super::listener::Purpose;
+use super::listener::Dialect;
 use super::reason::Reason;
 use super::shared::Shared;
 use super::stream::{Peer, Stream};
@@ -22,10 +22,12 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
 /// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
 const FAILED_LOG_MS: u64 = 10_000;
 
+/// How far ahead the wheel holds an entry of a client, in milliseconds.
+const ARM_MS: u64 = 1_000;
 /// How long a negotiation may take, in milliseconds.
 const HANDSHAKE_MS: u64 = 10_000;
-/// How long a sender may be connected before its first request, in milliseconds.
-const FIRST_REQUEST_MS: u64 = 60_000;
+/// How long a sender may be connected before its first write, in milliseconds.
+const FIRST_WRITE_MS: u64 = 60_000;
 
 /// A connected client.
 #[derive(Debug)]
@@ -45,11 +47,11 @@ pub struct Client {
 
 impl Client {
     /// A client that has just been accepted.
-    pub fn new(id: u64, stream: Stream, peer: Peer, purpose: Purpose, sh: &Shared) -> Self {
+    pub fn new(id: u64, stream: Stream, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
         let export = Export { size: sh.disk.size() };
-        let session = match purpose {
-            Purpose::Newstyle => ServerSession::newstyle(export, sh.now_ms),
-            Purpose::Oldstyle | Purpose::Control => ServerSession::oldstyle(export, sh.now_ms),
+        let session = match dialect {
+            Dialect::Newstyle => ServerSession::newstyle(export, sh.now_ms),
+            Dialect::Oldstyle => ServerSession::oldstyle(export, sh.now_ms),
         };
         let client = Self {
             id,
@@ -123,7 +125,8 @@ impl Client {
         while sh.disk.has_room() {
             match self.session.next_step(&mut sh.pool) {
                 Step::Request(request) => {
-                    if request.action.changes_export() && sh.limits_writes() {
+                    let changes = self.session.request(request.tag).is_some_and(RequestHead::changes_export);
+                    if changes && sh.limits_writes() {
                         held = true;
                         self.session.hold_writes(held);
                     }
@@ -234,6 +237,10 @@ impl Client {
 
     /// A wheel entry has fired: the true deadline is looked at.
     pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
+        if self.armed_ms > sh.now_ms {
+            // An entry that an earlier one has overtaken.
+            return Next::Idle;
+        }
         self.armed_ms = u64::MAX;
         if let Some((due_ms, reason)) = self.first_step_due(sh) {
             if due_ms <= sh.now_ms {
@@ -244,11 +251,12 @@ impl Client {
         let (Some(limit_ms), Some(oldest_ms)) = (sh.limits.killswitch_ms, self.session.oldest_ms()) else {
             return Next::Idle;
         };
-        let age_ms = sh.now_ms.saturating_sub(oldest_ms);
+        let since_ms = oldest_ms.max(sh.kept_waiting_ms);
+        let age_ms = sh.now_ms.saturating_sub(since_ms);
         if age_ms >= limit_ms {
             return Next::Close(Reason::Killswitch { age_ms });
         }
-        self.arm(oldest_ms.saturating_add(limit_ms), key, sh);
+        self.arm(since_ms.saturating_add(limit_ms), key, sh);
         Next::Idle
     }
 
@@ -259,20 +267,23 @@ impl Client {
         }
     }
 
-    /// When a client has to have come to its requests; a sender, to its first one: whoever only connects would keep
-    /// the real one out.
+    /// When a client has to have come to its requests; a sender, to its first write: whoever only connects or reads would
+    /// keep the real one out.
     fn first_step_due(&self, sh: &Shared) -> Option<(u64, Reason)> {
+        let since_ms = self.opened_ms.max(sh.kept_waiting_ms);
         if self.session.is_negotiating() {
-            Some((self.opened_ms.saturating_add(HANDSHAKE_MS), Reason::Handshake))
-        } else if sh.inbound.is_some() && !self.session.has_begun() {
-            Some((self.opened_ms.saturating_add(FIRST_REQUEST_MS), Reason::Silent))
+            Some((since_ms.saturating_add(HANDSHAKE_MS), Reason::Handshake))
+        } else if sh.inbound.is_some() && !self.session.has_written() {
+            Some((since_ms.saturating_add(FIRST_WRITE_MS), Reason::Silent))
         } else {
             None
         }
     }
 
-    /// The wheel holds an entry that is not later than the deadline; when it fires, the true one is looked at.
+    /// The wheel holds an entry that is not later than the deadline; when it fires, the true one is looked at. It is never
+    /// far away, so that what clients leave behind who come and go is soon gone.
     fn arm(&mut self, at_ms: u64, key: Key, sh: &mut Shared) {
+        let at_ms = at_ms.min(sh.now_ms.saturating_add(ARM_MS));
         if at_ms < self.armed_ms {
             sh.wheel.arm(at_ms, key);
             self.armed_ms = at_ms;

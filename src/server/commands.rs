@@ -12,7 +12,7 @@ use log::info;
 use std::net::SocketAddr;
 
 /// How long clients should be paused at most when nobody says otherwise, in milliseconds.
-const MAX_PAUSE_MS: u64 = 100;
+const DEFAULT_PAUSE_MS: u64 = 100;
 
 impl Server {
     /// Carries a command out for the control connection `from`. `None`: the answer comes later.
@@ -89,7 +89,7 @@ impl Server {
         let key = self.slots.try_insert_with(|key| {
             Mirror::start(settings, from, key, registry, sh).map(|mirror| Slot::Mirror(Box::new(mirror)))
         })?;
-        let max_pause_ms = wanted.max_pause_ms.unwrap_or(MAX_PAUSE_MS);
+        let max_pause_ms = wanted.max_pause_ms.unwrap_or(DEFAULT_PAUSE_MS);
         sh.plan = Some(Box::new(Plan::new(size, max_pause_ms, wanted.max_bytes_per_s, sh.now_ms)));
         self.mirror = Some(key);
         Ok(())

@@ -1,6 +1,6 @@
 //! What one slot asks of others. Slots never touch each other: they push an effect, and the turn applies it last.
 
-use super::listener::Purpose;
+use super::listener::Dialect;
 use super::stream::{Peer, Stream};
 use crate::command::{Answer, Command};
 use crate::event::slots::Key;
@@ -8,8 +8,8 @@ use crate::event::slots::Key;
 /// Something to do when every slot has had its turn.
 #[derive(Debug)]
 pub enum Effect {
-    /// A client was accepted, by a listener of this purpose.
-    Connected(Stream, Peer, Purpose),
+    /// A client was accepted, by a listener that speaks so.
+    Connected(Stream, Peer, Dialect),
     /// A control connection was accepted.
     ControlConnected(Stream),
     /// A control connection has sent a command and waits for the answer.

@@ -3,6 +3,7 @@
 use crate::bitmap::Covered;
 use crate::disk::Done;
 use crate::proto::wire::{kind, RequestHead};
+use std::io::{self, ErrorKind};
 
 /// An inbound migration that is awaited or under way.
 #[derive(Debug)]
@@ -27,11 +28,13 @@ impl Inbound {
     /// Notes what the disk has done for the sender. An error of the disk is one this process cannot repair; its text is
     /// why the process ends.
     pub fn note(&mut self, head: &RequestHead, done: &Done) -> Result<(), String> {
-        if let Err(error) = &done.result {
+        // Reads and hints lose nothing, and neither does a request that was only too slow to be done.
+        let lost = |error: &io::Error| done.touched.is_some() && error.kind() != ErrorKind::Unsupported;
+        if let Some(error) = done.result.as_ref().err().filter(|error| lost(error) || head.kind == kind::FLUSH) {
             return Err(format!("the image cannot take the migration: {head} failed: {error}"));
         }
         // A TRIM says nothing about what the bytes are now.
-        if let (Some(range), kind::WRITE | kind::WRITE_ZEROES) = (&done.touched, head.kind) {
+        if let (Ok(()), Some(range), kind::WRITE | kind::WRITE_ZEROES) = (&done.result, &done.touched, head.kind) {
             self.covered.note(range.start, range.end - range.start);
         }
         Ok(())

@@ -185,8 +185,11 @@ impl Link {
         Ok(())
     }
 
-    /// An error when the destination has closed or says something although nothing was asked.
-    pub fn check_open(&mut self) -> Result<(), Failure> {
+    /// An error when the destination has closed, or when something is on its way although nothing should be.
+    pub fn check_quiet(&mut self) -> Result<(), Failure> {
+        if !self.outbox.is_empty() || !self.input.is_empty() {
+            return Err(Failure::Broken("the destination answered what it cannot have read yet".into()));
+        }
         match self.stream.read(&mut [0]) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
             Err(error) => Err(Failure::Broken(format!("cannot receive: {error}"))),

@@ -37,12 +37,19 @@ const REFUSED_LOG_MS: u64 = 10_000;
 /// What connections of a listener are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// The block device, for clients that speak oldstyle.
-    Oldstyle,
-    /// The block device, for clients that negotiate.
-    Newstyle,
+    /// The block device.
+    Nbd(Dialect),
     /// Commands.
     Control,
+}
+
+/// How clients of a listener begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    /// They are told the size, and ask.
+    Oldstyle,
+    /// They negotiate first.
+    Newstyle,
 }
 
 #[derive(Debug)]
@@ -91,12 +98,12 @@ impl Drop for SocketFile {
 
 impl Listener {
     /// Listens for NBD clients. An address that this machine does not have yet is waited for; `None`: a signal has ended the wait.
-    pub fn nbd(addr: &Endpoint, purpose: Purpose, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
+    pub fn nbd(addr: &Endpoint, dialect: Dialect, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
         let socket = match addr {
             Endpoint::Tcp(addr) => bind_tcp(*addr, signals)?.map(Socket::Tcp),
             Endpoint::Unix(path) => Some(bind_unix(path, |path| net::UnixListener::bind(path))?),
         };
-        Ok(socket.map(|socket| Self::new(socket, purpose)))
+        Ok(socket.map(|socket| Self::new(socket, Purpose::Nbd(dialect))))
     }
 
     /// Listens for commands on a path that only this user may open.
@@ -130,6 +137,9 @@ impl Listener {
         if sh.now_ms < self.rests_until_ms {
             return Next::Idle;
         }
+        if sh.finishes_lost_sender() {
+            return Next::Again;
+        }
         for _ in 0..ACCEPTS_PER_TURN {
             if !self.ready.readable() || (self.purpose == Purpose::Control && sh.controls_full()) {
                 return Next::Idle;
@@ -159,11 +169,11 @@ impl Listener {
 
     /// Lets a connection in, or drops it, which closes it without a word.
     fn admit(&mut self, stream: Stream, peer: Peer, sh: &mut Shared) {
-        if self.purpose == Purpose::Control {
+        let Purpose::Nbd(dialect) = self.purpose else {
             sh.effects.push(Effect::ControlConnected(stream));
             sh.controls += 1;
             return;
-        }
+        };
         if !peer.ip().is_none_or(|ip| sh.acl.allows(ip)) {
             self.log_refused(sh, &format_args!("refused {peer}: the access control list does not allow it"));
         } else if sh.clients >= sh.clients_max() {
@@ -172,7 +182,7 @@ impl Listener {
         } else if let Err(error) = stream.set_options() {
             self.log_refused(sh, &format_args!("lost {peer} before it was served: {error}"));
         } else {
-            sh.effects.push(Effect::Connected(stream, peer, self.purpose));
+            sh.effects.push(Effect::Connected(stream, peer, dialect));
             sh.clients += 1;
         }
     }
@@ -237,13 +247,14 @@ fn bind_unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListen
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(fatal(&error)),
     }
+    // Nobody could connect to a path that does not fit an address.
+    net::SocketAddr::from_pathname(path).map_err(|error| fatal(&error))?;
     // A socket refuses connections until it listens. It gets its name only then, because the name says «ready».
-    let mut unready = path.as_os_str().to_owned();
-    unready.push(format!(".{}", std::process::id()));
-    let unready = Path::new(&unready);
-    let socket = bind(unready).map_err(|error| fatal(&error))?;
-    let mut file = SocketFile::new(unready).map_err(|error| fatal(&error))?;
-    fs::rename(unready, path).map_err(|error| fatal(&error))?;
+    // It has to fit where the real one does.
+    let unready = path.with_file_name(format!(".{:x}", std::process::id()));
+    let socket = bind(&unready).map_err(|error| fatal(&error))?;
+    let mut file = SocketFile::new(&unready).map_err(|error| fatal(&error))?;
+    fs::rename(&unready, path).map_err(|error| fatal(&error))?;
     path.clone_into(&mut file.path);
     socket.set_nonblocking(true).map_err(|error| fatal(&error))?;
     Ok(Socket::Unix(UnixListener::from_std(socket), file))

@@ -81,7 +81,6 @@ pub struct Mirror {
     /// Reads the disk has: their tags and ranges; without a range, of an attempt that is over.
     reads: Vec<(u32, Option<Range<u64>>)>,
     next_tag: u32,
-    unlinked: bool,
 }
 
 impl Mirror {
@@ -105,7 +104,6 @@ impl Mirror {
             armed_ms: u64::MAX,
             reads: Vec::new(),
             next_tag: 0,
-            unlinked: false,
         };
         mirror.connect(key, registry, sh).map_err(|error| Failure::Connect(error.to_string()).answer())?;
         Ok(mirror)
@@ -195,7 +193,11 @@ impl Mirror {
 
     /// A wheel entry has fired: something may be due.
     pub fn timeout(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
-        self.armed_ms = u64::MAX;
+        if self.armed_ms > sh.now_ms {
+            // An entry that an earlier one has overtaken.
+            return Next::Idle;
+        }
+        (self.armed_ms, self.wake_ms) = (u64::MAX, None);
         if plan.pause_ends_ms().is_some_and(|end_ms| end_ms <= sh.now_ms) {
             let paused_ms = sh.now_ms.saturating_sub(plan.paused_at_ms());
             warn!("{self}: the destination did not take the rest within {paused_ms} ms; clients go on");
@@ -231,7 +233,9 @@ impl Mirror {
 
     /// True when its connection comes from this address.
     pub fn is_at(&self, addr: SocketAddr) -> bool {
-        self.link.as_ref().and_then(|link| link.stream.local_addr()) == Some(addr)
+        // A listener of both families sees IPv4 addresses in their IPv6 form.
+        let canonical = |addr: SocketAddr| (addr.ip().to_canonical(), addr.port());
+        self.link.as_ref().and_then(|link| link.stream.local_addr()).map(canonical) == Some(canonical(addr))
     }
 
     /// True as long as it can be stopped, wherever it is.
@@ -377,7 +381,10 @@ impl Mirror {
             plan.quiesced();
         }
         for _ in 0..STEPS_PER_TURN {
-            let Some(link) = self.link.as_mut().filter(|_| sh.disk.has_room()) else { return Ok(Next::Idle) };
+            let Some(link) = &mut self.link else { return Ok(Next::Idle) };
+            if !sh.disk.has_room() {
+                return Ok(Next::Again);
+            }
             if link.held >= MAX_HELD {
                 return Ok(Next::Idle);
             }
@@ -431,23 +438,29 @@ impl Mirror {
     }
 
     /// Everything is at the destination and durable there. What happens here happens at once: the file goes, if asked,
-    /// and DISC says that the copy counts. From then on there is no way back.
+    /// and DISC says that the copy counts. From then on there is no way back; where the file goes, from that on.
     fn commit(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
         let Some(link) = &mut self.link else { return Ok(Next::Idle) };
-        link.check_open()?;
-        if self.settings.action == Action::Unlink && !self.unlinked {
-            sh.disk
-                .unlink()
-                .map_err(|error| Failure::Broken(format!("cannot unlink {}: {error}", sh.disk.path().display())))?;
-            self.unlinked = true;
+        link.check_quiet()?;
+        let unlinks = self.settings.action == Action::Unlink;
+        if unlinks {
+            let path = sh.disk.path().display();
+            sh.disk.unlink().map_err(|error| Failure::Broken(format!("cannot unlink {path}: {error}")))?;
         }
         let (disc, _) = link.session.request(kind::DISC, 0, 0, 0);
-        match link.stream.write(&disc) {
-            Ok(n) if n == disc.len() => {}
-            Ok(n) => return Err(Failure::Broken(format!("sent {n} of {} bytes of DISC", disc.len()))),
-            Err(error) => return Err(Failure::Broken(format!("cannot send DISC: {error}"))),
+        let sent = match link.stream.write(&disc) {
+            Ok(n) if n == disc.len() => Ok(()),
+            Ok(n) => Err(format!("sent {n} of {} bytes of DISC", disc.len())),
+            Err(error) => Err(format!("cannot send DISC: {error}")),
+        };
+        match sent {
+            Err(why) if !unlinks => return Err(Failure::Broken(why)),
+            Err(why) => warn!("{self}: {why}; it has everything, and the file here is gone, so that its copy counts"),
+            Ok(()) => {}
         }
-        link.stage = Stage::Leaving;
+        if let Some(link) = &mut self.link {
+            link.stage = Stage::Leaving;
+        }
         self.deadline_ms = sh.now_ms.saturating_add(LEAVING_MS);
         Ok(Next::Again)
     }
@@ -463,10 +476,8 @@ impl Mirror {
             warn!("{self}: not started: {why}");
             return Next::Close(Reason::NotStarted(why.answer().into()));
         }
-        if plan.pauses_clients() {
-            sh.effects.push(Effect::ResumeClients);
-        }
         plan.lost(sh.now_ms);
+        sh.effects.push(Effect::ResumeClients);
         self.retry(why, key, sh);
         Next::Idle
     }

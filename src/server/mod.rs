@@ -38,7 +38,7 @@ use client::Client;
 use control::Control;
 use effect::Effect;
 use inbound::Inbound;
-use listener::{Listener, Purpose};
+use listener::{Dialect, Listener};
 use log::{info, warn};
 use mio::{Events, Interest, Poll, Registry, Token};
 use mirror::Mirror;
@@ -141,6 +141,9 @@ impl Server {
             let next = self.slots.get_mut(key).map(|slot| slot.timeout(key, &mut self.shared));
             self.settle(key, next);
         }
+        if self.shared.pauses_clients() || self.shared.holds_writes() {
+            self.shared.kept_waiting_ms = self.shared.now_ms;
+        }
         if !self.shared.held.is_empty() && !self.shared.holds_writes() {
             self.shared.held.take_batch(batch);
             self.run.extend(batch.drain(..));
@@ -184,9 +187,22 @@ impl Server {
         Ok(if self.over { Flow::Stop } else { Flow::Continue })
     }
 
-    fn stopped_by_signal(&self) -> Result<Flow, Fatal> {
-        if self.shared.inbound.is_some() {
+    fn stopped_by_signal(&mut self) -> Result<Flow, Fatal> {
+        while self.leaving.is_some() {
+            // The sender has said that its copy counts here now: that has to become true first.
+            self.shared.disk.kick();
+            while let Some(done) = self.shared.disk.pop_done() {
+                self.finish_op(done)?;
+            }
+        }
+        let leaves = |slot: &Slot| matches!(slot, Slot::Mirror(mirror) if !mirror.may_stop());
+        if self.over {
+            Ok(Flow::Stop)
+        } else if self.shared.inbound.is_some() {
             Err(Fatal(NOT_MIGRATED.into()))
+        } else if self.mirror.and_then(|key| self.slots.get(key)).is_some_and(leaves) {
+            info!("the image has moved; not waiting for the destination to close");
+            Ok(Flow::Stop)
         } else if self.mirror.is_some() {
             Err(Fatal(
                 "stopped by a signal while a migration was running; the image here is the one that counts".into(),
@@ -306,7 +322,7 @@ impl Server {
 
     fn apply(&mut self, effect: Effect) -> Result<(), Fatal> {
         match effect {
-            Effect::Connected(stream, peer, purpose) => self.add_client(stream, peer, purpose),
+            Effect::Connected(stream, peer, dialect) => self.add_client(stream, peer, dialect),
             Effect::ControlConnected(stream) => self.add_control(stream),
             Effect::Command(key, command) => {
                 if let Some(answer) = self.execute(key, command) {
@@ -342,14 +358,19 @@ impl Server {
         id
     }
 
-    fn add_client(&mut self, stream: Stream, peer: Peer, purpose: Purpose) {
+    fn add_client(&mut self, stream: Stream, peer: Peer, dialect: Dialect) {
         if let Some(key) = self.mirror.filter(|&key| self.is_mirror_at(key, peer)) {
             // An image copied onto itself would never be done.
             self.shared.clients -= 1;
             let why = "Mirror was rejected: the destination is this server itself".into();
             return self.settle(key, Some(Next::Close(Reason::NotStarted(why))));
         }
-        let mut client = Box::new(Client::new(self.take_id(), stream, peer, purpose, &self.shared));
+        if !peer.ip().is_none_or(|ip| self.shared.acl.allows(ip)) {
+            // The list has changed in the turn in which it was accepted.
+            self.shared.clients -= 1;
+            return;
+        }
+        let mut client = Box::new(Client::new(self.take_id(), stream, peer, dialect, &self.shared));
         self.shared.inbound.iter_mut().for_each(Inbound::begin);
         let registry = self.poll.registry();
         let added = self.slots.try_insert_with(|key| -> io::Result<Slot> {

@@ -21,7 +21,7 @@ pub enum Reason {
     },
     /// A negotiation took too long.
     Handshake,
-    /// A sender connected and asked for nothing.
+    /// A sender connected and wrote nothing.
     Silent,
     /// The access control list has changed.
     AclChanged,
@@ -42,7 +42,7 @@ pub enum Reason {
 impl Reason {
     /// True when nobody did anything wrong.
     pub fn is_orderly(&self) -> bool {
-        matches!(self, Self::End(End::Disconnect | End::EndOfStream) | Self::AclChanged)
+        matches!(self, Self::End(End::Disconnect | End::Abort | End::EndOfStream) | Self::AclChanged)
     }
 }
 
@@ -50,6 +50,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::End(End::Disconnect) => f.write_str("peer sent DISC"),
+            Self::End(End::Abort) => f.write_str("peer ended the negotiation"),
             Self::End(End::EndOfStream) => f.write_str("peer hung up between requests"),
             Self::End(End::Violation(violation)) | Self::Violation(violation) => violation.fmt(f),
             Self::Socket(error) => error.fmt(f),
@@ -57,7 +58,7 @@ impl fmt::Display for Reason {
                 write!(f, "killswitch: a request was not done after {}.{:03} s", age_ms / 1000, age_ms % 1000)
             }
             Self::Handshake => f.write_str("the negotiation took too long"),
-            Self::Silent => f.write_str("it asked for nothing and kept other senders out"),
+            Self::Silent => f.write_str("it wrote nothing and kept other senders out"),
             Self::AclChanged => f.write_str("the access control list does not allow it any more"),
             Self::Deadline => f.write_str("it took too long"),
             Self::Answered => f.write_str("answered"),

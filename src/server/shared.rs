@@ -47,6 +47,8 @@ pub struct Shared {
     pub inbound: Option<Inbound>,
     /// Clients with a write that has to wait for the migration.
     pub held: RunQueue,
+    /// When clients last had to wait for the migration, in milliseconds: that time is not theirs.
+    pub kept_waiting_ms: u64,
     /// Clients that end badly are logged, but not as fast as they can come.
     pub bad_ends: Throttle,
     /// Clients connected or just accepted.
@@ -70,6 +72,11 @@ impl Shared {
         } else {
             self.limits.max_clients
         }
+    }
+
+    /// True while the disk still works for a sender that is gone: the next one must not write what that changes later.
+    pub fn finishes_lost_sender(&self) -> bool {
+        self.inbound.is_some() && self.clients == 0 && self.disk.in_flight() > 0
     }
 
     /// True while the migration is near its end and no request is taken.

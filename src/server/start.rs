@@ -2,7 +2,7 @@
 
 use super::config::{Config, Fatal, Role};
 use super::inbound::Inbound;
-use super::listener::{Listener, Purpose};
+use super::listener::{Dialect, Listener};
 use super::shared::{Limits, Shared, MAX_CONTROLS};
 use super::{Server, Slot};
 use crate::buffer::Pool;
@@ -48,11 +48,11 @@ impl Server {
             Ok(_) => {}
             Err(error) => warn!("cannot raise the limit of descriptors to {wanted}: {error}"),
         }
-        let oldstyle = std::iter::once((&config.listen, Purpose::Oldstyle));
-        let newstyle = config.newstyle.iter().map(|endpoint| (endpoint, Purpose::Newstyle));
+        let oldstyle = std::iter::once((&config.listen, Dialect::Oldstyle));
+        let newstyle = config.newstyle.iter().map(|endpoint| (endpoint, Dialect::Newstyle));
         let mut listeners = Vec::new();
-        for (endpoint, purpose) in oldstyle.chain(newstyle) {
-            let Some(listener) = Listener::nbd(endpoint, purpose, &signals)? else { return Ok(None) };
+        for (endpoint, dialect) in oldstyle.chain(newstyle) {
+            let Some(listener) = Listener::nbd(endpoint, dialect, &signals)? else { return Ok(None) };
             listeners.push(listener);
         }
         let addresses = listeners.iter().map(Listener::to_string).collect();
@@ -82,6 +82,7 @@ impl Server {
                 plan: None,
                 inbound,
                 held: RunQueue::default(),
+                kept_waiting_ms: 0,
                 bad_ends: Throttle::new(BAD_ENDS_LOG_MS, BAD_ENDS_LOGGED),
                 clients: 0,
                 controls: 0,

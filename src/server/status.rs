@@ -66,7 +66,7 @@ fn of_server(server: &Server) -> Facts {
     if let (Some(Slot::Mirror(mirror)), Some(plan)) = (server.mirror.and_then(|key| server.slots.get(key)), &sh.plan) {
         let progress = plan.progress();
         let duration_ms = sh.now_ms.saturating_sub(mirror.started_ms());
-        let seconds_left = data_left(server, plan, &progress).div_ceil(progress.bytes_per_s.max(1));
+        let seconds_left = data_left(server, plan, &progress).checked_div(progress.bytes_per_s).unwrap_or(0);
         put("migration_speed", Value::Number(progress.bytes_per_s));
         put("migration_duration", Value::Number(duration_ms / 1000));
         put("migration_seconds_left", Value::Number(seconds_left));
@@ -91,6 +91,7 @@ fn of_server(server: &Server) -> Facts {
     put("reads", Value::Number(tally.reads));
     put("writes", Value::Number(tally.writes));
     put("trims", Value::Number(tally.trims));
+    put("syncs", Value::Number(sh.disk.syncs()));
     put("flushes", Value::Number(tally.flushes));
     put("read_bytes", Value::Number(tally.read_bytes));
     put("written_bytes", Value::Number(tally.written_bytes));

@@ -44,6 +44,8 @@ const BLOCK: u64 = 4096;
 pub enum End {
     /// The client sent DISC.
     Disconnect,
+    /// The client ended the negotiation.
+    Abort,
     /// The client closed its side between two requests.
     EndOfStream,
     /// The client broke the protocol; it has been answered where that is owed.
@@ -323,9 +325,9 @@ impl ServerSession {
         }
     }
 
-    /// True once the peer has asked for something.
-    pub fn has_begun(&self) -> bool {
-        !self.pending.is_empty() || self.tally != Tally::default()
+    /// True once the peer has begun to change the export.
+    pub fn has_written(&self) -> bool {
+        self.tally.writes > 0 || self.pending.iter().any(|(_, pending)| pending.head.changes_export())
     }
 
     /// What it has done so far.
@@ -372,7 +374,7 @@ impl ServerSession {
                 self.inbox_ms.0 = self.inbox_ms.1;
                 match progress {
                     Progress::More => {}
-                    Progress::Leave => self.phase = Phase::Closing(End::Disconnect),
+                    Progress::Leave => self.phase = Phase::Closing(End::Abort),
                     Progress::Transmission(agreed) => {
                         self.style = Style::Newstyle(agreed);
                         self.phase = Phase::Request;
