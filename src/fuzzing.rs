@@ -14,7 +14,7 @@ use crate::command::{encode_command, parse_answer, Answer, Command, Reader};
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::error::{Errno, Violation};
 use crate::proto::outbox::PIECES;
-use crate::proto::request::{Action, Export};
+use crate::proto::request::{Action, Export, Extent};
 use crate::proto::session::{End, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
 use crate::proto::wire::{kind, Greeting, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
 use std::collections::BTreeSet;
@@ -159,8 +159,15 @@ fn content(offset: u64) -> u8 {
     (offset ^ (offset >> 8)).to_le_bytes()[0]
 }
 
-/// Does what a disk would, and returns the buffer.
-fn work(action: Action) -> Option<Buffer> {
+/// A piece of work that the disk has done and not reported.
+struct Held {
+    tag: u32,
+    found: Vec<Extent>,
+    buffer: Option<Buffer>,
+}
+
+/// Does what a disk would.
+fn work(tag: u32, action: Action) -> Held {
     let (offset, length, buffer) = match action {
         Action::Read { offset, length, mut buffer, .. } => {
             let bytes: Vec<u8> = (offset..).take(length).map(content).collect();
@@ -172,26 +179,25 @@ fn work(action: Action) -> Option<Buffer> {
         | Action::Trim { offset, length, .. }
         | Action::Cache { offset, length }
         | Action::Map { offset, length, .. } => (offset, length, None),
-        Action::Flush => return None,
+        Action::Flush => return Held { tag, found: Vec::new(), buffer: None },
     };
     assert!(length > 0 && offset.checked_add(length).is_some_and(|end| end <= EXPORT), "inside the export");
-    buffer
+    Held { tag, found: Vec::new(), buffer }
 }
 
-/// A conversation from the server's side: requests, cut up, against a disk that is slow and fails now and then.
-///
-/// # Panics
-/// When anything comes out that is no right answer to what was asked, when the disk is asked for what cannot be, and
-/// when the session holds too much, keeps memory for itself or gets stuck.
-pub fn session(data: &[u8]) {
-    let (mut choices, input) = Choices::split(data);
-    let cap = POOLS.get(choices.next() % POOLS.len()).copied().unwrap_or_default();
-    let mut oracle = Oracle::new(input, choices.next() % 2 == 0);
-    let stream = std::mem::take(&mut oracle.stream);
-    let mut input = stream.as_slice();
+/// Plays a peer that sends `stream` and takes what comes, and a disk, each when the choices say so. Returns how the
+/// session ended; it holds no memory then.
+fn converse(
+    mut session: ServerSession,
+    stream: &[u8],
+    choices: &mut Choices,
+    cap: usize,
+    work: impl Fn(u32, Action) -> Held,
+    mut receive: impl FnMut(&[u8]),
+) -> Result<End, Violation> {
+    let mut input = stream;
     let mut pool = Pool::new(cap);
-    let mut session = ServerSession::oldstyle(Export { size: EXPORT }, 0);
-    let mut disk: Vec<(u32, Option<Buffer>)> = Vec::new();
+    let mut disk: Vec<Held> = Vec::new();
     let mut hung_up = false;
     let mut now_ms = 0;
 
@@ -200,12 +206,14 @@ pub fn session(data: &[u8]) {
         let receives = matches!(step, Step::NeedBytes) && !hung_up;
         let goes_on = matches!(step, Step::Request(_) | Step::Refused(_));
         if let Step::Request(request) = step {
-            disk.push((request.tag, work(request.action)));
+            disk.push(work(request.tag, request.action));
         }
-        let tags: BTreeSet<u32> = disk.iter().map(|(tag, _)| *tag).collect();
+        let tags: BTreeSet<u32> = disk.iter().map(|held| held.tag).collect();
         assert!(tags.len() <= MAX_IN_FLIGHT, "too many in flight");
-        let held: usize = disk.iter().flat_map(|(_, buffer)| buffer).map(Buffer::capacity).sum();
+        let held: usize = disk.iter().flat_map(|held| &held.buffer).map(Buffer::capacity).sum();
         assert!(held <= MAX_HELD + SLICE && cap - pool.available() <= MAX_HELD + SLICE + INBOX, "too much held");
+        // A read that begins in a hole is answered in two pieces.
+        assert!(session.in_flight() <= 2 * MAX_IN_FLIGHT, "replies without a limit");
         assert!(session.oldest_ms().is_none_or(|oldest_ms| oldest_ms <= now_ms));
         if let Some(end) = session.finished() {
             break Ok(end);
@@ -246,14 +254,14 @@ pub fn session(data: &[u8]) {
                 let mut left = n;
                 for slice in slices.iter().take(pieces) {
                     let piece = slice.get(..left).unwrap_or(slice);
-                    oracle.receive(piece);
+                    receive(piece);
                     left -= piece.len();
                 }
                 session.sent(n, &mut pool);
             }
             _ => {
-                let (tag, buffer) = disk.swap_remove(choice / can.len() % disk.len());
-                let result = if choices.next() == 0xFF { Err(Errno::Io) } else { Ok(Vec::new()) };
+                let Held { tag, found, buffer } = disk.swap_remove(choice / can.len() % disk.len());
+                let result = if choices.next() == 0xFF { Err(Errno::Io) } else { Ok(found) };
                 if let Err(violation) = session.complete(tag, result, buffer, &mut pool) {
                     break Err(violation);
                 }
@@ -262,8 +270,23 @@ pub fn session(data: &[u8]) {
     };
 
     session.release(&mut pool);
-    disk.into_iter().filter_map(|(_, buffer)| buffer).for_each(|buffer| pool.give(buffer));
+    disk.into_iter().filter_map(|held| held.buffer).for_each(|buffer| pool.give(buffer));
     assert_eq!(pool.available(), cap, "all memory comes back");
+    end
+}
+
+/// A conversation from the server's side: requests, cut up, against a disk that is slow and fails now and then.
+///
+/// # Panics
+/// When anything comes out that is no right answer to what was asked, when the disk is asked for what cannot be, and
+/// when the session holds too much, keeps memory for itself or gets stuck.
+pub fn session(data: &[u8]) {
+    let (mut choices, input) = Choices::split(data);
+    let cap = POOLS.get(choices.next() % POOLS.len()).copied().unwrap_or_default();
+    let mut oracle = Oracle::new(input, choices.next() % 2 == 0);
+    let stream = std::mem::take(&mut oracle.stream);
+    let session = ServerSession::oldstyle(Export { size: EXPORT }, 0);
+    let end = converse(session, &stream, &mut choices, cap, work, |piece| oracle.receive(piece));
     if !matches!(end, Err(Violation::ReplyCutShort(_))) {
         assert_eq!(end, oracle.end);
     }

@@ -1,19 +1,16 @@
 //! PURE: the newstyle entry points of the fuzzers: haggling alone, and a whole session.
 
-use super::{Choices, ENOUGH, EXPORT, INBOX, POOLS};
-use crate::buffer::{Buffer, Pool, SLICE};
+use super::{converse, Choices, Held, ENOUGH, EXPORT, POOLS};
+use crate::buffer::SLICE;
 use crate::proto::error::{Errno, Violation};
 use crate::proto::handshake::{Haggle, Progress, OPTION_MAX};
-use crate::proto::outbox::PIECES;
 use crate::proto::request::{refuse, Action, Agreed, Export, Extent, Style};
-use crate::proto::session::{End, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
+use crate::proto::session::{End, ServerSession};
 use crate::proto::wire::{
     chunk, command, extent, kind, option, option_reply, Fields, RequestHead, CHUNK_LEN, IHAVEOPT,
     NEWSTYLE_GREETING_LEN, OPTION_HEAD_LEN, OPTION_REPLY_HEAD_LEN, OPTION_REPLY_MAGIC, REQUEST_LEN, REQUEST_MAGIC,
     SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
-use std::collections::BTreeSet;
-use std::io::IoSlice;
 
 /// The most that one option may make a server say, in bytes.
 const MOST_SAID: usize = 256;
@@ -366,13 +363,6 @@ fn extents(mut offset: u64, length: u64) -> Vec<Extent> {
     found
 }
 
-/// A piece of work the disk has done and not yet reported.
-struct Held {
-    tag: u32,
-    found: Vec<Extent>,
-    buffer: Option<Buffer>,
-}
-
 /// Does what a disk would.
 fn work(tag: u32, action: Action) -> Held {
     let mut held = Held { tag, found: Vec::new(), buffer: None };
@@ -418,84 +408,8 @@ pub fn newstyle_session(data: &[u8]) {
     let cap = POOLS.get(choices.next() % POOLS.len()).copied().unwrap_or_default();
     let mut oracle = Oracle::new(input, choices.next() % 2 == 0);
     let stream = std::mem::take(&mut oracle.stream);
-    let mut input = stream.as_slice();
-    let mut pool = Pool::new(cap);
-    let mut session = ServerSession::newstyle(Export { size: EXPORT }, 0);
-    let mut disk: Vec<Held> = Vec::new();
-    let mut hung_up = false;
-    let mut now_ms = 0;
-
-    let end = loop {
-        let step = session.next_step(&mut pool);
-        let receives = matches!(step, Step::NeedBytes) && !hung_up;
-        let goes_on = matches!(step, Step::Request(_) | Step::Refused(_));
-        if let Step::Request(request) = step {
-            disk.push(work(request.tag, request.action));
-        }
-        let tags: BTreeSet<u32> = disk.iter().map(|held| held.tag).collect();
-        assert!(tags.len() <= MAX_IN_FLIGHT, "too many in flight");
-        let held: usize = disk.iter().flat_map(|held| &held.buffer).map(Buffer::capacity).sum();
-        assert!(held <= MAX_HELD + SLICE && cap - pool.available() <= MAX_HELD + SLICE + INBOX, "too much held");
-        // A read that begins in a hole is answered in two pieces.
-        assert!(session.in_flight() <= 2 * MAX_IN_FLIGHT, "replies without a limit");
-        assert!(session.oldest_ms().is_none_or(|oldest_ms| oldest_ms <= now_ms));
-        if let Some(end) = session.finished() {
-            break Ok(end);
-        }
-        now_ms += 1;
-        let choice = choices.next();
-        let can = [goes_on, receives, session.wants_send(), !disk.is_empty()];
-        let act = (0..can.len()).map(|next| (choice + next) % can.len()).find(|&act| can.get(act) == Some(&true));
-        assert!(act.is_some(), "stuck");
-        match act {
-            Some(0) => {}
-            Some(1) if input.is_empty() => {
-                hung_up = true;
-                if let Err(violation) = session.end_of_stream() {
-                    break Err(violation);
-                }
-            }
-            Some(1) => {
-                let mut n = choices.piece(input.len());
-                let before = input.len();
-                for space in session.recv_space(&mut pool) {
-                    let (piece, rest) = input.split_at(n.min(space.len()));
-                    space.iter_mut().zip(piece).for_each(|(to, from)| *to = *from);
-                    n -= piece.len();
-                    input = rest;
-                }
-                assert!(input.len() < before, "it needs bytes and has no space");
-                session.received(before - input.len(), now_ms);
-                if choice >= 0x80 {
-                    session.park(&mut pool);
-                }
-            }
-            Some(2) => {
-                let mut slices = [IoSlice::new(&[]); PIECES];
-                let pieces = session.to_send(&mut slices);
-                let waiting = slices.iter().take(pieces).map(|slice| slice.len()).sum();
-                let n = choices.piece(waiting);
-                let mut left = n;
-                for slice in slices.iter().take(pieces) {
-                    let piece = slice.get(..left).unwrap_or(slice);
-                    oracle.receive(piece);
-                    left -= piece.len();
-                }
-                session.sent(n, &mut pool);
-            }
-            _ => {
-                let Held { tag, found, buffer } = disk.swap_remove(choice / can.len() % disk.len());
-                let result = if choices.next() == 0xFF { Err(Errno::Io) } else { Ok(found) };
-                if let Err(violation) = session.complete(tag, result, buffer, &mut pool) {
-                    break Err(violation);
-                }
-            }
-        }
-    };
-
-    session.release(&mut pool);
-    disk.into_iter().filter_map(|held| held.buffer).for_each(|buffer| pool.give(buffer));
-    assert_eq!(pool.available(), cap, "all memory comes back");
+    let session = ServerSession::newstyle(Export { size: EXPORT }, 0);
+    let end = converse(session, &stream, &mut choices, cap, work, |piece| oracle.receive(piece));
     if !matches!(end, Err(Violation::ReplyCutShort(_))) {
         assert_eq!(end, oracle.end);
     }

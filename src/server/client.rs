@@ -17,7 +17,7 @@ use crate::proto::session::{ServerSession, Step, Tally};
 use crate::proto::wire::RequestHead;
 use log::{info, warn};
 use std::fmt;
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 
 /// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
 const FAILED_LOG_MS: u64 = 10_000;
@@ -222,17 +222,9 @@ impl Client {
         let mut slices = [IoSlice::new(&[]); PIECES];
         let pieces = self.session.to_send(&mut slices);
         let slices = slices.get(..pieces).unwrap_or_default();
-        let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
-        match self.stream.write_vectored(slices) {
-            Ok(n) => {
-                if n < wanted {
-                    self.ready.clear_writable();
-                }
-                self.session.sent(n, &mut sh.pool);
-                Ok(())
-            }
-            Err(error) => self.ready.failed_write(error),
-        }
+        let sent = self.stream.send_once(slices, &mut self.ready)?;
+        self.session.sent(sent, &mut sh.pool);
+        Ok(())
     }
 
     /// A wheel entry has fired: the true deadline is looked at.

@@ -11,7 +11,7 @@ use crate::proto::outbox::{Outbox, PIECES};
 use crate::proto::wire::{kind, option_reply};
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read};
 use std::ops::Range;
 
 /// How much is received at once, in bytes: hundreds of replies.
@@ -155,17 +155,9 @@ impl Link {
         let mut slices = [IoSlice::new(&[]); PIECES];
         let pieces = self.outbox.slices(&mut slices);
         let slices = slices.get(..pieces).unwrap_or_default();
-        let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
-        match self.stream.write_vectored(slices) {
-            Ok(n) => {
-                if n < wanted {
-                    self.ready.clear_writable();
-                }
-                self.held -= self.outbox.sent(n, &mut sh.pool);
-                Ok(n)
-            }
-            Err(error) => self.ready.failed_write(error).map(|()| 0),
-        }
+        let sent = self.stream.send_once(slices, &mut self.ready)?;
+        self.held -= self.outbox.sent(sent, &mut sh.pool);
+        Ok(sent)
     }
 
     /// Takes a reply.

@@ -1,5 +1,6 @@
 //! A connected socket, TCP or UNIX, and who is at its other end.
 
+use crate::event::ready::Ready;
 use crate::sys;
 use mio::event::Source;
 use mio::net::{TcpStream, UnixStream};
@@ -24,6 +25,20 @@ impl Stream {
         match self {
             Self::Tcp(stream) => sys::set_tcp_options(stream.as_fd()),
             Self::Unix(_) => Ok(()),
+        }
+    }
+
+    /// Writes once, as much as the socket takes, and notes when it takes no more; says how much that was.
+    pub fn send_once(&mut self, slices: &[IoSlice<'_>], ready: &mut Ready) -> io::Result<usize> {
+        let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
+        match self.write_vectored(slices) {
+            Ok(n) => {
+                if n < wanted {
+                    ready.clear_writable();
+                }
+                Ok(n)
+            }
+            Err(error) => ready.failed_write(error).map(|()| 0),
         }
     }
 

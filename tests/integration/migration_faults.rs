@@ -268,7 +268,7 @@ fn a_server_is_no_destination_of_its_own() {
 #[test]
 fn a_listener_survives_a_read_that_fails() {
     let mut destination = listen(0).size(SIZE as u64).start();
-    let file = fs::File::options().write(true).open(&destination.image).unwrap();
+    let file = File::options().write(true).open(&destination.image).unwrap();
     file.set_len(1 << 20).unwrap();
     let mut client = destination.connect();
     assert_eq!(client.read(2 << 20, 4096), Err(5));
