@@ -161,7 +161,7 @@ impl Oracle {
                 return this;
             }
             Err(violation) => this.end = Ok(End::Violation(violation)),
-            Ok(Some(_)) => this.end = Ok(End::Disconnect),
+            Ok(Some(_)) => this.end = Ok(End::Abort),
             Ok(None) if !rest.is_empty() => this.end = Err(Violation::Truncated),
             Ok(None) => {}
         }
