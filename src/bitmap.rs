@@ -206,9 +206,10 @@ impl Covered {
         self.whole.set_bytes() == self.whole.size
     }
 
-    /// How many bytes lie in blocks that were noted as a whole.
-    pub fn whole_bytes(&self) -> u64 {
-        self.whole.set_bytes()
+    /// How many bytes have been noted and are remembered.
+    pub fn bytes(&self) -> u64 {
+        let pieces: u64 = self.pieces.iter().map(|(start, end)| end - start).sum();
+        self.whole.set_bytes() + pieces
     }
 
     /// Forgets everything.

@@ -33,8 +33,31 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     command.build();
     for page in command.get_subcommands().chain([&command]) {
-        // A page without a date is the same in every build; an empty date would let the source take its place.
-        Man::new(page.clone()).date(" ").source(concat!("flexnbd ", env!("CARGO_PKG_VERSION"))).generate_to(&assets)?;
+        let name = page.get_display_name().unwrap_or("flexnbd");
+        fs::write(assets.join(format!("{name}.1")), manual_page(page)?)?;
     }
     Ok(())
+}
+
+/// The manual page of a mode, or of all. The notes behind the options have lines of their own, which stay as they are.
+fn manual_page(command: &clap::Command) -> std::io::Result<Vec<u8>> {
+    let notes = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+    // A page without a date is the same in every build; an empty date would let the source take its place.
+    let man = Man::new(command.clone().after_help("")).date(" ").source(concat!("flexnbd ", env!("CARGO_PKG_VERSION")));
+    let mut page = Vec::new();
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    if command.has_subcommands() {
+        man.render_subcommands_section(&mut page)?;
+    }
+    page.extend(b".SH NOTES\n.nf\n");
+    for line in notes.lines() {
+        // A backslash and a point or quote at the beginning of a line mean something to the formatter.
+        page.extend(format!("\\&{}\n", line.replace('\\', "\\e").replace('-', "\\-")).bytes());
+    }
+    page.extend(b".fi\n");
+    Ok(page)
 }

@@ -352,7 +352,7 @@ fn connect_unix(path: &Path, limit: Duration) -> Result<UnixStream, Error> {
                 thread::sleep(BACKLOG_RETRY);
             }
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                return Err(failed(&"nobody listens there; the server is gone"));
+                return Err(failed(&"nobody listens there; is it the control socket of a running server?"));
             }
             Err(error) => return Err(failed(&error)),
         }

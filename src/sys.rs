@@ -25,7 +25,7 @@ const KEEPALIVE_INTERVAL_S: c_int = 10;
 const KEEPALIVE_PROBES: c_int = 3;
 
 /// The signals that stop the program.
-const STOP_SIGNALS: [c_int; 3] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+const STOP_SIGNALS: [c_int; 4] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGHUP];
 
 /// The errno of a call that says -1 for failure.
 fn check(result: c_int) -> io::Result<c_int> {
@@ -106,7 +106,7 @@ impl SignalFd {
             libc::sigemptyset(set.as_mut_ptr());
             set.assume_init()
         };
-        for signal in STOP_SIGNALS {
+        for signal in STOP_SIGNALS.into_iter().filter(|&signal| !is_ignored(signal)) {
             // SAFETY: `set` is initialised, `signal` is a valid number.
             check(unsafe { libc::sigaddset(&raw mut set, signal) })?;
         }
@@ -133,6 +133,16 @@ impl SignalFd {
     }
 }
 
+/// True for a signal that whoever started the process wants ignored, as `nohup` does with SIGHUP. Blocked, it would come
+/// all the same.
+fn is_ignored(signal: c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: no action is set, and `action` is valid for the old one, which is plain data.
+    let known = unsafe { libc::sigaction(signal, ptr::null(), action.as_mut_ptr()) } == 0;
+    // SAFETY: zeroed memory is a valid sigaction, and the call may have filled it.
+    known && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
+}
+
 impl AsFd for SignalFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
@@ -145,6 +155,7 @@ pub fn signal_name(signal: i32) -> &'static str {
         libc::SIGINT => "SIGINT",
         libc::SIGQUIT => "SIGQUIT",
         libc::SIGTERM => "SIGTERM",
+        libc::SIGHUP => "SIGHUP",
         _ => "a signal",
     }
 }
@@ -164,6 +175,18 @@ pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
 /// Makes a range of a file read as zeroes and keeps it allocated; its size stays. Errors as for [`punch_hole`].
 pub fn zero_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
     fallocate(file, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+}
+
+/// Locks a whole file until it is closed (`flock`): together with others, or alone, which also ends an own lock together
+/// with others. False: somebody else's lock is in the way.
+pub fn try_lock(file: &File, alone: bool) -> io::Result<bool> {
+    let operation = if alone { libc::LOCK_EX } else { libc::LOCK_SH } | libc::LOCK_NB;
+    // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.
+    match retry(|| check(unsafe { libc::flock(file.as_raw_fd(), operation) })) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Says that a range will be read soon (`POSIX_FADV_WILLNEED`).
@@ -344,7 +367,7 @@ mod tests {
             assert_eq!(signals.read().unwrap(), Some(signal));
         }
         assert_eq!(signals.read().unwrap(), None);
-        assert_eq!(STOP_SIGNALS.map(signal_name), ["SIGINT", "SIGQUIT", "SIGTERM"]);
+        assert_eq!(STOP_SIGNALS.map(signal_name), ["SIGINT", "SIGQUIT", "SIGTERM", "SIGHUP"]);
     }
 
     #[test]

@@ -211,7 +211,7 @@ pub struct ServeArgs {
     pub default_deny: bool,
     /// Disconnect a client whose request takes longer than SECONDS, from its
     /// first byte to the last byte of the reply. A decimal above 0, such as
-    /// 0.5; 120 if left out. Idle clients stay. [default: no limit]
+    /// 0.5, behind '='; 120 if left out. Idle clients stay. [default: none]
     #[arg(
         short,
         long = "killswitch",

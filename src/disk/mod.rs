@@ -17,6 +17,7 @@ mod sync;
 pub use sparse::Extent;
 
 use crate::buffer::Buffer;
+use crate::sys;
 use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
@@ -209,6 +210,15 @@ impl Disk {
         Ok(Self { image, path: path.to_owned(), tail, engine: sync::Engine::new(), in_flight: 0 })
     }
 
+    /// Says to other processes that the image is served, or (`alone`) that it is being overwritten as a whole. Both at
+    /// once are refused. A file system without locks has none.
+    pub fn lock(&self, alone: bool) -> Result<(), OpenError> {
+        match sys::try_lock(&self.image.file, alone) {
+            Ok(false) => Err(OpenError { path: self.path.clone(), problem: Problem::InUse { alone } }),
+            Ok(true) | Err(_) => Ok(()),
+        }
+    }
+
     /// The size of the image in bytes, a multiple of [`SECTOR`] and not zero.
     pub fn size(&self) -> u64 {
         self.image.size
@@ -332,6 +342,7 @@ enum Problem {
     NotReadable(io::Error),
     NotWritable(io::Error),
     TooSmall(u64),
+    InUse { alone: bool },
 }
 
 impl Problem {
@@ -352,6 +363,12 @@ impl fmt::Display for OpenError {
             Problem::Kind(kind) => write!(f, "it is {kind}; give a regular file or a block device"),
             Problem::NotReadable(error) => write!(f, "it cannot be read: {error}; let this user read and write it"),
             Problem::NotWritable(error) => write!(f, "it cannot be written: {error}; let this user write it"),
+            Problem::InUse { alone: true } => {
+                f.write_str("another server has it open, and a migration would overwrite it; give another file")
+            }
+            Problem::InUse { alone: false } => {
+                f.write_str("another server waits for a migration to overwrite it; stop that, or give another file")
+            }
             Problem::TooSmall(bytes) => {
                 write!(f, "its size is {bytes} bytes, less than one sector of {SECTOR}; make it larger")
             }

@@ -50,8 +50,13 @@ impl Inbound {
         self.then_serve
     }
 
+    /// True when the sender has written something.
+    pub fn has_begun(&self) -> bool {
+        self.covered.bytes() > 0
+    }
+
     /// How much of the image the sender has written, for people.
     pub fn describe(&self) -> String {
-        format!("{} of {} bytes were written", self.covered.whole_bytes(), self.size)
+        format!("{} of {} bytes were written", self.covered.bytes(), self.size)
     }
 }

@@ -19,6 +19,7 @@ use crate::command::{Action, Answer};
 use crate::disk::{self, Done};
 use crate::event::ready::Ready;
 use crate::event::slots::Key;
+use crate::logging::Throttle;
 use crate::migrate::{Abilities, Plan, Step, DATA_MAX};
 use crate::proto::client::Event;
 use crate::proto::wire::{kind, transmission, Greeting};
@@ -43,6 +44,9 @@ const LEAVING_MS: u64 = 10_000;
 const MAX_HELD: usize = 4 * SLICE;
 /// Pieces of the image looked at in one turn: clients come first.
 const STEPS_PER_TURN: usize = 64;
+/// How many failed attempts are logged, one by one, in so many milliseconds; more are counted.
+const FAILURES_LOGGED: u32 = 3;
+const FAILURES_LOG_MS: u64 = 30_000;
 /// The smallest image that can be migrated, in bytes; the manual says so.
 pub const SIZE_MIN: u64 = 4096;
 
@@ -81,6 +85,7 @@ pub struct Mirror {
     /// Reads the disk has: their tags and ranges; without a range, of an attempt that is over.
     reads: Vec<(u32, Option<Range<u64>>)>,
     next_tag: u32,
+    failures: Throttle,
 }
 
 impl Mirror {
@@ -104,6 +109,7 @@ impl Mirror {
             armed_ms: u64::MAX,
             reads: Vec::new(),
             next_tag: 0,
+            failures: Throttle::new(FAILURES_LOG_MS, FAILURES_LOGGED),
         };
         mirror.connect(key, registry, sh).map_err(|error| Failure::Connect(error.to_string()).answer())?;
         Ok(mirror)
@@ -483,7 +489,16 @@ impl Mirror {
     }
 
     fn retry(&mut self, why: &Failure, key: Key, sh: &mut Shared) {
-        warn!("{self}: attempt {} failed: {why}; clients go on, the next begins in {RETRY_MS} ms", self.attempts);
+        let attempts = self.attempts;
+        match self.failures.pass(sh.now_ms) {
+            None => {}
+            Some(0) => {
+                warn!("{self}: attempt {attempts} failed: {why}; clients go on, the next begins in {RETRY_MS} ms");
+            }
+            Some(before) => {
+                warn!("{self}: attempt {attempts} failed: {why} ({before} more failed since the last line)");
+            }
+        }
         self.last_error = Some(why.to_string());
         self.drop_link(sh);
         self.deadline_ms = sh.now_ms.saturating_add(RETRY_MS);

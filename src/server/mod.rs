@@ -300,7 +300,12 @@ impl Server {
                     return;
                 }
             }
-            warn!("{client}: this was no complete migration: {}; waiting for a sender", inbound.describe());
+            let what = format!("this was no complete migration: {}; waiting for a sender", inbound.describe());
+            if inbound.has_begun() {
+                warn!("{client}: {what}");
+            } else {
+                info!("{client}: {what}");
+            }
         }
         self.shared.clients -= 1;
     }
@@ -314,6 +319,8 @@ impl Server {
             info!("{client}: the migration is complete: {} bytes are here and durable", self.shared.disk.size());
         }
         if then_serve {
+            // Alone or together: to have less than before cannot fail.
+            let _ = self.shared.disk.lock(false);
             info!("serving {} on {}", self.shared.disk.path().display(), self.addresses.join(" and "));
         }
         self.over = !then_serve;

@@ -36,6 +36,7 @@ impl Server {
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;
+        disk.lock(config.role != Role::Serve).map_err(|error| Fatal(error.to_string()))?;
         if disk.tail() > 0 {
             let (size, tail) = (disk.size(), disk.tail());
             warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());

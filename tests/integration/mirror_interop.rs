@@ -66,9 +66,11 @@ fn source() -> Server {
 /// Migrates under a writing client, which is cut off at the end as all are; `more` are options of `mirror`.
 fn migrate(source: &mut Server, to: SocketAddr, more: &str) {
     let worker = Worker::start(source.address(), 1 << 20..5 << 20);
-    start_mirror(source, to, more);
+    // Slow at first, so that the client is seen to go on while the image is copied.
+    start_mirror(source, to, &format!("{more} --max-speed 1000000"));
     worker.expect_progress();
     worker.may_end();
+    assert_eq!(tell("mirror-speed", source, "--max-speed 0").0, Some(0));
     let status = source.process.wait(SOON);
     assert_eq!(status.code(), Some(0), "{}", source.log());
     drop(worker.join());

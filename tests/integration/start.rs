@@ -395,3 +395,21 @@ fn out_of_descriptors_accepting_pauses_and_resumes() {
     }
     server.expect_healthy();
 }
+
+/// A listener overwrites its file, so it does not take one that is served, nor the other way round; two servers may
+/// share one.
+#[test]
+fn what_is_served_is_not_overwritten() {
+    let server = Server::serve().size(1 << 20).start();
+    let image = server.image.to_str().unwrap();
+    let listen = run(&["listen", "--addr", "127.0.0.1", "--port", "0", "--file", image], b"");
+    assert_eq!(listen.code, Some(1));
+    assert!(listen.stderr.contains("another server has it open"), "{}", listen.stderr);
+    let _second = Server::serve().file(server.image.clone()).start();
+
+    let destination = crate::peers::listen(0).size(1 << 20).start();
+    let image = destination.image.to_str().unwrap();
+    let serve = run(&["serve", "--addr", "127.0.0.1", "--port", "0", "--file", image], b"");
+    assert_eq!(serve.code, Some(1));
+    assert!(serve.stderr.contains("waits for a migration"), "{}", serve.stderr);
+}
