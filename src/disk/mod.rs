@@ -246,14 +246,19 @@ impl Disk {
         self.image.is_device
     }
 
-    /// Removes the name of the file, not of a link to it; what is open stays. An error when the path names another file
-    /// by now.
-    pub fn unlink(&self) -> io::Result<()> {
+    /// The name of the file, not of a link to it. An error when the path names another file by now.
+    pub fn named_path(&self) -> io::Result<PathBuf> {
         let path = fs::canonicalize(&self.path)?;
         let (named, open) = (fs::symlink_metadata(&path)?, self.image.file.metadata()?);
         if (named.dev(), named.ino()) != (open.dev(), open.ino()) {
             return Err(io::Error::other("the path names another file by now"));
         }
+        Ok(path)
+    }
+
+    /// Removes the name of the file; what is open stays.
+    pub fn unlink(&self) -> io::Result<()> {
+        let path = self.named_path()?;
         fs::remove_file(&path)?;
         // Or else a power failure could bring the name back, when it counts that it is gone. It is gone already, so
         // this cannot fail the operation any more.

@@ -22,6 +22,9 @@ use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
 /// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
 const FAILED_LOG_MS: u64 = 10_000;
 
+/// How long a sender may be silent after that, in milliseconds. A migration at a few bytes per second says less often
+/// that it goes on, but anybody else has gone.
+const NEXT_WRITE_MS: u64 = 600_000;
 /// How far ahead the wheel holds an entry of a client, in milliseconds.
 const ARM_MS: u64 = 1_000;
 /// How long a negotiation may take, in milliseconds.
@@ -259,14 +262,16 @@ impl Client {
         }
     }
 
-    /// When a client has to have come to its requests; a sender, to its first write: whoever only connects or reads would
-    /// keep the real one out.
+    /// When a client has to have come to its requests; a sender, to its first write, and then to its next: whoever only
+    /// connects, or stops, would keep the real one out.
     fn first_step_due(&self, sh: &Shared) -> Option<(u64, Reason)> {
         let since_ms = self.opened_ms.max(sh.kept_waiting_ms);
         if self.session.is_negotiating() {
             Some((since_ms.saturating_add(HANDSHAKE_MS), Reason::Handshake))
         } else if sh.inbound.is_some() && !self.session.has_written() {
             Some((since_ms.saturating_add(FIRST_WRITE_MS), Reason::Silent))
+        } else if sh.inbound.is_some() {
+            Some((self.session.received_ms().saturating_add(NEXT_WRITE_MS), Reason::Silent))
         } else {
             None
         }

@@ -2,6 +2,7 @@
 
 use super::mirror::{self, Mirror};
 use super::reason::Reason;
+use super::shared::MAX_CONTROLS;
 use super::status;
 use super::{Next, Server, Slot};
 use crate::acl::{parse_ip, Entry};
@@ -13,6 +14,9 @@ use std::net::SocketAddr;
 
 /// How long clients should be paused at most when nobody says otherwise, in milliseconds.
 const DEFAULT_PAUSE_MS: u64 = 100;
+
+/// Control connections that may wait for a migration: half of all, so that there is always one for `break`.
+const MAX_WAITERS: usize = MAX_CONTROLS / 2;
 
 impl Server {
     /// Carries a command out for the control connection `from`. `None`: the answer comes later.
@@ -26,6 +30,7 @@ impl Server {
             },
             Command::MirrorMaxBps(limit) => self.limit_mirror(limit),
             Command::Break => self.break_mirror(),
+            Command::Wait if self.waiters.len() >= MAX_WAITERS => Err(Answer::failed("too many wait already")),
             Command::Wait => {
                 self.waiters.push(from);
                 return None;
@@ -77,6 +82,9 @@ impl Server {
         }
         if wanted.action == Action::Unlink && sh.disk.is_device() {
             return Err("not unlinking: this is a block device".into());
+        }
+        if wanted.action == Action::Unlink {
+            sh.disk.named_path().map_err(|error| format!("not unlinking: {}: {error}", sh.disk.path().display()))?;
         }
         let settings = mirror::Settings {
             to: SocketAddr::new(ip, wanted.port),
@@ -132,7 +140,7 @@ impl Server {
                 took_ms / 1000,
                 took_ms % 1000
             );
-            self.over = mirror.action() != Action::Nothing;
+            self.shared.over = mirror.action() != Action::Nothing;
             Answer::ok("migrated")
         } else {
             info!("{mirror}: ended: {reason}");
@@ -143,7 +151,7 @@ impl Server {
                 self.answer(waiter, &answer);
             }
         }
-        if !self.over {
+        if !self.shared.over {
             self.resume_clients();
         }
     }

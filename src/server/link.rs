@@ -37,6 +37,8 @@ pub enum Failure {
     ReadOnly,
     /// The destination closed the connection; what that means, as [`ClientSession::explain_end`] says it.
     Closed(&'static str),
+    /// The destination is this server.
+    Itself,
     /// Anything else, in words.
     Broken(String),
 }
@@ -51,6 +53,7 @@ impl Failure {
             Self::NoExport(_) => "Remote export does not exist",
             Self::ReadOnly => "Remote export is read-only",
             Self::Closed(_) | Self::Broken(_) => "Mirror was rejected",
+            Self::Itself => "Mirror was rejected: the destination is this server itself",
         }
     }
 }
@@ -73,6 +76,7 @@ impl fmt::Display for Failure {
             Self::NoExport(why) => write!(f, "the destination: {why}"),
             Self::ReadOnly => f.write_str("the export at the destination is read-only"),
             Self::Closed(why) => write!(f, "the destination {why}"),
+            Self::Itself => f.write_str("the destination is this server itself"),
             Self::Broken(why) => f.write_str(why),
         }
     }
@@ -131,6 +135,12 @@ impl Link {
         if !output.is_empty() {
             self.outbox.push_text(output, now_ms);
         }
+    }
+
+    /// True when something that moves says that the destination is alive. A FLUSH that everything else has overtaken is
+    /// waited for by itself.
+    pub fn counts_progress(&self) -> bool {
+        !matches!(self.asked.front(), Some((_, Asked::Flush)))
     }
 
     /// Queues a request without a payload.

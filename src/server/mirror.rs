@@ -187,8 +187,8 @@ impl Mirror {
         }
         match link.send(sh) {
             Ok(0) => Next::Idle,
-            // To take an option does not make a greeting later.
-            Ok(_) if link.stage == Stage::Greeting => Next::Again,
+            // To take an option does not make a greeting later, nor does to take more data the answer to a FLUSH.
+            Ok(_) if link.stage == Stage::Greeting || !link.counts_progress() => Next::Again,
             Ok(_) => {
                 self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
                 Next::Again
@@ -237,11 +237,16 @@ impl Mirror {
         next
     }
 
-    /// True when its connection comes from this address.
-    pub fn is_at(&self, addr: SocketAddr) -> bool {
-        // A listener of both families sees IPv4 addresses in their IPv6 form.
-        let canonical = |addr: SocketAddr| (addr.ip().to_canonical(), addr.port());
-        self.link.as_ref().and_then(|link| link.stream.local_addr()).map(canonical) == Some(canonical(addr))
+    /// True when `stream` is the other end of its own connection: both addresses are the same, the other way round.
+    pub fn is_other_end(&self, stream: &Stream) -> bool {
+        let ends = |stream: &Stream| stream.local_addr().zip(stream.peer_addr());
+        let own = self.link.as_ref().and_then(|link| ends(&link.stream));
+        own.is_some() && own == ends(stream).map(|(local, peer)| (peer, local))
+    }
+
+    /// An image copied onto itself would never be done.
+    pub fn met_itself(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+        self.failed(&Failure::Itself, key, plan, sh)
     }
 
     /// True as long as it can be stopped, wherever it is.
@@ -321,9 +326,9 @@ impl Mirror {
             },
         }
         self.deadline_ms = match link.stage {
-            Stage::Copying => sh.now_ms.saturating_add(self.settings.request_limit_ms),
+            Stage::Copying if link.counts_progress() => sh.now_ms.saturating_add(self.settings.request_limit_ms),
             // One byte at a time does not make a greeting or an end later.
-            Stage::Connecting | Stage::Greeting | Stage::Leaving => self.deadline_ms,
+            Stage::Connecting | Stage::Greeting | Stage::Copying | Stage::Leaving => self.deadline_ms,
         };
         loop {
             let Some(link) = &mut self.link else { return Ok(Next::Idle) };
@@ -425,7 +430,10 @@ impl Mirror {
                             plan.note_extent(extent.range, extent.is_hole);
                         }
                         Step::Zero(range) => link.send_request(kind::WRITE_ZEROES, Asked::Range(range), sh.now_ms),
-                        Step::Flush => link.send_request(kind::FLUSH, Asked::Flush, sh.now_ms),
+                        Step::Flush => {
+                            self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+                            link.send_request(kind::FLUSH, Asked::Flush, sh.now_ms);
+                        }
                         Step::Quiesce => {
                             info!("{self}: {} bytes left; pausing clients", plan.progress().left_bytes);
                             return Ok(Next::Again);

@@ -98,8 +98,6 @@ struct Server {
     waiters: Vec<Key>,
     /// A sender that has sent everything and waits for it to be durable.
     leaving: Option<Box<Client>>,
-    /// The work is done: the program ends after this turn.
-    over: bool,
     /// Where clients connect: the oldstyle address, then those that negotiate.
     addresses: Vec<String>,
     /// Numbers connections in the order in which they came.
@@ -184,7 +182,7 @@ impl Server {
         // Nothing is lost of what was pushed meanwhile.
         effects.append(&mut self.shared.effects);
         self.shared.effects = effects;
-        Ok(if self.over { Flow::Stop } else { Flow::Continue })
+        Ok(if self.shared.over { Flow::Stop } else { Flow::Continue })
     }
 
     fn stopped_by_signal(&mut self) -> Result<Flow, Fatal> {
@@ -196,7 +194,7 @@ impl Server {
             }
         }
         let leaves = |slot: &Slot| matches!(slot, Slot::Mirror(mirror) if !mirror.may_stop());
-        if self.over {
+        if self.shared.over {
             Ok(Flow::Stop)
         } else if self.shared.inbound.is_some() {
             Err(Fatal(NOT_MIGRATED.into()))
@@ -323,7 +321,7 @@ impl Server {
             let _ = self.shared.disk.lock(false);
             info!("serving {} on {}", self.shared.disk.path().display(), self.addresses.join(" and "));
         }
-        self.over = !then_serve;
+        self.shared.over = !then_serve;
         Ok(())
     }
 
@@ -366,11 +364,12 @@ impl Server {
     }
 
     fn add_client(&mut self, stream: Stream, peer: Peer, dialect: Dialect) {
-        if let Some(key) = self.mirror.filter(|&key| self.is_mirror_at(key, peer)) {
-            // An image copied onto itself would never be done.
-            self.shared.clients -= 1;
-            let why = "Mirror was rejected: the destination is this server itself".into();
-            return self.settle(key, Some(Next::Close(Reason::NotStarted(why))));
+        if let Some((key, Slot::Mirror(mirror))) = self.mirror.and_then(|key| Some((key, self.slots.get_mut(key)?))) {
+            if mirror.is_other_end(&stream) {
+                self.shared.clients -= 1;
+                let next = self.shared.with_plan(|plan, sh| mirror.met_itself(key, plan, sh));
+                return self.settle(key, Some(next));
+            }
         }
         if !peer.ip().is_none_or(|ip| self.shared.acl.allows(ip)) {
             // The list has changed in the turn in which it was accepted.
@@ -389,11 +388,6 @@ impl Server {
             warn!("lost {peer} before it was served: {error}");
             self.shared.clients -= 1;
         }
-    }
-
-    /// True when `peer` is the near end of the migration's own connection.
-    fn is_mirror_at(&self, key: Key, peer: Peer) -> bool {
-        matches!((self.slots.get(key), peer), (Some(Slot::Mirror(mirror)), Peer::Net(addr)) if mirror.is_at(addr))
     }
 
     fn add_control(&mut self, stream: Stream) {

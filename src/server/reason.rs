@@ -21,7 +21,7 @@ pub enum Reason {
     },
     /// A negotiation took too long.
     Handshake,
-    /// A sender connected and wrote nothing.
+    /// A sender wrote nothing for too long.
     Silent,
     /// The access control list has changed.
     AclChanged,
@@ -58,7 +58,7 @@ impl fmt::Display for Reason {
                 write!(f, "killswitch: a request was not done after {}.{:03} s", age_ms / 1000, age_ms % 1000)
             }
             Self::Handshake => f.write_str("the negotiation took too long"),
-            Self::Silent => f.write_str("it wrote nothing and kept other senders out"),
+            Self::Silent => f.write_str("it was silent and kept other senders out"),
             Self::AclChanged => f.write_str("the access control list does not allow it any more"),
             Self::Deadline => f.write_str("it took too long"),
             Self::Answered => f.write_str("answered"),

@@ -47,6 +47,8 @@ pub struct Shared {
     pub inbound: Option<Inbound>,
     /// Clients with a write that has to wait for the migration.
     pub held: RunQueue,
+    /// The work is done: the program ends after this turn, and nobody is served any more.
+    pub over: bool,
     /// When clients last had to wait for the migration, in milliseconds: that time is not theirs.
     pub kept_waiting_ms: u64,
     /// Clients that end badly are logged, but not as fast as they can come.
@@ -79,9 +81,9 @@ impl Shared {
         self.inbound.is_some() && self.clients == 0 && self.disk.in_flight() > 0
     }
 
-    /// True while the migration is near its end and no request is taken.
+    /// True while the migration is near its end, or past it, and no request is taken: what were done now would be lost.
     pub fn pauses_clients(&self) -> bool {
-        self.plan.as_ref().is_some_and(|plan| plan.pauses_clients())
+        self.over || self.plan.as_ref().is_some_and(|plan| plan.pauses_clients())
     }
 
     /// The time until which writes have to wait for the migration, if they have to.

@@ -83,6 +83,7 @@ impl Server {
                 plan: None,
                 inbound,
                 held: RunQueue::default(),
+                over: false,
                 kept_waiting_ms: 0,
                 bad_ends: Throttle::new(BAD_ENDS_LOG_MS, BAD_ENDS_LOGGED),
                 clients: 0,
@@ -93,7 +94,6 @@ impl Server {
             mirror: None,
             waiters: Vec::new(),
             leaving: None,
-            over: false,
             addresses,
             next_id: 1,
         };

@@ -45,7 +45,15 @@ impl Stream {
     /// Where the near end of a TCP connection is.
     pub fn local_addr(&self) -> Option<SocketAddr> {
         match self {
-            Self::Tcp(stream) => stream.local_addr().ok(),
+            Self::Tcp(stream) => stream.local_addr().ok().map(canonical),
+            Self::Unix(_) => None,
+        }
+    }
+
+    /// Where the far end of a TCP connection is.
+    pub fn peer_addr(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tcp(stream) => stream.peer_addr().ok().map(canonical),
             Self::Unix(_) => None,
         }
     }
@@ -141,8 +149,13 @@ impl Peer {
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Net(address) => SocketAddr::new(address.ip().to_canonical(), address.port()).fmt(f),
+            Self::Net(address) => canonical(*address).fmt(f),
             Self::Local => f.write_str("local"),
         }
     }
+}
+
+/// A listener of both families sees IPv4 addresses in their IPv6 form; this is the usual one.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }

@@ -6,10 +6,15 @@ use crate::peers::{
     wait_for_status, At, Fault, Script, Worker,
 };
 use crate::sparse::Mount;
-use crate::util::{kind, pattern, request, wait_for, Builder, Client, Server, SOON};
+use crate::util::{
+    greeting, kind, not_tested, pattern, reply, request, run_command, wait_for, Builder, Client, Server, SOON,
+};
 use std::fs::{self, File};
-use std::net::Shutdown;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener};
+use std::process::Command;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
@@ -262,6 +267,91 @@ fn a_server_is_no_destination_of_its_own() {
         assert_eq!(source.status().get("is_mirroring"), "false");
         assert_eq!(source.status().number("writes"), 0);
     }
+}
+
+/// A destination that takes everything, tells when DISC has come and from where, and closes when it is told to.
+struct Patient {
+    address: SocketAddr,
+    disc: mpsc::Receiver<SocketAddr>,
+    close: mpsc::Sender<()>,
+}
+
+impl Patient {
+    fn start(size: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (disc_came, disc) = mpsc::channel();
+        let (close, closed) = mpsc::channel();
+        thread::spawn(move || -> io::Result<()> {
+            let (mut stream, peer) = listener.accept()?;
+            stream.write_all(&greeting(size, 1 | 4 | 8 | 32 | 64))?;
+            loop {
+                let mut head = [0; 28];
+                stream.read_exact(&mut head)?;
+                let length = u32::from_be_bytes(head[24..].try_into().unwrap());
+                match head[7] {
+                    1 => stream.read_exact(&mut vec![0; length as usize])?,
+                    2 => break,
+                    _ => {}
+                }
+                stream.write_all(&reply(0, u64::from_be_bytes(head[8..16].try_into().unwrap())))?;
+            }
+            disc_came.send(peer).unwrap();
+            let _ = closed.recv_timeout(SOON);
+            Ok(())
+        });
+        Self { address, disc, close }
+    }
+}
+
+/// Whatever falls into the moment in which the destination closes: what is answered is at the destination.
+#[test]
+fn nothing_is_answered_after_the_end() {
+    let mut source = Server::serve().content(&pattern(1, SIZE)).start();
+    let mut client = source.connect();
+    let destination = Patient::start(SIZE as u64);
+    start_mirror(&source, destination.address, "");
+    destination.disc.recv_timeout(SOON).unwrap();
+    wait_for_status(&source, "migration_phase", "finishing");
+    // Stopped, the source finds the end of the stream and the request in one turn.
+    source.process.signal("STOP");
+    destination.close.send(()).unwrap();
+    client.send_request(kind::WRITE, 1, 7, 0, 4096, &[0x5a; 4096]);
+    thread::sleep(Duration::from_millis(100)); // Both have to have arrived, which nobody can see from outside.
+    source.process.signal("CONT");
+    assert_eq!(source.process.wait(SOON).code(), Some(0));
+    assert!(client.stream.read_exact(&mut [0; 16]).is_err(), "a write was answered that is nowhere");
+    assert!(fs::read(&source.image).unwrap() == pattern(1, SIZE), "a write was done after the end");
+}
+
+/// A client may have the address of the migration's own connection, because that goes elsewhere.
+#[test]
+fn a_client_from_the_same_address_is_a_client() {
+    let mut source = Server::serve().content(&pattern(1, SIZE)).start();
+    let destination = Patient::start(SIZE as u64);
+    start_mirror(&source, destination.address, "");
+    let own = destination.disc.recv_timeout(SOON).unwrap();
+    // IP_LOCAL_PORT_RANGE chooses a port without binding to it, which would be refused.
+    let script = format!(
+        "import socket, sys\ns = socket.socket()\n\
+         try: s.setsockopt(0, 51, ({0} << 16 | {0}).to_bytes(4, sys.byteorder))\nexcept OSError: sys.exit(77)\n\
+         s.connect(('127.0.0.1', {1}))\nprint(s.getsockname()[1], len(s.recv(152, socket.MSG_WAITALL)))",
+        own.port(),
+        source.port()
+    );
+    let connected = run_command(Command::new("/usr/bin/python3").args(["-c", &script]), &[]);
+    if connected.code == Some(77) {
+        return not_tested("clients from the address of a migration: Linux before 6.3 cannot choose a port so");
+    }
+    assert_eq!(
+        String::from_utf8_lossy(&connected.stdout).trim(),
+        format!("{} 152", own.port()),
+        "{}",
+        connected.stderr
+    );
+    assert_eq!(source.status().get("migration_phase"), "finishing");
+    destination.close.send(()).unwrap();
+    assert_eq!(source.process.wait(SOON).code(), Some(0), "{}", source.log());
 }
 
 /// Only what was to be written and is lost ends a listener.

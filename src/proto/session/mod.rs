@@ -325,6 +325,11 @@ impl ServerSession {
         }
     }
 
+    /// When the peer was last heard of, in milliseconds of whoever says what time it is.
+    pub fn received_ms(&self) -> u64 {
+        self.inbox_ms.1
+    }
+
     /// True once the peer has begun to change the export.
     pub fn has_written(&self) -> bool {
         self.tally.writes > 0 || self.pending.iter().any(|(_, pending)| pending.head.changes_export())
