@@ -97,16 +97,6 @@ impl<T> Slots<T> {
         self.slab.try_remove(key.index()).map(|slot| slot.value)
     }
 
-    /// How many values there are.
-    pub fn len(&self) -> usize {
-        self.slab.len()
-    }
-
-    /// True when there is no value.
-    pub fn is_empty(&self) -> bool {
-        self.slab.is_empty()
-    }
-
     /// All values with their keys, in the order of their indices.
     pub fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
         self.slab.iter().map(|(index, slot)| (key_at(index, slot.generation), &slot.value))
@@ -149,7 +139,7 @@ mod tests {
         assert_eq!(slots.get(old), None);
         assert_eq!(slots.get_mut(old), None);
         assert_eq!(slots.remove(old), None);
-        assert_eq!((slots.get(new), slots.len()), (Some(&"new"), 1));
+        assert_eq!((slots.get(new), slots.iter().count()), (Some(&"new"), 1));
     }
 
     #[test]
@@ -157,7 +147,7 @@ mod tests {
         let mut slots = Slots::<u8>::default();
         let mut seen = None;
         assert_eq!(slots.try_insert_with(|key| Err::<u8, _>(seen.insert(key).index())), Err(0));
-        assert!(slots.is_empty());
+        assert_eq!(slots.iter().count(), 0);
         let key = insert(&mut slots, |_| 7);
         assert_ne!(Some(key), seen);
     }

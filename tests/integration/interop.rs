@@ -11,7 +11,7 @@ const MIB: usize = 1 << 20;
 
 /// Runs a client that must succeed, in a directory it may leave files in.
 #[track_caller]
-fn client(dir: &TempDir, program: &str, args: &[&str]) -> String {
+pub fn client(dir: &TempDir, program: &str, args: &[&str]) -> String {
     let mut command = Command::new(program);
     // nbdsh runs the first python3 of the path, and only Debian's has its module.
     command.args(args).current_dir(dir.join("")).env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");

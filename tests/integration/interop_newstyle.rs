@@ -1,28 +1,13 @@
 //! Clients that others wrote, from Debian's packages, speaking newstyle to ours. `make tools` installs them.
 
+use crate::interop::client;
 use crate::newstyle::{address, serve, serve_content, uri, PORT};
-use crate::util::{allocated, pattern, run_within, Output, Server, TempDir};
+use crate::util::{allocated, pattern, Server};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
 
-/// How long one run of a client may take; only a hang takes that long.
-const DEADLINE: Duration = Duration::from_secs(120);
 const MIB: usize = 1 << 20;
-
-/// Runs a client that must succeed, in a directory it may leave files in.
-#[track_caller]
-fn client(dir: &TempDir, program: &str, args: &[&str]) -> String {
-    let mut command = Command::new(program);
-    // nbdsh runs the first python3 of the path, and only Debian's has its module.
-    command.args(args).current_dir(dir.join("")).env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
-    let Output { code, stdout, stderr } = run_within(&mut command, &[], DEADLINE);
-    let stdout = String::from_utf8_lossy(&stdout).into_owned();
-    assert_eq!(code, Some(0), "{program} {args:?}\n{stdout}\n{stderr}");
-    stdout
-}
 
 /// A sparse file of `size` bytes with these pieces of data.
 fn sparse_file(path: &Path, size: usize, pieces: &[(usize, usize)]) -> Vec<u8> {

@@ -6,7 +6,8 @@
 //! Specification: "Transmission", "Request types", "Error values", "Terminating the transmission phase".
 //!
 //! Invariants:
-//! 1. Requests taken and replies that wait are together at most [`MAX_IN_FLIGHT`].
+//! 1. No request is taken while requests and the heads of replies that wait are together [`MAX_IN_FLIGHT`] or more; a
+//!    structured READ may have two heads for each slice, a hole and the data behind it.
 //! 2. `held` is the memory of all buffers that requests and replies of this session own; it exceeds [`MAX_HELD`] only
 //!    by one buffer.
 //! 3. The slices of one simple reply follow each other on the wire: a read that needs several runs alone.
