@@ -1,11 +1,11 @@
 //! One NBD client: its socket, its session, its deadline.
 
+use super::config::Dialect;
 use super::effect::Effect;
-use super::listener::Dialect;
+use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
-use super::stream::{Peer, Stream};
-use super::Next;
+use super::socket::{Peer, Stream};
 use crate::disk;
 use crate::event::ready::Ready;
 use crate::event::slots::Key;

@@ -1,10 +1,12 @@
 //! What control commands do to the server, and how a migration begins and ends.
 
 use super::mirror::{self, Mirror};
+use super::reason::Next;
 use super::reason::Reason;
 use super::shared::MAX_CONTROLS;
+use super::slot::Slot;
 use super::status;
-use super::{Next, Server, Slot};
+use super::Server;
 use crate::acl::{parse_ip, Entry};
 use crate::command::{Action, Answer, Command};
 use crate::event::slots::Key;

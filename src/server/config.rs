@@ -28,6 +28,15 @@ pub struct Config {
     pub request_limit_ms: u64,
 }
 
+/// How clients of a listener begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dialect {
+    /// They are told the size, and ask.
+    Oldstyle,
+    /// They negotiate first.
+    Newstyle,
+}
+
 /// What a server is there for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {

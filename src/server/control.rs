@@ -1,10 +1,10 @@
 //! One control connection: a command comes in, one answer line goes out, the connection ends.
 
 use super::effect::Effect;
+use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
-use super::stream::Stream;
-use super::Next;
+use super::socket::Stream;
 use crate::command::{Answer, Reader};
 use crate::event::ready::Ready;
 use crate::event::slots::Key;

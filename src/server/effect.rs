@@ -1,7 +1,7 @@
 //! What one slot asks of others. Slots never touch each other: they push an effect, and the turn applies it last.
 
-use super::listener::Dialect;
-use super::stream::{Peer, Stream};
+use super::config::Dialect;
+use super::socket::{Peer, Stream};
 use crate::command::{Answer, Command};
 use crate::event::slots::Key;
 

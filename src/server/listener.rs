@@ -1,35 +1,29 @@
 //! Listening sockets: how they come to be, and accepting from them.
 
+use super::bind::{self, SocketFile};
+use super::config::{Dialect, Fatal};
 use super::effect::Effect;
+use super::reason::Next;
 use super::shared::Shared;
-use super::stream::{Peer, Stream};
-use super::{Fatal, Next};
+use super::socket::{Peer, Stream};
 use crate::endpoint::Endpoint;
 use crate::event::ready::Ready;
 use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::sys::{self, SignalFd};
-use log::{debug, warn};
+use log::warn;
 use mio::event::Source;
 use mio::net::{TcpListener, UnixListener};
 use mio::{Interest, Registry, Token};
 use std::fmt;
-use std::fs;
 use std::io::{self, ErrorKind};
-use std::net::SocketAddr;
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Connections accepted in one turn: a burst of them must not keep clients waiting.
 const ACCEPTS_PER_TURN: usize = 16;
 /// How long accepting rests when descriptors have run out, in milliseconds.
 const REST_MS: u64 = 200;
-/// How long an address may be on its way to this machine, in milliseconds.
-const ADDRESS_WAIT_MS: u64 = 10_000;
-/// How often it is tried meanwhile, in milliseconds.
-const ADDRESS_RETRY_MS: u64 = 250;
 /// How many refused connections are logged, one by one, in so many milliseconds; more are counted.
 const REFUSED_LOGGED: u32 = 5;
 const REFUSED_LOG_MS: u64 = 10_000;
@@ -41,15 +35,6 @@ pub enum Purpose {
     Nbd(Dialect),
     /// Commands.
     Control,
-}
-
-/// How clients of a listener begin.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dialect {
-    /// They are told the size, and ask.
-    Oldstyle,
-    /// They negotiate first.
-    Newstyle,
 }
 
 #[derive(Debug)]
@@ -69,49 +54,23 @@ pub struct Listener {
     refused: Throttle,
 }
 
-/// The path of a UNIX socket this process made; it is removed with the value, unless it is another's by then.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    device_and_inode: (u64, u64),
-}
-
-impl SocketFile {
-    fn new(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), device_and_inode: Self::identify(path)? })
-    }
-
-    fn identify(path: &Path) -> io::Result<(u64, u64)> {
-        fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if Self::identify(&self.path).is_ok_and(|found| found == self.device_and_inode) {
-            if let Err(error) = fs::remove_file(&self.path) {
-                debug!("{}: {error}", self.path.display());
-            }
-        }
-    }
-}
-
 impl Listener {
     /// Listens for NBD clients. An address that this machine does not have yet is waited for; `None`: a signal has ended the wait.
     pub fn nbd(addr: &Endpoint, dialect: Dialect, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
         let socket = match addr {
-            Endpoint::Tcp(addr) => bind_tcp(*addr, signals)?.map(Socket::Tcp),
-            Endpoint::Unix(path) => Some(bind_unix(path, |path| net::UnixListener::bind(path))?),
+            Endpoint::Tcp(addr) => bind::tcp(*addr, signals)?.map(Socket::Tcp),
+            Endpoint::Unix(path) => {
+                let (socket, file) = bind::unix(path, |path| net::UnixListener::bind(path))?;
+                Some(Socket::Unix(socket, file))
+            }
         };
         Ok(socket.map(|socket| Self::new(socket, Purpose::Nbd(dialect))))
     }
 
     /// Listens for commands on a path that only this user may open.
     pub fn control(path: &Path) -> Result<Self, Fatal> {
-        Ok(Self::new(
-            bind_unix(path, |path| sys::with_private_umask(|| net::UnixListener::bind(path)))?,
-            Purpose::Control,
-        ))
+        let (socket, file) = bind::unix(path, |path| sys::with_private_umask(|| net::UnixListener::bind(path)))?;
+        Ok(Self::new(Socket::Unix(socket, file), Purpose::Control))
     }
 
     fn new(socket: Socket, purpose: Purpose) -> Self {
@@ -204,58 +163,7 @@ impl fmt::Display for Listener {
                 Ok(addr) => addr.fmt(f),
                 Err(error) => error.fmt(f),
             },
-            Socket::Unix(_, file) => file.path.display().fmt(f),
+            Socket::Unix(_, file) => file.path().display().fmt(f),
         }
     }
-}
-
-/// `None`: a signal has ended the wait for the address.
-fn bind_tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<TcpListener>, Fatal> {
-    let give_up_ms = sys::monotonic_ms().saturating_add(ADDRESS_WAIT_MS);
-    let mut said = false;
-    loop {
-        match TcpListener::bind(addr) {
-            Ok(socket) => return Ok(Some(socket)),
-            Err(error) if error.kind() == ErrorKind::AddrNotAvailable && sys::monotonic_ms() < give_up_ms => {
-                if !std::mem::replace(&mut said, true) {
-                    warn!("{addr}: this machine does not have the address; trying for {ADDRESS_WAIT_MS} ms");
-                }
-                // Nothing is served yet, so waiting stalls nobody.
-                if sys::wait_readable(signals.as_fd(), ADDRESS_RETRY_MS).unwrap_or(false) {
-                    return Ok(None);
-                }
-            }
-            Err(error) => return Err(Fatal(format!("cannot listen on {addr}: {error}"))),
-        }
-    }
-}
-
-/// Binds a UNIX socket. A path on which nobody answers is left from a process that died, and is replaced.
-fn bind_unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListener>) -> Result<Socket, Fatal> {
-    let fatal = |why: &dyn fmt::Display| Fatal(format!("cannot listen on {}: {why}", path.display()));
-    match fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => {
-            return Err(fatal(&"the path exists and is not a socket; remove it or choose another"));
-        }
-        Ok(_) => match mio::net::UnixStream::connect(path) {
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                debug!("{}: left by a process that is gone", path.display());
-            }
-            Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(fatal(&error)),
-            _ => return Err(fatal(&"another server answers there; stop it or choose another path")),
-        },
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(fatal(&error)),
-    }
-    // Nobody could connect to a path that does not fit an address.
-    net::SocketAddr::from_pathname(path).map_err(|error| fatal(&error))?;
-    // A socket refuses connections until it listens. It gets its name only then, because the name says «ready».
-    // It has to fit where the real one does.
-    let unready = path.with_file_name(format!(".{:x}", std::process::id()));
-    let socket = bind(&unready).map_err(|error| fatal(&error))?;
-    let mut file = SocketFile::new(&unready).map_err(|error| fatal(&error))?;
-    fs::rename(&unready, path).map_err(|error| fatal(&error))?;
-    path.clone_into(&mut file.path);
-    socket.set_nonblocking(true).map_err(|error| fatal(&error))?;
-    Ok(Socket::Unix(UnixListener::from_std(socket), file))
 }

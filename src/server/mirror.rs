@@ -8,12 +8,12 @@
 //!      └── 1 s ── Retrying <────┘  once started; a failure before that is answered and ends it
 //! ```
 
+use super::dial::{Asked, Failure, Link, Stage};
 use super::effect::Effect;
-use super::link::{Asked, Failure, Link, Stage};
+use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
-use super::stream::Stream;
-use super::Next;
+use super::socket::Stream;
 use crate::buffer::SLICE;
 use crate::command::{Action, Answer};
 use crate::disk::{self, Done};

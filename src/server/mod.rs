@@ -11,21 +11,23 @@
 //! 2. A key of an old generation finds no slot: stale events, timers and completions are dropped by that one rule.
 //! 3. A slot that still could do something without a new event is in the run queue.
 
+mod bind;
 mod client;
 mod commands;
 mod config;
 mod control;
+mod dial;
 mod effect;
 mod inbound;
-mod link;
 mod listener;
 mod mirror;
 mod reason;
 mod shared;
 mod signals;
+mod slot;
+mod socket;
 mod start;
 mod status;
-mod stream;
 
 pub use config::{Config, Fatal, Role};
 
@@ -33,20 +35,20 @@ use crate::disk::{self, Done};
 use crate::event::ready::RunQueue;
 use crate::event::slots::{Key, Slots};
 use crate::proto::session::End;
-use crate::sys::{self, SignalFd};
+use crate::sys::{self};
 use client::Client;
+use config::Dialect;
 use control::Control;
 use effect::Effect;
 use inbound::Inbound;
-use listener::{Dialect, Listener};
 use log::{info, warn};
 use mio::{Events, Interest, Poll, Registry, Token};
-use mirror::Mirror;
-use reason::Reason;
+use reason::{Next, Reason};
 use shared::Shared;
+use slot::Slot;
+use socket::{Peer, Stream};
 use std::io::{self, ErrorKind};
 use std::time::Duration;
-use stream::{Peer, Stream};
 
 /// Events taken from the kernel in one turn; more wait for the next.
 const EVENTS: usize = 256;
@@ -55,27 +57,6 @@ const RECEIVED: u64 = u64::MAX;
 
 /// What a listener says when it has to stop.
 const NOT_MIGRATED: &str = "stopped by a signal before a migration was complete";
-
-/// What a slot wants next.
-#[derive(Debug)]
-enum Next {
-    /// Nothing before an event, a completion or a timer.
-    Idle,
-    /// Another turn: it used its budget and could go on.
-    Again,
-    /// To be closed.
-    Close(Reason),
-}
-
-#[derive(Debug)]
-enum Slot {
-    Listener(Listener),
-    // Boxed, so that the table is not as wide as the widest of them.
-    Client(Box<Client>),
-    Control(Box<Control>),
-    Mirror(Box<Mirror>),
-    Signals(SignalFd),
-}
 
 enum Flow {
     Continue,
@@ -401,38 +382,6 @@ impl Server {
         if let Err(error) = added {
             warn!("lost control {id} before it was served: {error}");
             self.shared.controls -= 1;
-        }
-    }
-}
-
-impl Slot {
-    fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
-        match self {
-            Self::Listener(listener) => listener.read_step(key, sh),
-            Self::Client(client) => client.read_step(key, sh),
-            Self::Control(control) => control.read_step(key, sh),
-            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.read_step(key, plan, sh)),
-            Self::Signals(_) => Next::Idle,
-        }
-    }
-
-    fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
-        match self {
-            Self::Client(client) => client.write_step(sh),
-            Self::Control(control) => control.write_step(),
-            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.write_step(key, plan, sh)),
-            Self::Listener(_) | Self::Signals(_) => Next::Idle,
-        }
-    }
-
-    fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
-        match self {
-            Self::Client(client) => client.timeout(key, sh),
-            Self::Control(control) => control.timeout(sh),
-            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.timeout(key, plan, sh)),
-            // Accepting has rested.
-            Self::Listener(_) => Next::Again,
-            Self::Signals(_) => Next::Idle,
         }
     }
 }

@@ -1,9 +1,20 @@
-//! Why a slot is closed, and the words for it.
+//! What a slot wants next; why it is closed, and the words for it.
 
 use crate::proto::error::Violation;
 use crate::proto::session::End;
 use std::fmt;
 use std::io;
+
+/// What a slot wants next.
+#[derive(Debug)]
+pub enum Next {
+    /// Nothing before an event, a completion or a timer.
+    Idle,
+    /// Another turn: it used its budget and could go on.
+    Again,
+    /// To be closed.
+    Close(Reason),
+}
 
 /// Why a slot is closed.
 #[derive(Debug)]

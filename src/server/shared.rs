@@ -2,7 +2,7 @@
 
 use super::effect::Effect;
 use super::inbound::Inbound;
-use super::Next;
+use super::reason::Next;
 use crate::acl::Acl;
 use crate::buffer::Pool;
 use crate::disk::Disk;

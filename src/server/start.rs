@@ -1,10 +1,12 @@
 //! How a server comes to be: everything is opened, in the order in which others may see it.
 
+use super::config::Dialect;
 use super::config::{Config, Fatal, Role};
 use super::inbound::Inbound;
-use super::listener::{Dialect, Listener};
+use super::listener::Listener;
 use super::shared::{Limits, Shared, MAX_CONTROLS};
-use super::{Server, Slot};
+use super::slot::Slot;
+use super::Server;
 use crate::buffer::Pool;
 use crate::disk::Disk;
 use crate::event::ready::RunQueue;

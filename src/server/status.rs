@@ -3,7 +3,8 @@
 //! The facts are listed once, in [`of_server`] and [`of_client`]; both forms show the same list.
 
 use super::client::Client;
-use super::{Server, Slot};
+use super::slot::Slot;
+use super::Server;
 use crate::command::StatusForm;
 use crate::migrate::{Plan, Progress};
 use std::fmt::{self, Write};

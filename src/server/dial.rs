@@ -1,7 +1,7 @@
 //! One connection of a migration to its destination: what is asked, what waits to be sent, and how it can fail.
 
 use super::shared::Shared;
-use super::stream::Stream;
+use super::socket::Stream;
 use crate::buffer::Buffer;
 use crate::event::ready::Ready;
 use crate::migrate::{Abilities, Plan};
