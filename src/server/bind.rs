@@ -17,6 +17,15 @@ use std::path::{Path, PathBuf};
 const ADDRESS_WAIT_MS: u64 = 10_000;
 /// How often it is tried meanwhile, in milliseconds.
 const ADDRESS_RETRY_MS: u64 = 250;
+/// A listening socket, and the path that goes with it.
+#[derive(Debug)]
+pub enum Bound {
+    /// On an address.
+    Tcp(TcpListener),
+    /// On a path.
+    Unix(UnixListener, SocketFile),
+}
+
 /// The path of a UNIX socket this process made; it is removed with the value, unless it is another's by then.
 #[derive(Debug)]
 pub struct SocketFile {
@@ -50,12 +59,12 @@ impl Drop for SocketFile {
 }
 
 /// `None`: a signal has ended the wait for the address.
-pub fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<TcpListener>, Fatal> {
+pub fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<Bound>, Fatal> {
     let give_up_ms = sys::monotonic_ms().saturating_add(ADDRESS_WAIT_MS);
     let mut said = false;
     loop {
         match TcpListener::bind(addr) {
-            Ok(socket) => return Ok(Some(socket)),
+            Ok(socket) => return Ok(Some(Bound::Tcp(socket))),
             Err(error) if error.kind() == ErrorKind::AddrNotAvailable && sys::monotonic_ms() < give_up_ms => {
                 if !std::mem::replace(&mut said, true) {
                     warn!("{addr}: this machine does not have the address; trying for {ADDRESS_WAIT_MS} ms");
@@ -71,10 +80,7 @@ pub fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<TcpListener>, 
 }
 
 /// Binds a UNIX socket. A path on which nobody answers is left from a process that died, and is replaced.
-pub fn unix(
-    path: &Path,
-    bind: impl FnOnce(&Path) -> io::Result<net::UnixListener>,
-) -> Result<(UnixListener, SocketFile), Fatal> {
+pub fn unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListener>) -> Result<Bound, Fatal> {
     let fatal = |why: &dyn fmt::Display| Fatal(format!("cannot listen on {}: {why}", path.display()));
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
@@ -100,5 +106,5 @@ pub fn unix(
     fs::rename(&unready, path).map_err(|error| fatal(&error))?;
     path.clone_into(&mut file.path);
     socket.set_nonblocking(true).map_err(|error| fatal(&error))?;
-    Ok((UnixListener::from_std(socket), file))
+    Ok(Bound::Unix(UnixListener::from_std(socket), file))
 }

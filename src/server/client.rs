@@ -5,9 +5,8 @@ use super::effect::Effect;
 use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
-use super::socket::{Peer, Stream};
+use super::socket::{Peer, Received, Socket};
 use crate::disk;
-use crate::event::ready::Ready;
 use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::proto::error::Errno;
@@ -17,7 +16,7 @@ use crate::proto::session::{ServerSession, Step, Tally};
 use crate::proto::wire::RequestHead;
 use log::{info, warn};
 use std::fmt;
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut, Read};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
 /// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
 const FAILED_LOG_MS: u64 = 10_000;
@@ -37,8 +36,7 @@ const FIRST_WRITE_MS: u64 = 60_000;
 pub struct Client {
     id: u64,
     peer: Peer,
-    stream: Stream,
-    ready: Ready,
+    socket: Socket,
     session: ServerSession,
     opened_ms: u64,
     /// The session has found no room: it wants another turn when something is completed or sent.
@@ -50,7 +48,7 @@ pub struct Client {
 
 impl Client {
     /// A client that has just been accepted.
-    pub fn new(id: u64, stream: Stream, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
+    pub fn new(id: u64, socket: Socket, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
         let export = Export { size: sh.disk.size() };
         let session = match dialect {
             Dialect::Newstyle => ServerSession::newstyle(export, sh.now_ms),
@@ -59,8 +57,7 @@ impl Client {
         let client = Self {
             id,
             peer,
-            stream,
-            ready: Ready::default(),
+            socket,
             session,
             opened_ms: sh.now_ms,
             stalled: false,
@@ -71,14 +68,9 @@ impl Client {
         client
     }
 
-    /// Its socket, to be registered.
-    pub fn stream(&mut self) -> &mut Stream {
-        &mut self.stream
-    }
-
-    /// The readiness of its socket.
-    pub fn ready(&mut self) -> &mut Ready {
-        &mut self.ready
+    /// Its socket.
+    pub fn socket(&mut self) -> &mut Socket {
+        &mut self.socket
     }
 
     /// Who it is.
@@ -144,7 +136,7 @@ impl Client {
                     }
                     return Next::Idle;
                 }
-                Step::NeedBytes if !self.ready.readable() => {
+                Step::NeedBytes if !self.socket.readable() => {
                     self.session.park(&mut sh.pool);
                     return Next::Idle;
                 }
@@ -163,22 +155,15 @@ impl Client {
 
     fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<(), Reason> {
         let spaces = self.session.recv_space(&mut sh.pool);
-        let wanted: usize = spaces.iter().map(|space| space.len()).sum();
-        match self.stream.read_vectored(&mut spaces.map(IoSliceMut::new)) {
-            Ok(0) => {
-                self.ready.note_end_of_stream();
-                self.session.end_of_stream().map_err(Reason::Violation)?;
-            }
-            Ok(n) => {
-                if n < wanted {
-                    self.ready.clear_readable();
-                }
+        match self.socket.receive(&mut spaces.map(IoSliceMut::new)).map_err(Reason::Socket)? {
+            Received::End => self.session.end_of_stream().map_err(Reason::Violation)?,
+            Received::Nothing => {}
+            Received::Bytes(n) => {
                 self.session.received(n, sh.now_ms);
                 if let Some(limit_ms) = sh.limits.killswitch_ms {
                     self.arm(sh.now_ms.saturating_add(limit_ms), key, sh);
                 }
             }
-            Err(error) => self.ready.failed_read(error).map_err(Reason::Socket)?,
         }
         Ok(())
     }
@@ -209,11 +194,11 @@ impl Client {
 
     /// Sends once, as many replies as wait.
     pub fn write_step(&mut self, sh: &mut Shared) -> Next {
-        if self.session.wants_send() && self.ready.writable() {
+        if self.session.wants_send() && self.socket.writable() {
             if let Err(error) = self.send(sh) {
                 return Next::Close(Reason::Socket(error));
             }
-            let more = self.session.wants_send() && self.ready.writable();
+            let more = self.session.wants_send() && self.socket.writable();
             if more || self.stalled {
                 return Next::Again;
             }
@@ -225,7 +210,7 @@ impl Client {
         let mut slices = [IoSlice::new(&[]); PIECES];
         let pieces = self.session.to_send(&mut slices);
         let slices = slices.get(..pieces).unwrap_or_default();
-        let sent = self.stream.send_once(slices, &mut self.ready)?;
+        let sent = self.socket.send(slices)?;
         self.session.sent(sent, &mut sh.pool);
         Ok(())
     }

@@ -4,13 +4,12 @@ use super::effect::Effect;
 use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
-use super::socket::Stream;
+use super::socket::{Received, Socket};
 use crate::command::{Answer, Reader};
-use crate::event::ready::Ready;
 use crate::event::slots::Key;
 use log::debug;
 use std::fmt;
-use std::io::{Read, Write};
+use std::io::{IoSlice, IoSliceMut};
 
 /// How long a control connection may take to send its command, and then to take its answer, in milliseconds.
 const DEADLINE_MS: u64 = 10_000;
@@ -32,57 +31,42 @@ enum Phase {
 #[derive(Debug)]
 pub struct Control {
     id: u64,
-    stream: Stream,
-    ready: Ready,
+    socket: Socket,
     phase: Phase,
     deadline_ms: u64,
 }
 
 impl Control {
     /// A connection that has just been accepted; its deadline runs from now.
-    pub fn new(id: u64, stream: Stream, key: Key, sh: &mut Shared) -> Self {
+    pub fn new(id: u64, socket: Socket, key: Key, sh: &mut Shared) -> Self {
         let deadline_ms = sh.now_ms.saturating_add(DEADLINE_MS);
         sh.wheel.arm(deadline_ms, key);
-        Self { id, stream, ready: Ready::default(), phase: Phase::Reading(Reader::default()), deadline_ms }
+        Self { id, socket, phase: Phase::Reading(Reader::default()), deadline_ms }
     }
 
-    /// Its socket, to be registered.
-    pub fn stream(&mut self) -> &mut Stream {
-        &mut self.stream
-    }
-
-    /// The readiness of its socket.
-    pub fn ready(&mut self) -> &mut Ready {
-        &mut self.ready
+    /// Its socket.
+    pub fn socket(&mut self) -> &mut Socket {
+        &mut self.socket
     }
 
     /// Receives once; a complete command becomes an effect.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let Phase::Reading(reader) = &mut self.phase else {
             // Whoever waits for a migration may give up; its place is wanted.
-            return if self.ready.hung_up() { Next::Close(Reason::HungUp) } else { Next::Idle };
+            return if self.socket.hung_up() { Next::Close(Reason::HungUp) } else { Next::Idle };
         };
-        if !self.ready.readable() {
+        if !self.socket.readable() {
             return Next::Idle;
         }
         let mut bytes = [0; RECEIVE];
-        let command = match self.stream.read(&mut bytes) {
-            Ok(0) => {
-                self.ready.note_end_of_stream();
-                reader.end_of_stream().map(Some)
-            }
-            Ok(n) => {
-                if n < RECEIVE {
-                    self.ready.clear_readable();
-                }
-                reader.push(bytes.get(..n).unwrap_or_default())
-            }
-            Err(error) => {
-                return match self.ready.failed_read(error) {
-                    Ok(()) => Next::Idle,
-                    Err(error) => Next::Close(Reason::Socket(error)),
-                };
-            }
+        let received = match self.socket.receive(&mut [IoSliceMut::new(&mut bytes)]) {
+            Ok(received) => received,
+            Err(error) => return Next::Close(Reason::Socket(error)),
+        };
+        let command = match received {
+            Received::Nothing => return Next::Idle,
+            Received::End => reader.end_of_stream().map(Some),
+            Received::Bytes(n) => reader.push(bytes.get(..n).unwrap_or_default()),
         };
         match command {
             Ok(None) => return Next::Again,
@@ -115,20 +99,16 @@ impl Control {
     /// Sends the answer.
     pub fn write_step(&mut self) -> Next {
         let Phase::Answering { line, sent } = &mut self.phase else { return Next::Idle };
-        if !self.ready.writable() {
+        if !self.socket.writable() {
             return Next::Idle;
         }
-        match self.stream.write(line.get(*sent..).unwrap_or_default()) {
+        match self.socket.send(&[IoSlice::new(line.get(*sent..).unwrap_or_default())]) {
             Ok(n) => *sent += n,
-            Err(error) => {
-                if let Err(error) = self.ready.failed_write(error) {
-                    return Next::Close(Reason::Socket(error));
-                }
-            }
+            Err(error) => return Next::Close(Reason::Socket(error)),
         }
         if *sent >= line.len() {
             Next::Close(Reason::Answered)
-        } else if self.ready.writable() {
+        } else if self.socket.writable() {
             Next::Again
         } else {
             Next::Idle

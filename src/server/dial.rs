@@ -1,9 +1,8 @@
 //! One connection of a migration to its destination: what is asked, what waits to be sent, and how it can fail.
 
 use super::shared::Shared;
-use super::socket::Stream;
+use super::socket::{Received, Socket};
 use crate::buffer::Buffer;
-use crate::event::ready::Ready;
 use crate::migrate::{Abilities, Plan};
 use crate::proto::client::ClientSession;
 use crate::proto::error::{Errno, Violation};
@@ -11,7 +10,7 @@ use crate::proto::outbox::{Outbox, PIECES};
 use crate::proto::wire::{kind, option_reply};
 use std::collections::VecDeque;
 use std::fmt;
-use std::io::{self, ErrorKind, IoSlice, Read};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
 
 /// How much is received at once, in bytes: hundreds of replies.
@@ -101,8 +100,7 @@ pub enum Stage {
 #[derive(Debug)]
 pub struct Link {
     pub(super) stage: Stage,
-    pub(super) stream: Stream,
-    pub(super) ready: Ready,
+    pub(super) socket: Socket,
     pub(super) session: ClientSession,
     pub(super) can: Abilities,
     pub(super) input: Buffer,
@@ -115,11 +113,10 @@ pub struct Link {
 
 impl Link {
     /// A connection that is being made, to the export of this name.
-    pub fn new(stream: Stream, export: String) -> Self {
+    pub fn new(socket: Socket, export: String) -> Self {
         Self {
             stage: Stage::Connecting,
-            stream,
-            ready: Ready::default(),
+            socket,
             session: ClientSession::new(export),
             can: Abilities::default(),
             input: Buffer::with_capacity(RECEIVE),
@@ -165,7 +162,7 @@ impl Link {
         let mut slices = [IoSlice::new(&[]); PIECES];
         let pieces = self.outbox.slices(&mut slices);
         let slices = slices.get(..pieces).unwrap_or_default();
-        let sent = self.stream.send_once(slices, &mut self.ready)?;
+        let sent = self.socket.send(slices)?;
         self.held -= self.outbox.sent(sent, &mut sh.pool);
         Ok(sent)
     }
@@ -192,11 +189,11 @@ impl Link {
         if !self.outbox.is_empty() || !self.input.is_empty() {
             return Err(Failure::Broken("the destination answered what it cannot have read yet".into()));
         }
-        match self.stream.read(&mut [0]) {
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(()),
+        match self.socket.receive(&mut [IoSliceMut::new(&mut [0])]) {
+            Ok(Received::Nothing) => Ok(()),
+            Ok(Received::End) => Err(Failure::Closed(self.session.explain_end())),
+            Ok(Received::Bytes(_)) => Err(Failure::Broken("the destination says something nobody asked for".into())),
             Err(error) => Err(Failure::Broken(format!("cannot receive: {error}"))),
-            Ok(0) => Err(Failure::Closed(self.session.explain_end())),
-            Ok(_) => Err(Failure::Broken("the destination says something nobody asked for".into())),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What one slot asks of others. Slots never touch each other: they push an effect, and the turn applies it last.
 
 use super::config::Dialect;
-use super::socket::{Peer, Stream};
+use super::socket::{Peer, Socket};
 use crate::command::{Answer, Command};
 use crate::event::slots::Key;
 
@@ -9,9 +9,9 @@ use crate::event::slots::Key;
 #[derive(Debug)]
 pub enum Effect {
     /// A client was accepted, by a listener that speaks so.
-    Connected(Stream, Peer, Dialect),
+    Connected(Socket, Peer, Dialect),
     /// A control connection was accepted.
-    ControlConnected(Stream),
+    ControlConnected(Socket),
     /// A control connection has sent a command and waits for the answer.
     Command(Key, Command),
     /// What a control connection asked for has come to its end.

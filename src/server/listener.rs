@@ -1,11 +1,11 @@
 //! Listening sockets: how they come to be, and accepting from them.
 
-use super::bind::{self, SocketFile};
+use super::bind::{self, Bound};
 use super::config::{Dialect, Fatal};
 use super::effect::Effect;
 use super::reason::Next;
 use super::shared::Shared;
-use super::socket::{Peer, Stream};
+use super::socket::{Peer, Socket, Stream};
 use crate::endpoint::Endpoint;
 use crate::event::ready::Ready;
 use crate::event::slots::Key;
@@ -13,7 +13,6 @@ use crate::logging::Throttle;
 use crate::sys::{self, SignalFd};
 use log::warn;
 use mio::event::Source;
-use mio::net::{TcpListener, UnixListener};
 use mio::{Interest, Registry, Token};
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -37,16 +36,10 @@ pub enum Purpose {
     Control,
 }
 
-#[derive(Debug)]
-enum Socket {
-    Tcp(TcpListener),
-    Unix(UnixListener, SocketFile),
-}
-
 /// A listening socket.
 #[derive(Debug)]
 pub struct Listener {
-    socket: Socket,
+    bound: Bound,
     purpose: Purpose,
     ready: Ready,
     /// When accepting may be tried again, in milliseconds.
@@ -57,32 +50,29 @@ pub struct Listener {
 impl Listener {
     /// Listens for NBD clients. An address that this machine does not have yet is waited for; `None`: a signal has ended the wait.
     pub fn nbd(addr: &Endpoint, dialect: Dialect, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
-        let socket = match addr {
-            Endpoint::Tcp(addr) => bind::tcp(*addr, signals)?.map(Socket::Tcp),
-            Endpoint::Unix(path) => {
-                let (socket, file) = bind::unix(path, |path| net::UnixListener::bind(path))?;
-                Some(Socket::Unix(socket, file))
-            }
+        let bound = match addr {
+            Endpoint::Tcp(addr) => bind::tcp(*addr, signals)?,
+            Endpoint::Unix(path) => Some(bind::unix(path, |path| net::UnixListener::bind(path))?),
         };
-        Ok(socket.map(|socket| Self::new(socket, Purpose::Nbd(dialect))))
+        Ok(bound.map(|bound| Self::new(bound, Purpose::Nbd(dialect))))
     }
 
     /// Listens for commands on a path that only this user may open.
     pub fn control(path: &Path) -> Result<Self, Fatal> {
-        let (socket, file) = bind::unix(path, |path| sys::with_private_umask(|| net::UnixListener::bind(path)))?;
-        Ok(Self::new(Socket::Unix(socket, file), Purpose::Control))
+        let bound = bind::unix(path, |path| sys::with_private_umask(|| net::UnixListener::bind(path)))?;
+        Ok(Self::new(bound, Purpose::Control))
     }
 
-    fn new(socket: Socket, purpose: Purpose) -> Self {
+    fn new(bound: Bound, purpose: Purpose) -> Self {
         let refused = Throttle::new(REFUSED_LOG_MS, REFUSED_LOGGED);
-        Self { socket, purpose, ready: Ready::default(), rests_until_ms: 0, refused }
+        Self { bound, purpose, ready: Ready::default(), rests_until_ms: 0, refused }
     }
 
     /// Registers the socket under `token`.
     pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        match &mut self.socket {
-            Socket::Tcp(socket) => socket.register(registry, token, Interest::READABLE),
-            Socket::Unix(socket, _) => socket.register(registry, token, Interest::READABLE),
+        match &mut self.bound {
+            Bound::Tcp(socket) => socket.register(registry, token, Interest::READABLE),
+            Bound::Unix(socket, _) => socket.register(registry, token, Interest::READABLE),
         }
     }
 
@@ -104,7 +94,7 @@ impl Listener {
                 return Next::Idle;
             }
             match self.accept() {
-                Ok((stream, peer)) => self.admit(stream, peer, sh),
+                Ok((socket, peer)) => self.admit(socket, peer, sh),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.ready.clear_readable(),
                 // The peer gave up before it was accepted, or a signal came: the next one may be fine.
                 Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
@@ -119,17 +109,21 @@ impl Listener {
         Next::Again
     }
 
-    fn accept(&self) -> io::Result<(Stream, Peer)> {
-        match &self.socket {
-            Socket::Tcp(socket) => socket.accept().map(|(stream, addr)| (Stream::Tcp(stream), Peer::Net(addr))),
-            Socket::Unix(socket, _) => socket.accept().map(|(stream, _)| (Stream::Unix(stream), Peer::Local)),
+    fn accept(&self) -> io::Result<(Socket, Peer)> {
+        match &self.bound {
+            Bound::Tcp(socket) => {
+                socket.accept().map(|(stream, addr)| (Socket::new(Stream::Tcp(stream)), Peer::Net(addr)))
+            }
+            Bound::Unix(socket, _) => {
+                socket.accept().map(|(stream, _)| (Socket::new(Stream::Unix(stream)), Peer::Local))
+            }
         }
     }
 
     /// Lets a connection in, or drops it, which closes it without a word.
-    fn admit(&mut self, stream: Stream, peer: Peer, sh: &mut Shared) {
+    fn admit(&mut self, socket: Socket, peer: Peer, sh: &mut Shared) {
         let Purpose::Nbd(dialect) = self.purpose else {
-            sh.effects.push(Effect::ControlConnected(stream));
+            sh.effects.push(Effect::ControlConnected(socket));
             sh.controls += 1;
             return;
         };
@@ -138,10 +132,10 @@ impl Listener {
         } else if sh.clients >= sh.clients_max() {
             let why = if sh.inbound.is_some() { "another sender" } else { "the last client --max-clients allows" };
             self.log_refused(sh, &format_args!("refused {peer}: {why} is connected"));
-        } else if let Err(error) = stream.set_options() {
+        } else if let Err(error) = socket.set_options() {
             self.log_refused(sh, &format_args!("lost {peer} before it was served: {error}"));
         } else {
-            sh.effects.push(Effect::Connected(stream, peer, dialect));
+            sh.effects.push(Effect::Connected(socket, peer, dialect));
             sh.clients += 1;
         }
     }
@@ -158,12 +152,12 @@ impl Listener {
 impl fmt::Display for Listener {
     /// The address as a peer would write it: with the port that was picked, or the path.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.socket {
-            Socket::Tcp(socket) => match socket.local_addr() {
+        match &self.bound {
+            Bound::Tcp(socket) => match socket.local_addr() {
                 Ok(addr) => addr.fmt(f),
                 Err(error) => error.fmt(f),
             },
-            Socket::Unix(_, file) => file.path().display().fmt(f),
+            Bound::Unix(_, file) => file.path().display().fmt(f),
         }
     }
 }

@@ -13,11 +13,10 @@ use super::effect::Effect;
 use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
-use super::socket::Stream;
+use super::socket::{Received, Socket, Stream};
 use crate::buffer::SLICE;
 use crate::command::{Action, Answer};
 use crate::disk::{self, Done};
-use crate::event::ready::Ready;
 use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::migrate::{Abilities, Plan, Step, DATA_MAX};
@@ -26,9 +25,9 @@ use crate::proto::wire::{kind, transmission, Greeting};
 use crate::sys;
 use log::{info, warn};
 use mio::net::TcpStream;
-use mio::{Interest, Registry};
+use mio::Registry;
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
@@ -118,18 +117,18 @@ impl Mirror {
     fn connect(&mut self, key: Key, registry: &Registry, sh: &mut Shared) -> io::Result<()> {
         self.attempts += 1;
         let stream = sys::connect_tcp(self.settings.bind, self.settings.to)?;
-        let mut stream = Stream::Tcp(TcpStream::from_std(stream));
-        stream.set_options()?;
-        registry.register(&mut stream, key.token(), Interest::READABLE | Interest::WRITABLE)?;
-        self.link = Some(Link::new(stream, self.settings.export.clone()));
+        let mut socket = Socket::new(Stream::Tcp(TcpStream::from_std(stream)));
+        socket.set_options()?;
+        socket.register(registry, key.token())?;
+        self.link = Some(Link::new(socket, self.settings.export.clone()));
         self.deadline_ms = sh.now_ms.saturating_add(CONNECT_MS);
         self.arm(key, sh);
         Ok(())
     }
 
-    /// The readiness of its socket.
-    pub fn ready(&mut self) -> Option<&mut Ready> {
-        self.link.as_mut().map(|link| &mut link.ready)
+    /// Its socket, while there is one.
+    pub fn socket(&mut self) -> Option<&mut Socket> {
+        self.link.as_mut().map(|link| &mut link.socket)
     }
 
     /// True when it waits for the next attempt and the time has come.
@@ -182,7 +181,7 @@ impl Mirror {
     /// Sends once.
     pub fn write_step(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
         let Some(link) = &mut self.link else { return Next::Idle };
-        if link.stage == Stage::Connecting || link.outbox.is_empty() || !link.ready.writable() {
+        if link.stage == Stage::Connecting || link.outbox.is_empty() || !link.socket.writable() {
             return Next::Idle;
         }
         match link.send(sh) {
@@ -237,11 +236,10 @@ impl Mirror {
         next
     }
 
-    /// True when `stream` is the other end of its own connection: both addresses are the same, the other way round.
-    pub fn is_other_end(&self, stream: &Stream) -> bool {
-        let ends = |stream: &Stream| stream.local_addr().zip(stream.peer_addr());
-        let own = self.link.as_ref().and_then(|link| ends(&link.stream));
-        own.is_some() && own == ends(stream).map(|(local, peer)| (peer, local))
+    /// True when `socket` is the other end of its own connection: both addresses are the same, the other way round.
+    pub fn is_other_end(&self, socket: &Socket) -> bool {
+        let own = self.link.as_ref().and_then(|link| link.socket.ends());
+        own.is_some() && own == socket.ends().map(|(near, far)| (far, near))
     }
 
     /// An image copied onto itself would never be done.
@@ -299,8 +297,8 @@ impl Mirror {
     }
 
     fn connected(&mut self, sh: &Shared) -> Result<Next, Failure> {
-        let Some(link) = self.link.as_mut().filter(|link| link.ready.writable()) else { return Ok(Next::Idle) };
-        link.stream.check_connected().map_err(|error| Failure::Connect(error.to_string()))?;
+        let Some(link) = self.link.as_mut().filter(|link| link.socket.writable()) else { return Ok(Next::Idle) };
+        link.socket.check_connected().map_err(|error| Failure::Connect(error.to_string()))?;
         link.stage = Stage::Greeting;
         self.deadline_ms = sh.now_ms.saturating_add(GREETING_MS);
         Ok(Next::Again)
@@ -308,22 +306,13 @@ impl Mirror {
 
     /// Receives once and takes what it means.
     fn receive(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Result<Next, Failure> {
-        let Some(link) = self.link.as_mut().filter(|link| link.ready.readable()) else { return Ok(Next::Idle) };
+        let Some(link) = self.link.as_mut().filter(|link| link.socket.readable()) else { return Ok(Next::Idle) };
         link.input.compact();
-        let space = link.input.spare();
-        let wanted = space.len();
-        match link.stream.read(space) {
-            Ok(0) => return Err(Failure::Closed(link.session.explain_end())),
-            Ok(n) => {
-                if n < wanted {
-                    link.ready.clear_readable();
-                }
-                link.input.advance(n);
-            }
-            Err(error) => match link.ready.failed_read(error) {
-                Ok(()) => return Ok(Next::Idle),
-                Err(error) => return Err(Failure::Broken(format!("cannot receive: {error}"))),
-            },
+        match link.socket.receive(&mut [IoSliceMut::new(link.input.spare())]) {
+            Ok(Received::End) => return Err(Failure::Closed(link.session.explain_end())),
+            Ok(Received::Nothing) => return Ok(Next::Idle),
+            Ok(Received::Bytes(n)) => link.input.advance(n),
+            Err(error) => return Err(Failure::Broken(format!("cannot receive: {error}"))),
         }
         self.deadline_ms = match link.stage {
             Stage::Copying if link.counts_progress() => sh.now_ms.saturating_add(self.settings.request_limit_ms),
@@ -462,7 +451,7 @@ impl Mirror {
             sh.disk.unlink().map_err(|error| Failure::Broken(format!("cannot unlink {path}: {error}")))?;
         }
         let (disc, _) = link.session.request(kind::DISC, 0, 0, 0);
-        let sent = match link.stream.write(&disc) {
+        let sent = match link.socket.send(&[IoSlice::new(&disc)]) {
             Ok(n) if n == disc.len() => Ok(()),
             Ok(n) => Err(format!("sent {n} of {} bytes of DISC", disc.len())),
             Err(error) => Err(format!("cannot send DISC: {error}")),

@@ -42,11 +42,11 @@ use control::Control;
 use effect::Effect;
 use inbound::Inbound;
 use log::{info, warn};
-use mio::{Events, Interest, Poll, Registry, Token};
+use mio::{Events, Poll};
 use reason::{Next, Reason};
 use shared::Shared;
 use slot::Slot;
-use socket::{Peer, Stream};
+use socket::{Peer, Socket};
 use std::io::{self, ErrorKind};
 use std::time::Duration;
 
@@ -240,9 +240,9 @@ impl Server {
         let Some(slot) = self.slots.get_mut(key) else { return };
         match slot {
             Slot::Listener(listener) => listener.ready().note(event),
-            Slot::Client(client) => client.ready().note(event),
-            Slot::Control(control) => control.ready().note(event),
-            Slot::Mirror(mirror) => mirror.ready().into_iter().for_each(|ready| ready.note(event)),
+            Slot::Client(client) => client.socket().note(event),
+            Slot::Control(control) => control.socket().note(event),
+            Slot::Mirror(mirror) => mirror.socket().into_iter().for_each(|socket| socket.note(event)),
             Slot::Signals(_) => {}
         }
         self.run.push(key);
@@ -308,8 +308,8 @@ impl Server {
 
     fn apply(&mut self, effect: Effect) -> Result<(), Fatal> {
         match effect {
-            Effect::Connected(stream, peer, dialect) => self.add_client(stream, peer, dialect),
-            Effect::ControlConnected(stream) => self.add_control(stream),
+            Effect::Connected(socket, peer, dialect) => self.add_client(socket, peer, dialect),
+            Effect::ControlConnected(socket) => self.add_control(socket),
             Effect::Command(key, command) => {
                 if let Some(answer) = self.execute(key, command) {
                     self.answer(key, &answer);
@@ -344,9 +344,9 @@ impl Server {
         id
     }
 
-    fn add_client(&mut self, stream: Stream, peer: Peer, dialect: Dialect) {
+    fn add_client(&mut self, socket: Socket, peer: Peer, dialect: Dialect) {
         if let Some((key, Slot::Mirror(mirror))) = self.mirror.and_then(|key| Some((key, self.slots.get_mut(key)?))) {
-            if mirror.is_other_end(&stream) {
+            if mirror.is_other_end(&socket) {
                 self.shared.clients -= 1;
                 let next = self.shared.with_plan(|plan, sh| mirror.met_itself(key, plan, sh));
                 return self.settle(key, Some(next));
@@ -357,11 +357,11 @@ impl Server {
             self.shared.clients -= 1;
             return;
         }
-        let mut client = Box::new(Client::new(self.take_id(), stream, peer, dialect, &self.shared));
+        let mut client = Box::new(Client::new(self.take_id(), socket, peer, dialect, &self.shared));
         self.shared.inbound.iter_mut().for_each(Inbound::begin);
         let registry = self.poll.registry();
         let added = self.slots.try_insert_with(|key| -> io::Result<Slot> {
-            register(registry, client.stream(), key.token())?;
+            client.socket().register(registry, key.token())?;
             client.opened(key, &mut self.shared);
             Ok(Slot::Client(client))
         });
@@ -371,12 +371,12 @@ impl Server {
         }
     }
 
-    fn add_control(&mut self, stream: Stream) {
+    fn add_control(&mut self, socket: Socket) {
         let id = self.take_id();
         let registry = self.poll.registry();
         let added = self.slots.try_insert_with(|key| -> io::Result<Slot> {
-            let mut control = Box::new(Control::new(id, stream, key, &mut self.shared));
-            register(registry, control.stream(), key.token())?;
+            let mut control = Box::new(Control::new(id, socket, key, &mut self.shared));
+            control.socket().register(registry, key.token())?;
             Ok(Slot::Control(control))
         });
         if let Err(error) = added {
@@ -384,9 +384,4 @@ impl Server {
             self.shared.controls -= 1;
         }
     }
-}
-
-/// Registers once, for both directions: the loop is edge-triggered.
-fn register(registry: &Registry, stream: &mut Stream, token: Token) -> io::Result<()> {
-    registry.register(stream, token, Interest::READABLE | Interest::WRITABLE)
 }

@@ -1,8 +1,9 @@
-//! A connected socket, TCP or UNIX, and who is at its other end.
+//! A connected socket, TCP or UNIX, with what it is ready for: the only door to a peer. The rules of receiving and sending
+//! under edge-triggered readiness are here, once.
 
 use crate::event::ready::Ready;
 use crate::sys;
-use mio::event::Source;
+use mio::event::Event;
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 use std::fmt;
@@ -10,7 +11,7 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 
-/// A connected non-blocking socket.
+/// The two kinds of stream.
 #[derive(Debug)]
 pub enum Stream {
     /// Over TCP.
@@ -19,111 +20,126 @@ pub enum Stream {
     Unix(UnixStream),
 }
 
-impl Stream {
+/// What one receive gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Received {
+    /// So many bytes, at least one.
+    Bytes(usize),
+    /// None now; an event will say when there are more.
+    Nothing,
+    /// The peer has closed its side.
+    End,
+}
+
+/// A connected non-blocking socket.
+#[derive(Debug)]
+pub struct Socket {
+    stream: Stream,
+    ready: Ready,
+}
+
+impl Socket {
+    /// A socket that is ready for nothing until an event says so.
+    pub fn new(stream: Stream) -> Self {
+        Self { stream, ready: Ready::default() }
+    }
+
     /// Sets what every NBD socket has: no delay, and keepalive so that a vanished peer is noticed.
     pub fn set_options(&self) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => sys::set_tcp_options(stream.as_fd()),
-            Self::Unix(_) => Ok(()),
+        match &self.stream {
+            Stream::Tcp(stream) => sys::set_tcp_options(stream.as_fd()),
+            Stream::Unix(_) => Ok(()),
         }
     }
 
-    /// Writes once, as much as the socket takes, and notes when it takes no more; says how much that was.
-    pub fn send_once(&mut self, slices: &[IoSlice<'_>], ready: &mut Ready) -> io::Result<usize> {
+    /// Registers once, for both directions: the loop is edge-triggered.
+    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        let both = Interest::READABLE | Interest::WRITABLE;
+        match &mut self.stream {
+            Stream::Tcp(stream) => registry.register(stream, token, both),
+            Stream::Unix(stream) => registry.register(stream, token, both),
+        }
+    }
+
+    /// Notes what an event says.
+    pub fn note(&mut self, event: &Event) {
+        self.ready.note(event);
+    }
+
+    /// True when there may be something to receive.
+    pub fn readable(&self) -> bool {
+        self.ready.readable()
+    }
+
+    /// True when there may be room to send.
+    pub fn writable(&self) -> bool {
+        self.ready.writable()
+    }
+
+    /// True when the peer takes nothing any more.
+    pub fn hung_up(&self) -> bool {
+        self.ready.hung_up()
+    }
+
+    /// Receives once. Fewer bytes than there was room for mean that the socket is empty.
+    pub fn receive(&mut self, spaces: &mut [IoSliceMut<'_>]) -> io::Result<Received> {
+        let room: usize = spaces.iter().map(|space| space.len()).sum();
+        let received = match &mut self.stream {
+            Stream::Tcp(stream) => stream.read_vectored(spaces),
+            Stream::Unix(stream) => stream.read_vectored(spaces),
+        };
+        match received {
+            Ok(0) => {
+                self.ready.note_end_of_stream();
+                Ok(Received::End)
+            }
+            Ok(n) => {
+                if n < room {
+                    self.ready.clear_readable();
+                }
+                Ok(Received::Bytes(n))
+            }
+            Err(error) => self.ready.failed_read(error).map(|()| Received::Nothing),
+        }
+    }
+
+    /// Sends once, as much as the socket takes; says how much that was. Less than there was means that the socket is full.
+    pub fn send(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
-        match self.write_vectored(slices) {
+        let sent = match &mut self.stream {
+            Stream::Tcp(stream) => stream.write_vectored(slices),
+            Stream::Unix(stream) => stream.write_vectored(slices),
+        };
+        match sent {
             Ok(n) => {
                 if n < wanted {
-                    ready.clear_writable();
+                    self.ready.clear_writable();
                 }
                 Ok(n)
             }
-            Err(error) => ready.failed_write(error).map(|()| 0),
+            Err(error) => self.ready.failed_write(error).map(|()| 0),
         }
     }
 
-    /// Where the near end of a TCP connection is.
-    pub fn local_addr(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Tcp(stream) => stream.local_addr().ok().map(canonical),
-            Self::Unix(_) => None,
-        }
-    }
-
-    /// Where the far end of a TCP connection is.
-    pub fn peer_addr(&self) -> Option<SocketAddr> {
-        match self {
-            Self::Tcp(stream) => stream.peer_addr().ok().map(canonical),
-            Self::Unix(_) => None,
+    /// The near and the far end of a TCP connection.
+    pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+        match &self.stream {
+            Stream::Tcp(stream) => stream
+                .local_addr()
+                .ok()
+                .zip(stream.peer_addr().ok())
+                .map(|(near, far)| (canonical(near), canonical(far))),
+            Stream::Unix(_) => None,
         }
     }
 
     /// Says whether a connection that was begun has been made, once the socket is writable.
     pub fn check_connected(&self) -> io::Result<()> {
-        let (error, peer) = match self {
-            Self::Tcp(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
-            Self::Unix(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
+        let (error, peer) = match &self.stream {
+            Stream::Tcp(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
+            Stream::Unix(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
         };
         error.map_or(peer, Err)
-    }
-}
-
-impl Read for Stream {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.read(buf),
-            Self::Unix(stream) => stream.read(buf),
-        }
-    }
-
-    fn read_vectored(&mut self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.read_vectored(bufs),
-            Self::Unix(stream) => stream.read_vectored(bufs),
-        }
-    }
-}
-
-impl Write for Stream {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.write(buf),
-            Self::Unix(stream) => stream.write(buf),
-        }
-    }
-
-    fn write_vectored(&mut self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.write_vectored(bufs),
-            Self::Unix(stream) => stream.write_vectored(bufs),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Source for Stream {
-    fn register(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => stream.register(registry, token, interests),
-            Self::Unix(stream) => stream.register(registry, token, interests),
-        }
-    }
-
-    fn reregister(&mut self, registry: &Registry, token: Token, interests: Interest) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => stream.reregister(registry, token, interests),
-            Self::Unix(stream) => stream.reregister(registry, token, interests),
-        }
-    }
-
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => stream.deregister(registry),
-            Self::Unix(stream) => stream.deregister(registry),
-        }
     }
 }
 
