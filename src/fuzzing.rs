@@ -12,13 +12,14 @@ use crate::acl::{parse_ip, Acl, AddressError, Entry};
 use crate::buffer::{Buffer, Pool, SLICE};
 use crate::command::{encode_command, parse_answer, Answer, Command, Reader};
 use crate::proto::client::{ClientSession, Event};
-use crate::proto::error::{Errno, Violation};
+use crate::proto::error::Violation;
 use crate::proto::outbox::PIECES;
-use crate::proto::request::{Action, Export, Extent};
-use crate::proto::session::{End, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
+use crate::proto::request::Export;
+use crate::proto::session::{End, Pass, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
 use crate::proto::wire::{kind, Greeting, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
+use crate::work::{Action, Done};
 use std::collections::BTreeSet;
-use std::io::IoSlice;
+use std::io::{ErrorKind, IoSlice};
 use std::net::IpAddr;
 
 /// How many bytes of choices stand before what the peer sends.
@@ -159,15 +160,13 @@ fn content(offset: u64) -> u8 {
     (offset ^ (offset >> 8)).to_le_bytes()[0]
 }
 
-/// A piece of work that the disk has done and not reported.
-struct Held {
-    tag: u32,
-    found: Vec<Extent>,
-    buffer: Option<Buffer>,
+/// A piece of work that went well, and that nothing came of.
+fn done(tag: u32) -> Done {
+    Done { owner: 0, tag, buffer: None, touched: None, extents: Vec::new(), result: Ok(()) }
 }
 
 /// Does what a disk would.
-fn work(tag: u32, action: Action) -> Held {
+fn work(tag: u32, action: Action) -> Done {
     let (offset, length, buffer) = match action {
         Action::Read { offset, length, mut buffer, .. } => {
             let bytes: Vec<u8> = (offset..).take(length).map(content).collect();
@@ -179,10 +178,10 @@ fn work(tag: u32, action: Action) -> Held {
         | Action::Trim { offset, length, .. }
         | Action::Cache { offset, length }
         | Action::Map { offset, length, .. } => (offset, length, None),
-        Action::Flush => return Held { tag, found: Vec::new(), buffer: None },
+        Action::Flush => return done(tag),
     };
     assert!(length > 0 && offset.checked_add(length).is_some_and(|end| end <= EXPORT), "inside the export");
-    Held { tag, found: Vec::new(), buffer }
+    Done { buffer, ..done(tag) }
 }
 
 /// Plays a peer that sends `stream` and takes what comes, and a disk, each when the choices say so. Returns how the
@@ -192,17 +191,17 @@ fn converse(
     stream: &[u8],
     choices: &mut Choices,
     cap: usize,
-    work: impl Fn(u32, Action) -> Held,
+    work: impl Fn(u32, Action) -> Done,
     mut receive: impl FnMut(&[u8]),
 ) -> Result<End, Violation> {
     let mut input = stream;
     let mut pool = Pool::new(cap);
-    let mut disk: Vec<Held> = Vec::new();
+    let mut disk: Vec<Done> = Vec::new();
     let mut hung_up = false;
     let mut now_ms = 0;
 
     let end = loop {
-        let step = session.next_step(&mut pool);
+        let step = session.next_step(Pass::Everything, &mut pool);
         let receives = matches!(step, Step::NeedBytes) && !hung_up;
         let goes_on = matches!(step, Step::Request(_) | Step::Refused(_));
         if let Step::Request(request) = step {
@@ -260,9 +259,13 @@ fn converse(
                 session.sent(n, &mut pool);
             }
             _ => {
-                let Held { tag, found, buffer } = disk.swap_remove(choice / can.len() % disk.len());
-                let result = if choices.next() == 0xFF { Err(Errno::Io) } else { Ok(found) };
-                if let Err(violation) = session.complete(tag, result, buffer, &mut pool) {
+                let mut done = disk.swap_remove(choice / can.len() % disk.len());
+                if choices.next() == 0xFF {
+                    done.result = Err(ErrorKind::Other.into());
+                }
+                let completed = session.complete(done, &mut pool);
+                let failed = completed.and_then(|completed| completed.result.err());
+                if let Some(violation) = failed.and_then(|failed| failed.violation) {
                     break Err(violation);
                 }
             }

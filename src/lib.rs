@@ -3,7 +3,7 @@
 //! One thread, one readiness loop, one direction. A turn of the loop is a pipe:
 //!
 //! ```text
-//!  socket bytes ─> ServerSession ─> Request ─> disk::Op ─> disk::Done ─> reply ─> Outbox ─> socket
+//!  socket bytes ─> ServerSession ─> work::Op ─> Disk ─> work::Done ─> reply ─> Outbox ─> socket
 //! ```
 //!
 //! The layers, top down; imports go down only, and the modules of one line never name each other:
@@ -15,6 +15,7 @@
 //!  proto     NBD, bytes <-> meaning          command   control lines    acl      who may connect
 //!  migrate   what a migration sends next     event     parts of a loop  logging  lines on stderr
 //!  disk      the image
+//!  work      what may be asked of an image
 //!  buffer    memory for payloads             bitmap    ranges of a file sys      libc, the only unsafe code
 //!  endpoint  where a server is               fuzzing   ways in for fuzzers; nothing of the program uses it
 //! ```
@@ -36,3 +37,4 @@ pub mod proto;
 pub mod remote;
 pub mod server;
 pub mod sys;
+pub mod work;

@@ -10,9 +10,10 @@ layers=(
     "cli"
     "server remote fuzzing"
     "proto command acl migrate disk event logging endpoint"
+    "work"
     "bitmap buffer sys"
 )
-pure="proto command acl migrate bitmap"
+pure="proto command acl migrate work bitmap"
 impure='std::(fs|time|thread|process|env|os)\b|std::\{|\b(Tcp|Udp|Unix)(Stream|Listener|Socket|Datagram)\b|\bInstant\b|\bSystemTime\b|\bmio\b|\blibc\b|\bcrate::sys\b'
 
 status=0

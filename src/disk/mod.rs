@@ -14,14 +14,11 @@
 mod sparse;
 mod sync;
 
-pub use sparse::Extent;
-
-use crate::buffer::Buffer;
 use crate::sys;
+use crate::work::{Done, Extent, Op};
 use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
-use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -33,136 +30,6 @@ pub const MAX_OPS: usize = 4096;
 
 /// What the log says, once and at level E, when an fdatasync has failed.
 pub const SYNC_LOST: &str = "fdatasync failed, written data may be lost; every later flush will fail until a restart";
-
-/// One thing to do. `owner` and `tag` mean nothing here and come back in [`Done`].
-#[derive(Debug)]
-pub struct Op {
-    /// Whom it is for.
-    pub owner: u64,
-    /// Which one of that owner's it is.
-    pub tag: u32,
-    /// What to do.
-    pub action: Action,
-}
-
-/// What can be done. Offsets and lengths are bytes of the image. `fua` means that it is done only when its effect is on
-/// stable storage.
-#[derive(Debug)]
-pub enum Action {
-    /// Reads exactly `length` bytes. [`ErrorKind::UnexpectedEof`] when the file was cut short; never fewer bytes.
-    Read {
-        /// Where to read.
-        offset: u64,
-        /// How much to read.
-        length: usize,
-        /// A hole at the beginning is not read: it comes back as the only extent of [`Done`], and the buffer holds
-        /// what is behind it.
-        skip_hole: bool,
-        /// Comes empty, with room for `length` bytes, and goes back filled with them, or empty after an error.
-        buffer: Buffer,
-    },
-    /// Writes what is filled in `payload`. Aligned blocks of 4 KiB that are all zero and lie over a hole leave it.
-    Write {
-        /// Where to write.
-        offset: u64,
-        /// Goes back as it came.
-        payload: Buffer,
-        /// On stable storage when done.
-        fua: bool,
-    },
-    /// Makes a range read as zeroes, by a hole if it can.
-    Zero {
-        /// Where it begins.
-        offset: u64,
-        /// How long it is.
-        length: u64,
-        /// On stable storage when done.
-        fua: bool,
-        /// Keep the range allocated: make no hole.
-        allocate: bool,
-        /// Fail with [`ErrorKind::Unsupported`] rather than write the zeroes. Then nothing has changed.
-        fast: bool,
-    },
-    /// Gives a range back to the file system or the device. It may read as zeroes or as before. Where the image
-    /// cannot do that, nothing happens and it succeeds.
-    Trim {
-        /// Where it begins.
-        offset: u64,
-        /// How long it is.
-        length: u64,
-        /// On stable storage when done.
-        fua: bool,
-    },
-    /// Puts everything on stable storage that was done before this was submitted.
-    Flush,
-    /// Says that the range will be read soon. It is a hint.
-    Cache {
-        /// Where it begins.
-        offset: u64,
-        /// How long it is.
-        length: u64,
-    },
-    /// Finds out what is data and what is a hole, from the beginning of the range on.
-    Map {
-        /// Where it begins.
-        offset: u64,
-        /// How long it is.
-        length: u64,
-        /// How many extents at the most.
-        most: usize,
-    },
-}
-
-impl Action {
-    /// The bytes of the image it may change.
-    fn touches(&self) -> Option<Range<u64>> {
-        let (offset, length) = match self {
-            Self::Write { offset, payload, .. } => (*offset, payload.len() as u64),
-            Self::Zero { offset, length, .. } | Self::Trim { offset, length, .. } => (*offset, *length),
-            Self::Read { .. } | Self::Flush | Self::Cache { .. } | Self::Map { .. } => return None,
-        };
-        Some(offset..offset.saturating_add(length))
-    }
-
-    fn wants_sync(&self) -> bool {
-        match self {
-            Self::Write { fua, .. } | Self::Zero { fua, .. } | Self::Trim { fua, .. } => *fua,
-            Self::Flush => true,
-            Self::Read { .. } | Self::Cache { .. } | Self::Map { .. } => false,
-        }
-    }
-
-    /// Invariant 1, and that a read has room.
-    fn fits(&self, size: u64) -> bool {
-        match self {
-            Self::Read { offset, length, buffer, .. } => {
-                let has_room = buffer.is_empty() && *length <= buffer.capacity();
-                has_room && offset.checked_add(*length as u64).is_some_and(|end| end <= size)
-            }
-            Self::Cache { offset, length } | Self::Map { offset, length, .. } => {
-                offset.checked_add(*length).is_some_and(|end| end <= size)
-            }
-            _ => self.touches().is_none_or(|range| range.start <= range.end && range.end <= size),
-        }
-    }
-}
-
-/// What became of an [`Op`].
-#[derive(Debug)]
-pub struct Done {
-    /// As submitted.
-    pub owner: u64,
-    /// As submitted.
-    pub tag: u32,
-    /// The buffer of a read or a write.
-    pub buffer: Option<Buffer>,
-    /// The bytes of the image that may have changed, also when it failed.
-    pub touched: Option<Range<u64>>,
-    /// What a map has found, or the hole at the beginning of a read that skips one.
-    pub extents: Vec<Extent>,
-    /// How it ended. Success means all of it.
-    pub result: io::Result<()>,
-}
 
 /// An open image: what the engine and the search for holes work on.
 struct Image {
@@ -387,6 +254,8 @@ impl std::error::Error for OpenError {}
 #[allow(clippy::cast_possible_truncation)] // of sizes that the tests chose
 mod tests {
     use super::*;
+    use crate::buffer::Buffer;
+    use crate::work::Action;
     use std::os::unix::net::UnixListener;
     use std::sync::atomic::{AtomicU32, Ordering};
 

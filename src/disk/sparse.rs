@@ -6,6 +6,7 @@
 
 use super::Image;
 use crate::sys;
+use crate::work::Extent;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -16,15 +17,6 @@ pub(super) const BLOCK: u64 = BLOCK_LEN as u64;
 
 /// The same as a length in memory.
 const BLOCK_LEN: usize = 4096;
-
-/// A part of the image that is a hole throughout, or counts as data throughout.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Extent {
-    /// Its bytes in the image.
-    pub range: Range<u64>,
-    /// True when it is a hole: it reads as zeroes.
-    pub is_hole: bool,
-}
 
 /// See [`super::Disk::extent`].
 pub(super) fn extent(image: &Image, offset: u64, limit: u64) -> Extent {

@@ -9,9 +9,10 @@
 //! Invariant 2: a step stays inside what is left of its range.
 
 use super::sparse::{self, BLOCK};
-use super::{Action, Done, Extent, Image, Op};
+use super::Image;
 use crate::buffer::Buffer;
 use crate::sys;
+use crate::work::{Action, Done, Extent, Op};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -125,15 +126,15 @@ impl Engine {
                 let (mut offset, mut length) = (*offset, *length);
                 if *skip_hole {
                     let hole = sparse::hole(image, offset..offset + length as u64);
-                    let skipped = hole.as_ref().map_or(0, |hole| hole.range.end - hole.range.start);
+                    let skipped = hole.as_ref().map_or(0, Extent::length);
                     extents.extend(hole);
                     (offset, length) = (offset + skipped, length - usize::try_from(skipped).unwrap_or(length));
                 }
                 read(&image.file, offset, length, buffer).map(|()| true)
             }
             Action::Write { offset, payload, .. } => sparse::write(image, *offset, payload.filled()).map(|()| true),
-            Action::Zero { offset, length, allocate, fast, .. } => {
-                let done = self.zero_step(image, *offset, *length, *allocate, *fast)?;
+            Action::Zero { offset, length, no_hole, fast, .. } => {
+                let done = self.zero_step(image, *offset, *length, *no_hole, *fast)?;
                 Ok(proceed(offset, length, done))
             }
             Action::Trim { offset, length, .. } => {
@@ -154,16 +155,16 @@ impl Engine {
     }
 
     /// Zeroes the front of a range; returns how many bytes.
-    fn zero_step(&mut self, image: &Image, offset: u64, length: u64, allocate: bool, fast: bool) -> io::Result<u64> {
+    fn zero_step(&mut self, image: &Image, offset: u64, length: u64, no_hole: bool, fast: bool) -> io::Result<u64> {
         if fast && image.is_device && (offset | length) % BLOCK != 0 {
             // Its ends would have to be written, before it is known whether the rest can be done without.
             return Err(ErrorKind::Unsupported.into());
         }
         let piece = match piece(image, offset, length) {
-            Piece::Ragged(n) => return self.write_zeroes(image, offset, n, allocate),
+            Piece::Ragged(n) => return self.write_zeroes(image, offset, n, no_hole),
             Piece::Whole(n) => n,
         };
-        if !allocate && supported(sys::punch_hole, &mut self.can_punch, image, offset, piece)? {
+        if !no_hole && supported(sys::punch_hole, &mut self.can_punch, image, offset, piece)? {
             return Ok(piece);
         }
         // On a device this call may mean that the kernel writes the zeroes, so it is no way to be fast.
@@ -174,14 +175,14 @@ impl Engine {
         if fast {
             return Err(ErrorKind::Unsupported.into());
         }
-        self.write_zeroes(image, offset, piece, allocate)
+        self.write_zeroes(image, offset, piece, no_hole)
     }
 
     /// Writes zeroes at the front of a range; returns how many. Holes are kept unless it shall be allocated.
-    fn write_zeroes(&self, image: &Image, offset: u64, length: u64, allocate: bool) -> io::Result<u64> {
+    fn write_zeroes(&self, image: &Image, offset: u64, length: u64, no_hole: bool) -> io::Result<u64> {
         let n = usize::try_from(length).unwrap_or(usize::MAX).min(self.zeroes.len());
         let zeroes = self.zeroes.get(..n).unwrap_or_default();
-        if allocate {
+        if no_hole {
             image.file.write_all_at(zeroes, offset)?;
         } else {
             sparse::write(image, offset, zeroes)?;
@@ -292,7 +293,7 @@ mod tests {
     }
 
     fn zero(offset: u64, length: u64) -> Action {
-        Action::Zero { offset, length, fua: false, allocate: false, fast: false }
+        Action::Zero { offset, length, fua: false, no_hole: false, fast: false }
     }
 
     /// The tags that are done, in order, with the kinds of their errors.
@@ -337,7 +338,7 @@ mod tests {
                 }
                 2 => {
                     model[range.clone()].fill(0);
-                    Action::Zero { offset, length, fua, allocate: random.below(2) == 0, fast: false }
+                    Action::Zero { offset, length, fua, no_hole: random.below(2) == 0, fast: false }
                 }
                 _ => Action::Trim { offset, length, fua },
             };
@@ -398,7 +399,7 @@ mod tests {
         assert_eq!(allocated(), 1 << 19);
         run(&mut engine, &image, Action::Trim { offset: 1 << 19, length: 1 << 18, fua: false }).result.unwrap();
         assert_eq!(allocated(), 1 << 18);
-        let keep = Action::Zero { offset: 0, length: 1 << 20, fua: false, allocate: true, fast: false };
+        let keep = Action::Zero { offset: 0, length: 1 << 20, fua: false, no_hole: true, fast: false };
         run(&mut engine, &image, keep).result.unwrap();
         assert_eq!(allocated(), 1 << 20);
         assert_eq!(temp.file.metadata().unwrap().len(), 1 << 20);
@@ -417,10 +418,10 @@ mod tests {
     fn fast_never_writes() {
         let temp = TempFile::new("fast");
         let image = image(&temp, 1 << 20);
-        let fast = |allocate| Action::Zero { offset: 0, length: 1 << 20, fua: false, allocate, fast: true };
+        let fast = |no_hole| Action::Zero { offset: 0, length: 1 << 20, fua: false, no_hole, fast: true };
         let mut poor = Engine { can_punch: false, can_zero_range: false, ..Engine::new() };
-        for allocate in [false, true] {
-            let refused = run(&mut poor, &image, fast(allocate));
+        for no_hole in [false, true] {
+            let refused = run(&mut poor, &image, fast(no_hole));
             assert_eq!(refused.result.unwrap_err().kind(), ErrorKind::Unsupported);
         }
         run(&mut Engine::new(), &image, fast(false)).result.unwrap();
@@ -457,7 +458,7 @@ mod tests {
         let image = image(&temp, 64 << 20);
         let mut engine = Engine { can_punch: false, can_zero_range: false, ..Engine::new() };
         for tag in 0..40 {
-            let keep = Action::Zero { offset: 0, length: 2 << 20, fua: false, allocate: true, fast: false };
+            let keep = Action::Zero { offset: 0, length: 2 << 20, fua: false, no_hole: true, fast: false };
             engine.submit(op(tag, keep));
         }
         engine.kick(&image);
@@ -478,7 +479,7 @@ mod tests {
         engine.submit(op(1, Action::Flush));
         engine.submit(op(2, write(0, b"abc", true)));
         engine.submit(op(3, write(9, b"abc", false)));
-        engine.submit(op(4, Action::Zero { offset: 5, length: 9, fua: true, allocate: false, fast: false }));
+        engine.submit(op(4, Action::Zero { offset: 5, length: 9, fua: true, no_hole: false, fast: false }));
         engine.submit(op(5, Action::Trim { offset: 0, length: 9, fua: true }));
         engine.submit(op(6, Action::Flush));
         engine.kick(&image);

@@ -1,16 +1,17 @@
 //! PURE: the newstyle entry points of the fuzzers: haggling alone, and a whole session.
 
-use super::{converse, Choices, Held, ENOUGH, EXPORT, POOLS};
+use super::{converse, done, Choices, ENOUGH, EXPORT, POOLS};
 use crate::buffer::SLICE;
 use crate::proto::error::{Errno, Violation};
 use crate::proto::handshake::{Haggle, Progress, OPTION_MAX};
-use crate::proto::request::{refuse, Action, Agreed, Export, Extent, Style};
+use crate::proto::request::{refuse, Agreed, Export, Style};
 use crate::proto::session::{End, ServerSession};
 use crate::proto::wire::{
     chunk, command, extent, kind, option, option_reply, Fields, RequestHead, CHUNK_LEN, IHAVEOPT,
     NEWSTYLE_GREETING_LEN, OPTION_HEAD_LEN, OPTION_REPLY_HEAD_LEN, OPTION_REPLY_MAGIC, REQUEST_LEN, REQUEST_MAGIC,
     SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
+use crate::work::{Action, Done, Extent};
 
 /// The most that one option may make a server say, in bytes.
 const MOST_SAID: usize = 256;
@@ -357,44 +358,44 @@ fn extents(mut offset: u64, length: u64) -> Vec<Extent> {
             false => ((block + 1) / 3 * 3 + 1) * HOLE,
         };
         let next = border.min(end);
-        found.push(Extent { length: next - offset, is_hole: is_hole(offset) });
+        found.push(Extent { range: offset..next, is_hole: is_hole(offset) });
         offset = next;
     }
     found
 }
 
 /// Does what a disk would.
-fn work(tag: u32, action: Action) -> Held {
-    let mut held = Held { tag, found: Vec::new(), buffer: None };
+fn work(tag: u32, action: Action) -> Done {
+    let mut done = done(tag);
     let (offset, length) = match action {
         Action::Read { offset, length, skip_hole, mut buffer } => {
             let first = extents(offset, length as u64).into_iter().next();
             let hole = first.filter(|extent| skip_hole && extent.is_hole);
-            let skipped = hole.map_or(0, |hole| hole.length);
+            let skipped = hole.as_ref().map_or(0, Extent::length);
             let bytes: Vec<u8> = (offset + skipped..offset + length as u64).map(content).collect();
             assert_eq!((buffer.len(), buffer.append(&bytes)), (0, bytes.len()), "an empty buffer that is large enough");
             assert!(buffer.capacity() >= length);
-            held.found.extend(hole);
-            held.buffer = Some(buffer);
+            done.extents.extend(hole);
+            done.buffer = Some(buffer);
             (offset, length as u64)
         }
         Action::Write { offset, payload, .. } => {
             let length = payload.len() as u64;
-            held.buffer = Some(payload);
+            done.buffer = Some(payload);
             (offset, length)
         }
         Action::Zero { offset, length, .. }
         | Action::Trim { offset, length, .. }
         | Action::Cache { offset, length } => (offset, length),
         Action::Map { offset, length, most } => {
-            held.found = extents(offset, length);
-            held.found.truncate(most);
+            done.extents = extents(offset, length);
+            done.extents.truncate(most);
             (offset, length)
         }
-        Action::Flush => return held,
+        Action::Flush => return done,
     };
     assert!(length > 0 && offset.checked_add(length).is_some_and(|end| end <= EXPORT), "inside the export");
-    held
+    done
 }
 
 /// A newstyle conversation from the server's side: haggling and requests, cut up, against a disk that has holes, is slow

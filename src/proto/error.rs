@@ -2,6 +2,7 @@
 
 use super::wire::option_reply;
 use std::fmt;
+use std::io::{self, ErrorKind};
 
 /// The error values of the specification ("Error values"). No other value leaves this server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +25,18 @@ pub enum Errno {
 }
 
 impl Errno {
+    /// What a client is told of an error of the disk. Only a request that asked for a fast zero may hear that something
+    /// is not supported.
+    pub fn of(error: &io::Error, fast_zero: bool) -> Self {
+        match error.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Self::NoSpc,
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Self::Perm,
+            ErrorKind::OutOfMemory => Self::NoMem,
+            ErrorKind::Unsupported if fast_zero => Self::NotSup,
+            _ => Self::Io,
+        }
+    }
+
     /// The number on the wire.
     pub fn to_wire(self) -> u32 {
         self as u32
@@ -131,3 +144,26 @@ impl fmt::Display for Violation {
 }
 
 impl std::error::Error for Violation {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_disk_become_those_of_the_specification() {
+        for (kind, errno) in [
+            (ErrorKind::StorageFull, Errno::NoSpc),
+            (ErrorKind::QuotaExceeded, Errno::NoSpc),
+            (ErrorKind::FileTooLarge, Errno::NoSpc),
+            (ErrorKind::PermissionDenied, Errno::Perm),
+            (ErrorKind::ReadOnlyFilesystem, Errno::Perm),
+            (ErrorKind::OutOfMemory, Errno::NoMem),
+            (ErrorKind::UnexpectedEof, Errno::Io),
+        ] {
+            assert_eq!((Errno::of(&kind.into(), false), Errno::of(&kind.into(), true)), (errno, errno), "{kind}");
+        }
+        let unsupported = ErrorKind::Unsupported.into();
+        assert_eq!(Errno::of(&unsupported, false), Errno::Io, "only who asked for a fast zero knows ENOTSUP");
+        assert_eq!(Errno::of(&unsupported, true), Errno::NotSup);
+    }
+}

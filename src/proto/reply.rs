@@ -4,8 +4,9 @@
 
 use super::error::Errno;
 use super::handshake::ALLOCATION_ID;
-use super::request::{Extent, Style};
+use super::request::Style;
 use super::wire::{chunk, extent, kind, ChunkHead, Encoder, RequestHead, SimpleReply};
+use crate::work::Extent;
 
 /// A head: the bytes of a message that are not payload.
 pub type Head = Encoder<32>;
@@ -55,7 +56,7 @@ pub fn block_status_begins(cookie: u64, payload: &[u8]) -> Head {
 pub fn block_status(extents: &[Extent]) -> Vec<u8> {
     let mut payload = ALLOCATION_ID.to_be_bytes().to_vec();
     for found in extents {
-        let length = u32::try_from(found.length).unwrap_or(u32::MAX);
+        let length = u32::try_from(found.length()).unwrap_or(u32::MAX);
         let flags = if found.is_hole { extent::HOLE_ZERO } else { 0 };
         payload.extend(length.to_be_bytes());
         payload.extend(flags.to_be_bytes());

@@ -4,7 +4,7 @@
 
 use super::error::Errno;
 use super::wire::{command, kind, transmission, RequestHead};
-use crate::buffer::Buffer;
+use crate::work::Action;
 
 /// What is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,93 +56,22 @@ impl Style {
     }
 }
 
-/// A stretch of the export.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extent {
-    /// How long it is, in bytes.
-    pub length: u64,
-    /// It is not allocated and reads as zeroes.
-    pub is_hole: bool,
-}
-
 /// The most a READ with DF may ask for, in bytes: what the specification wants to work. It is held whole.
 pub const DF_MAX: u32 = 64 << 10;
 
 /// Extents in one reply at the most; a client asks again for the rest.
 pub const EXTENTS_MAX: usize = 512;
 
-/// A piece of work for the disk. A long request becomes several, one after the other, with the same tag.
+/// A piece of work that a request asks for; its range is inside the export. A long request becomes several, one after
+/// the other, with the same tag.
 #[derive(Debug)]
 pub struct Request {
+    /// The request as it came.
+    pub head: RequestHead,
     /// Names the request within its session until it is completed as often as it was handed out.
     pub tag: u32,
     /// What to do.
     pub action: Action,
-}
-
-/// What a request asks for; the range is inside the export. Offsets and lengths are in bytes.
-#[derive(Debug)]
-pub enum Action {
-    /// Fill the empty buffer with `length` bytes from `offset`.
-    Read {
-        /// Where it begins.
-        offset: u64,
-        /// How many bytes.
-        length: usize,
-        /// A hole at the beginning need not be filled in; its length comes back instead.
-        skip_hole: bool,
-        /// What to fill.
-        buffer: Buffer,
-    },
-    /// Write what the buffer holds. With `fua` it and every earlier piece of the request must be durable.
-    Write {
-        /// Where it begins.
-        offset: u64,
-        /// What to write.
-        payload: Buffer,
-        /// Reply only when it is durable.
-        fua: bool,
-    },
-    /// Zero the range; with `no_hole` it must stay allocated.
-    Zero {
-        /// Where it begins.
-        offset: u64,
-        /// How many bytes.
-        length: u64,
-        /// Reply only when it is durable.
-        fua: bool,
-        /// Make no hole.
-        no_hole: bool,
-        /// Fail rather than be slow.
-        fast: bool,
-    },
-    /// The range is not needed any more.
-    Trim {
-        /// Where it begins.
-        offset: u64,
-        /// How many bytes.
-        length: u64,
-        /// Reply only when it is durable.
-        fua: bool,
-    },
-    /// Make everything durable that was answered before.
-    Flush,
-    /// The range will be read soon.
-    Cache {
-        /// Where it begins.
-        offset: u64,
-        /// How many bytes.
-        length: u64,
-    },
-    /// Say what is allocated, from the beginning of the range on.
-    Map {
-        /// Where it begins.
-        offset: u64,
-        /// How many bytes.
-        length: u64,
-        /// How many extents at the most.
-        most: usize,
-    },
 }
 
 /// A request that is answered with an error without asking the disk.

@@ -6,17 +6,15 @@ use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
 use super::socket::{Peer, Received, Socket};
-use crate::disk;
 use crate::event::slots::Key;
 use crate::logging::Throttle;
-use crate::proto::error::Errno;
 use crate::proto::outbox::PIECES;
-use crate::proto::request::{Action, Agreed, Export, Extent, Refusal, Request, Style};
-use crate::proto::session::{ServerSession, Step, Tally};
-use crate::proto::wire::RequestHead;
+use crate::proto::request::{Agreed, Export, Refusal, Request, Style};
+use crate::proto::session::{Completed, Failed, Pass, ServerSession, Step, Tally};
+use crate::work::{Done, Op};
 use log::{info, warn};
 use std::fmt;
-use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 
 /// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
 const FAILED_LOG_MS: u64 = 10_000;
@@ -115,25 +113,24 @@ impl Client {
         }
         let mut received = false;
         self.stalled = false;
-        let mut held = sh.holds_writes();
-        self.session.hold_writes(held);
+        let mut pass = if sh.holds_writes() { Pass::Reads } else { Pass::Everything };
         while sh.disk.has_room() {
-            match self.session.next_step(&mut sh.pool) {
-                Step::Request(request) => {
-                    let changes = self.session.request(request.tag).is_some_and(RequestHead::changes_export);
-                    if changes && sh.limits_writes() {
-                        held = true;
-                        self.session.hold_writes(held);
+            match self.session.next_step(pass, &mut sh.pool) {
+                Step::Request(Request { head, tag, action }) => {
+                    if head.changes_export() && sh.limits_writes() {
+                        pass = Pass::Reads;
                     }
-                    let taken = sh.disk.submit(disk_op(key, request));
+                    let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
                     debug_assert!(taken.is_ok(), "it had room");
                 }
                 Step::Refused(refusal) => self.log_refusal(&refusal, sh.now_ms),
                 Step::NeedRoom => {
                     self.stalled = true;
-                    if held {
-                        sh.held.push(key);
-                    }
+                    return Next::Idle;
+                }
+                Step::Kept => {
+                    self.stalled = true;
+                    sh.held.push(key);
                     return Next::Idle;
                 }
                 Step::NeedBytes if !self.socket.readable() => {
@@ -169,26 +166,23 @@ impl Client {
     }
 
     /// Takes a completion. The data goes out in the write step of the same turn.
-    pub fn disk_done(&mut self, done: disk::Done, sh: &mut Shared) -> Next {
-        if let (Some(inbound), Some(head)) = (&mut sh.inbound, self.session.request(done.tag)) {
-            if let Err(why) = inbound.note(head, &done) {
+    pub fn disk_done(&mut self, done: Done, sh: &mut Shared) -> Next {
+        let completed = self.session.complete(done, &mut sh.pool);
+        if let (Some(inbound), Some(completed)) = (&mut sh.inbound, &completed) {
+            if let Err(why) = inbound.note(completed) {
                 sh.effects.push(Effect::Fail(why));
             }
         }
-        let extents = done
-            .extents
-            .into_iter()
-            .map(|disk::Extent { range, is_hole }| Extent { length: range.end - range.start, is_hole });
-        let result = done.result.map(|()| extents.collect()).map_err(|error| {
-            let head = self.session.request(done.tag).copied();
-            let errno = errno_of(&error, head.is_some_and(|head| head.asks_for_fast_zero()));
-            self.log_failure(head, &error, errno, sh.now_ms);
-            errno
-        });
-        match self.session.complete(done.tag, result, done.buffer, &mut sh.pool) {
-            Err(violation) => Next::Close(Reason::Violation(violation)),
-            Ok(()) if self.stalled => Next::Again,
-            Ok(()) => Next::Idle,
+        if let Some(Completed { head, result: Err(Failed { error, errno, violation }), .. }) = completed {
+            self.log_failed(&format_args!("{head} failed: {error}; answered {errno}"), sh.now_ms);
+            if let Some(violation) = violation {
+                return Next::Close(Reason::Violation(violation));
+            }
+        }
+        if self.stalled {
+            Next::Again
+        } else {
+            Next::Idle
         }
     }
 
@@ -296,11 +290,6 @@ impl Client {
         self.log_failed(&format_args!("refused {head} with {errno}: {why}"), now_ms);
     }
 
-    fn log_failure(&mut self, head: Option<RequestHead>, error: &io::Error, errno: Errno, now_ms: u64) {
-        let Some(head) = head else { return };
-        self.log_failed(&format_args!("{head} failed: {error}; answered {errno}"), now_ms);
-    }
-
     fn log_failed(&mut self, what: &dyn fmt::Display, now_ms: u64) {
         match self.failed.pass(now_ms) {
             None => {}
@@ -313,32 +302,5 @@ impl Client {
 impl fmt::Display for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "client {} {}", self.id, self.peer)
-    }
-}
-
-/// What a request means to the disk.
-fn disk_op(key: Key, request: Request) -> disk::Op {
-    let action = match request.action {
-        Action::Read { offset, length, skip_hole, buffer } => disk::Action::Read { offset, length, skip_hole, buffer },
-        Action::Write { offset, payload, fua } => disk::Action::Write { offset, payload, fua },
-        Action::Zero { offset, length, fua, no_hole, fast } => {
-            disk::Action::Zero { offset, length, fua, allocate: no_hole, fast }
-        }
-        Action::Trim { offset, length, fua } => disk::Action::Trim { offset, length, fua },
-        Action::Flush => disk::Action::Flush,
-        Action::Cache { offset, length } => disk::Action::Cache { offset, length },
-        Action::Map { offset, length, most } => disk::Action::Map { offset, length, most },
-    };
-    disk::Op { owner: key.to_u64(), tag: request.tag, action }
-}
-
-/// What a client is told of an error of the disk ("Error values").
-fn errno_of(error: &io::Error, fast_zero: bool) -> Errno {
-    match error.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Errno::NoSpc,
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Errno::Perm,
-        ErrorKind::OutOfMemory => Errno::NoMem,
-        ErrorKind::Unsupported if fast_zero => Errno::NotSup,
-        _ => Errno::Io,
     }
 }

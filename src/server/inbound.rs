@@ -1,9 +1,9 @@
 //! What a listener knows of the migration that comes in: which bytes of the image its sender has written.
 
 use crate::bitmap::Covered;
-use crate::disk::Done;
-use crate::proto::wire::{kind, RequestHead};
-use std::io::{self, ErrorKind};
+use crate::proto::session::{Completed, Failed};
+use crate::proto::wire::kind;
+use std::io::ErrorKind;
 
 /// An inbound migration that is awaited or under way.
 #[derive(Debug)]
@@ -27,15 +27,23 @@ impl Inbound {
 
     /// Notes what the disk has done for the sender. An error of the disk is one this process cannot repair; its text is
     /// why the process ends.
-    pub fn note(&mut self, head: &RequestHead, done: &Done) -> Result<(), String> {
-        // Reads and hints lose nothing, and neither does a request that was only too slow to be done.
-        let lost = |error: &io::Error| done.touched.is_some() && error.kind() != ErrorKind::Unsupported;
-        if let Some(error) = done.result.as_ref().err().filter(|error| lost(error) || head.kind == kind::FLUSH) {
-            return Err(format!("the image cannot take the migration: {head} failed: {error}"));
-        }
-        // A TRIM says nothing about what the bytes are now.
-        if let (Ok(()), Some(range), kind::WRITE | kind::WRITE_ZEROES) = (&done.result, &done.touched, head.kind) {
-            self.covered.note(range.start, range.end - range.start);
+    pub fn note(&mut self, completed: &Completed) -> Result<(), String> {
+        let Completed { head, touched, result } = completed;
+        match result {
+            // Reads and hints lose nothing, and neither does a request that was only too slow to be done.
+            Err(Failed { error, .. })
+                if head.kind == kind::FLUSH || touched.is_some() && error.kind() != ErrorKind::Unsupported =>
+            {
+                return Err(format!("the image cannot take the migration: {head} failed: {error}"));
+            }
+            Err(_) => {}
+            Ok(()) => match touched {
+                Some(range) if matches!(head.kind, kind::WRITE | kind::WRITE_ZEROES) => {
+                    self.covered.note(range.start, range.end - range.start);
+                }
+                // A TRIM says nothing about what the bytes are now.
+                _ => {}
+            },
         }
         Ok(())
     }

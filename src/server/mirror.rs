@@ -16,13 +16,13 @@ use super::shared::Shared;
 use super::socket::{Received, Socket, Stream};
 use crate::buffer::SLICE;
 use crate::command::{Action, Answer};
-use crate::disk::{self, Done};
 use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::migrate::{Abilities, Plan, Step, DATA_MAX};
 use crate::proto::client::Event;
 use crate::proto::wire::{kind, transmission, Greeting};
 use crate::sys;
+use crate::work::{self, Done, Op};
 use log::{info, warn};
 use mio::net::TcpStream;
 use mio::Registry;
@@ -395,8 +395,8 @@ impl Mirror {
                 Step::Data(range) => {
                     link.held += buffer.capacity();
                     let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
-                    let action = disk::Action::Read { offset: range.start, length, skip_hole: false, buffer };
-                    let taken = sh.disk.submit(disk::Op { owner: key.to_u64(), tag: self.next_tag, action });
+                    let action = work::Action::Read { offset: range.start, length, skip_hole: false, buffer };
+                    let taken = sh.disk.submit(Op { owner: key.to_u64(), tag: self.next_tag, action });
                     debug_assert!(taken.is_ok(), "it had room");
                     self.reads.push((self.next_tag, Some(range)));
                     self.next_tag = self.next_tag.wrapping_add(1);

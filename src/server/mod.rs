@@ -31,11 +31,11 @@ mod status;
 
 pub use config::{Config, Fatal, Role};
 
-use crate::disk::{self, Done};
 use crate::event::ready::RunQueue;
 use crate::event::slots::{Key, Slots};
 use crate::proto::session::End;
 use crate::sys::{self};
+use crate::work::{Action, Done, Op};
 use client::Client;
 use config::Dialect;
 use control::Control;
@@ -273,7 +273,7 @@ impl Server {
         if let Some(inbound) = &self.shared.inbound {
             if matches!(reason, Reason::End(End::Disconnect)) && inbound.is_complete() {
                 // The connection stays until everything is durable: its end tells the sender so. Nobody else is let in.
-                let op = disk::Op { owner: RECEIVED, tag: 0, action: disk::Action::Flush };
+                let op = Op { owner: RECEIVED, tag: 0, action: Action::Flush };
                 if self.shared.disk.submit(op).is_ok() {
                     self.leaving = Some(client);
                     return;

@@ -7,6 +7,7 @@
 // Patterns of bytes are made by cutting numbers short.
 #![allow(clippy::cast_possible_truncation)]
 
+mod kept;
 mod newstyle;
 mod pair;
 mod plan;

@@ -5,13 +5,14 @@ use crate::pair::{Act, Can, Schedule, ROOMY};
 use crate::plan::head;
 use crate::scripts::{Fixed, EAGER, LATE};
 use crate::simulation::{Chance, Rng, Seed};
-use flexnbd::buffer::{Buffer, Pool, SLICE};
+use flexnbd::buffer::{Pool, SLICE};
 use flexnbd::proto::error::{Errno, Violation};
 use flexnbd::proto::outbox::PIECES;
-use flexnbd::proto::request::{Action, Export, Extent, Request};
-use flexnbd::proto::session::{End, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
+use flexnbd::proto::request::{Export, Request};
+use flexnbd::proto::session::{End, Pass, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
 use flexnbd::proto::wire::{command, kind, option, RequestHead};
-use std::io::IoSlice;
+use flexnbd::work::{Action, Done, Extent};
+use std::io::{ErrorKind, IoSlice};
 
 /// The export of the scripts, in bytes: blocks of data and of nothing by turns.
 const SIZE: usize = 32 << 10;
@@ -199,23 +200,23 @@ pub fn everything() -> Talk {
     talk
 }
 
-/// A piece of work the disk has done and not yet reported.
-struct Held {
-    tag: u32,
-    result: Result<Vec<Extent>, Errno>,
-    buffer: Option<Buffer>,
-}
-
 /// Does the work at once; it is reported later.
-fn work(ask: &Ask, request: Request, disk: &mut [u8]) -> Held {
+fn work(ask: &Ask, request: Request, disk: &mut [u8]) -> Done {
+    assert_eq!(request.head, ask.head);
     let fails = |offset: u64, length: u64| {
         let from = offset.checked_sub(ask.head.offset).expect("a piece of the request");
         assert!(from + length <= u64::from(ask.head.length), "a piece of the request");
         ask.fault.is_some_and(|at| (from..from + length).contains(&u64::from(at)))
     };
-    let found = |extents: Vec<(u32, u32)>| {
-        extents.into_iter().map(|(length, flags)| Extent { length: length.into(), is_hole: flags != 0 }).collect()
+    let found = |mut start: u64, extents: Vec<(u32, u32)>| {
+        let mut next = |length: u32| {
+            let range = start..start + u64::from(length);
+            start = range.end;
+            range
+        };
+        extents.into_iter().map(|(length, flags)| Extent { range: next(length), is_hole: flags != 0 }).collect()
     };
+    let touched = request.action.touches();
     let (failed, extents, buffer) = match request.action {
         Action::Read { offset, length, skip_hole, mut buffer } => {
             let at = offset as usize;
@@ -227,7 +228,7 @@ fn work(ask: &Ask, request: Request, disk: &mut [u8]) -> Held {
             if !failed {
                 buffer.append(&disk[at + skipped..at + length]);
             }
-            (failed, found(hole), Some(buffer))
+            (failed, found(offset, hole), Some(buffer))
         }
         Action::Write { offset, payload, .. } => {
             let failed = fails(offset, payload.len() as u64);
@@ -245,12 +246,13 @@ fn work(ask: &Ask, request: Request, disk: &mut [u8]) -> Held {
         Action::Map { offset, length, most } => {
             let mut extents = extents(disk, offset as usize, length as usize);
             extents.truncate(most);
-            (fails(offset, length), found(extents), None)
+            (fails(offset, length), found(offset, extents), None)
         }
         Action::Cache { offset, length } => (fails(offset, length), Vec::new(), None),
         Action::Flush => (ask.fault.is_some(), Vec::new(), None),
     };
-    Held { tag: request.tag, result: if failed { Err(Errno::Io) } else { Ok(extents) }, buffer }
+    let result = if failed { Err(ErrorKind::Other.into()) } else { Ok(()) };
+    Done { owner: 0, tag: request.tag, buffer, touched, extents, result }
 }
 
 /// What came back to one request, and whether that was all.
@@ -348,24 +350,25 @@ fn check(talk: &Talk, wire: &[u8]) {
 fn run(talk: &Talk, cap: usize, schedule: &mut dyn Schedule) -> Vec<u8> {
     let mut pool = Pool::new(cap);
     let mut session = ServerSession::newstyle(Export { size: talk.before.len() as u64 }, schedule.now_ms());
-    let (mut disk, mut wire, mut held) = (talk.before.clone(), Vec::new(), Vec::<Held>::new());
-    let (mut received, mut ended) = (0, false);
+    let (mut disk, mut wire, mut done) = (talk.before.clone(), Vec::new(), Vec::<Done>::new());
+    let (mut received, mut ended, mut pass) = (0, false, Pass::Everything);
     let end = loop {
         let (mut go_on, mut needs_bytes) = (false, false);
-        match session.next_step(&mut pool) {
+        match session.next_step(pass, &mut pool) {
             Step::Request(request) => {
-                let cookie = session.request(request.tag).expect("not answered yet").cookie;
-                held.push(work(&talk.asks[cookie as usize], request, &mut disk));
+                assert!(pass == Pass::Everything || request.action.touches().is_none(), "only reads may pass");
+                done.push(work(&talk.asks[request.head.cookie as usize], request, &mut disk));
                 go_on = true;
             }
             Step::Refused(_) => go_on = true,
             Step::NeedBytes => needs_bytes = true,
-            Step::NeedRoom => assert!(!held.is_empty() || session.wants_send(), "nothing can ever make room"),
+            Step::NeedRoom => assert!(!done.is_empty() || session.wants_send(), "nothing can ever make room"),
+            Step::Kept => assert_eq!(pass, Pass::Reads, "everything may pass"),
         }
-        assert!(held.len() <= MAX_IN_FLIGHT);
+        assert!(done.len() <= MAX_IN_FLIGHT);
         assert!(cap < ROOMY || cap - pool.available() <= MAX_HELD + SLICE + (64 << 10), "it owns too much");
         if let Some(end) = session.finished() {
-            assert!(held.is_empty() && !session.wants_send(), "nothing is owed");
+            assert!(done.is_empty() && !session.wants_send(), "nothing is owed");
             break Ok(end);
         }
         let mut slices = [IoSlice::new(&[]); PIECES];
@@ -374,11 +377,12 @@ fn run(talk: &Talk, cap: usize, schedule: &mut dyn Schedule) -> Vec<u8> {
         let left = talk.stream.len() - received;
         let receive = if needs_bytes { left } else { 0 };
         let hang_up = needs_bytes && left == 0 && !ended;
-        let can = Can { go_on, receive, received, hang_up, complete: held.len(), send };
+        let can = Can { go_on, receive, received, hang_up, complete: done.len(), send };
         let act = schedule.choose(&can);
         let now_ms = schedule.now_ms();
         match act {
-            Act::GoOn | Act::HoldWrites(_) => {}
+            Act::GoOn => {}
+            Act::Pass(now) => pass = now,
             Act::Park => session.park(&mut pool),
             Act::Receive(most) => {
                 let before = received;
@@ -397,8 +401,9 @@ fn run(talk: &Talk, cap: usize, schedule: &mut dyn Schedule) -> Vec<u8> {
                 }
             }
             Act::Complete(n) => {
-                let Held { tag, result, buffer } = held.remove(n);
-                session.complete(tag, result, buffer, &mut pool).expect("chunks can always tell what failed");
+                let completed = session.complete(done.remove(n), &mut pool).expect("not answered yet");
+                let failed = completed.result.err();
+                assert!(failed.is_none_or(|failed| failed.violation.is_none()), "chunks can always tell what failed");
             }
             Act::Send(n) => {
                 let mut left = n;
@@ -454,12 +459,12 @@ fn a_newstyle_client_may_hang_up_anywhere() {
         let mut rest = &talk.stream[..cut];
         let mut disk = talk.before.clone();
         loop {
-            match session.next_step(&mut pool) {
+            match session.next_step(Pass::Everything, &mut pool) {
                 Step::Request(request) => {
-                    let cookie = session.request(request.tag).unwrap().cookie;
-                    let Held { tag, result, buffer } = work(&talk.asks[cookie as usize], request, &mut disk);
-                    session.complete(tag, result, buffer, &mut pool).unwrap();
+                    let done = work(&talk.asks[request.head.cookie as usize], request, &mut disk);
+                    session.complete(done, &mut pool).unwrap();
                 }
+                Step::Kept => unreachable!("everything may pass"),
                 Step::NeedBytes if rest.is_empty() => break,
                 Step::NeedBytes => {
                     let mut n = 0;

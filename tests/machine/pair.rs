@@ -1,15 +1,16 @@
 //! A `ClientSession` and a `ServerSession`, the disk and the memory between them, and the rules that hold all along.
 
 use crate::plan::{is_fua, Ask, Plan};
-use flexnbd::buffer::{Buffer, Pool, SLICE};
+use flexnbd::buffer::{Pool, SLICE};
 use flexnbd::proto::client::{ClientSession, Event};
 use flexnbd::proto::error::{Errno, Violation};
 use flexnbd::proto::outbox::PIECES;
-use flexnbd::proto::request::{Action, Export, Request, Style};
-use flexnbd::proto::session::{End, ServerSession, Step, Tally, MAX_HELD, MAX_IN_FLIGHT};
+use flexnbd::proto::request::{Export, Request, Style};
+use flexnbd::proto::session::{End, Failed, Pass, ServerSession, Step, Tally, MAX_HELD, MAX_IN_FLIGHT};
 use flexnbd::proto::wire::{kind, Greeting, GREETING_LEN, REQUEST_LEN};
+use flexnbd::work::{Action, Done};
 use std::collections::HashSet;
-use std::io::IoSlice;
+use std::io::{ErrorKind, IoSlice};
 
 /// The pool the server has: the bound of one session shows in it.
 pub const ROOMY: usize = 16 << 20;
@@ -46,8 +47,8 @@ pub enum Act {
     Send(usize),
     /// Memory is given back while the session waits.
     Park,
-    /// Requests that change the export have to wait from now on, or need not any more.
-    HoldWrites(bool),
+    /// Which requests may pass from now on.
+    Pass(Pass),
 }
 
 /// Decides how a conversation is cut up and interleaved.
@@ -69,11 +70,14 @@ pub struct Outcome {
     pub end: Option<Result<End, Violation>>,
 }
 
-/// A piece of work the disk has done and not yet reported.
-struct Held {
-    tag: u32,
-    result: Result<(), Errno>,
-    buffer: Option<Buffer>,
+/// What a disk says when its client shall be told this.
+fn error(errno: Errno) -> ErrorKind {
+    match errno {
+        Errno::NoSpc => ErrorKind::StorageFull,
+        Errno::Perm => ErrorKind::PermissionDenied,
+        Errno::NoMem => ErrorKind::OutOfMemory,
+        _ => ErrorKind::Other,
+    }
 }
 
 /// What the client has made of the bytes sent to it, and when it should have been served.
@@ -137,8 +141,10 @@ fn index(cookie: u64) -> usize {
 }
 
 /// Does the work at once, in the order it is handed out, as an engine in a queue does; it is reported later.
-fn work(ask: &Ask, request: Request, disk: &mut [u8], durable: &mut bool) -> Held {
-    let Request { tag, action } = request;
+fn work(ask: &Ask, request: Request, disk: &mut [u8], durable: &mut bool) -> Done {
+    let Request { head, tag, action } = request;
+    assert_eq!(head, ask.head);
+    let touched = action.touches();
     let fails = |offset: u64, length: usize| {
         let from = offset.checked_sub(ask.head.offset).expect("a piece of the request");
         assert!(from + length as u64 <= u64::from(ask.head.length), "a piece of the request");
@@ -147,7 +153,7 @@ fn work(ask: &Ask, request: Request, disk: &mut [u8], durable: &mut bool) -> Hel
     let place =
         |offset: u64, length: usize| usize::try_from(offset).unwrap()..usize::try_from(offset).unwrap() + length;
     let untouched = ask.fault.is_some();
-    let (result, buffer) = match action {
+    let (failed, buffer) = match action {
         Action::Read { offset, length, mut buffer, .. } => {
             let error = fails(offset, length);
             if error.is_none() {
@@ -178,7 +184,8 @@ fn work(ask: &Ask, request: Request, disk: &mut [u8], durable: &mut bool) -> Hel
         Action::Cache { .. } | Action::Map { .. } => panic!("an oldstyle client cannot ask for that"),
         Action::Flush => (ask.fault.map(|fault| fault.errno), None),
     };
-    Held { tag, result: result.map_or(Ok(()), Err), buffer }
+    let result = failed.map_or(Ok(()), |errno| Err(error(errno).into()));
+    Done { owner: 0, tag, buffer, touched, extents: Vec::new(), result }
 }
 
 /// The two sessions and what is between them.
@@ -192,8 +199,8 @@ struct Pair<'a> {
     /// Bytes of the stream that the server has received, and whether its end too.
     received: usize,
     ended: bool,
-    writes_held: bool,
-    held: Vec<Held>,
+    pass: Pass,
+    done: Vec<Done>,
     /// Whether the last piece of each request was to be made durable.
     durable: Vec<bool>,
     outcome: Outcome,
@@ -218,8 +225,8 @@ pub fn run(plan: &Plan, cap: usize, schedule: &mut dyn Schedule) -> Outcome {
         opened_ms,
         received: 0,
         ended: false,
-        writes_held: false,
-        held: Vec::new(),
+        pass: Pass::Everything,
+        done: Vec::new(),
         durable: vec![false; requests],
         outcome: Outcome { disk: plan.before.clone(), replies: vec![None; requests], ..Outcome::default() },
     };
@@ -240,13 +247,12 @@ impl Pair<'_> {
     /// Takes one step of the server and says what may happen then.
     fn step(&mut self) -> Can {
         let (mut go_on, mut needs_bytes) = (false, false);
-        match self.server.next_step(&mut self.pool) {
+        match self.server.next_step(self.pass, &mut self.pool) {
             Step::Request(request) => {
-                let at = index(self.server.request(request.tag).expect("not answered yet").cookie);
-                let writes = !matches!(request.action, Action::Read { .. } | Action::Flush);
-                assert!(!writes || !self.writes_held, "writes have to wait");
+                let at = index(request.head.cookie);
+                assert!(self.pass == Pass::Everything || request.action.touches().is_none(), "only reads may pass");
                 let (disk, durable) = (&mut self.outcome.disk, &mut self.durable[at]);
-                self.held.push(work(&self.plan.asks[at], request, disk, durable));
+                self.done.push(work(&self.plan.asks[at], request, disk, durable));
                 go_on = true;
             }
             Step::Refused(refusal) => {
@@ -264,14 +270,14 @@ impl Pair<'_> {
                 assert!(unanswered <= MAX_IN_FLIGHT + 1, "{unanswered} are in flight or wait to be sent");
             }
             Step::NeedRoom => {
-                let waits = !self.held.is_empty() || self.server.wants_send() || self.writes_held;
-                assert!(waits, "nothing can ever make room");
+                assert!(!self.done.is_empty() || self.server.wants_send(), "nothing can ever make room");
             }
+            Step::Kept => assert_eq!(self.pass, Pass::Reads, "everything may pass"),
         }
         let owned = self.cap - self.pool.available();
         // In a small pool reserve buffers hide what a session owns.
         assert!(self.cap < ROOMY || owned <= MAX_HELD + SLICE + INBOX, "it owns {owned} bytes");
-        let in_flight: HashSet<u32> = self.held.iter().map(|held| held.tag).collect();
+        let in_flight: HashSet<u32> = self.done.iter().map(|done| done.tag).collect();
         assert!(in_flight.len() <= MAX_IN_FLIGHT);
 
         let mut slices = [IoSlice::new(&[]); PIECES];
@@ -284,7 +290,7 @@ impl Pair<'_> {
             receive: if needs_bytes { left } else { 0 },
             received: self.received,
             hang_up: needs_bytes && left == 0 && !self.ended,
-            complete: self.held.len(),
+            complete: self.done.len(),
             send,
         }
     }
@@ -292,10 +298,7 @@ impl Pair<'_> {
     fn act(&mut self, act: Act, now_ms: u64) -> Result<(), Violation> {
         match act {
             Act::GoOn => {}
-            Act::HoldWrites(held) => {
-                self.writes_held = held;
-                self.server.hold_writes(held);
-            }
+            Act::Pass(pass) => self.pass = pass,
             Act::Park => {
                 self.server.park(&mut self.pool);
                 let idle = self.server.oldest_ms().is_none();
@@ -317,8 +320,15 @@ impl Pair<'_> {
                 self.server.end_of_stream()?;
             }
             Act::Complete(n) => {
-                let Held { tag, result, buffer } = self.held.remove(n);
-                self.server.complete(tag, result.map(|()| Vec::new()), buffer, &mut self.pool)?;
+                let done = self.done.remove(n);
+                let touched = done.touched.clone();
+                let completed = self.server.complete(done, &mut self.pool).expect("not answered yet");
+                let ask = &self.plan.asks[index(completed.head.cookie)];
+                assert_eq!((completed.head, completed.touched), (ask.head, touched));
+                if let Err(Failed { errno, violation, .. }) = completed.result {
+                    assert_eq!(Some(errno), ask.fault.map(|fault| fault.errno));
+                    violation.map_or(Ok(()), Err)?;
+                }
             }
             Act::Send(n) => {
                 let mut slices = [IoSlice::new(&[]); PIECES];
@@ -339,7 +349,7 @@ impl Pair<'_> {
         self.outcome.tally = self.server.tally();
         self.server.release(&mut self.pool);
         // Work outlives its client; the loop gives its buffers back.
-        for buffer in self.held.into_iter().filter_map(|held| held.buffer) {
+        for buffer in self.done.into_iter().filter_map(|done| done.buffer) {
             self.pool.give(buffer);
         }
         assert_eq!(self.pool.available(), self.cap, "all memory comes back");

@@ -6,6 +6,7 @@
 use crate::pair::{run, Act, Can, Schedule, ROOMY};
 use crate::plan::{head, Fault, Plan};
 use flexnbd::proto::error::{Errno, Violation};
+use flexnbd::proto::session::Pass;
 use flexnbd::proto::wire::{command, kind, RequestHead};
 
 /// How many conversations one run of the test holds.
@@ -51,13 +52,13 @@ pub struct Chance {
     receiver: usize,
     disk: usize,
     sender: usize,
-    writes_held: bool,
+    pass: Pass,
 }
 
 impl Chance {
     pub fn new(mut rng: Rng) -> Self {
         let [receiver, disk, sender] = [1, 2, 3].map(|_| rng.pick(&[1, 1, 2, 5, 20]));
-        Self { now_ms: rng.next() >> 20, rng, receiver, disk, sender, writes_held: false }
+        Self { now_ms: rng.next() >> 20, rng, receiver, disk, sender, pass: Pass::Everything }
     }
 }
 
@@ -74,9 +75,13 @@ impl Schedule for Chance {
                 }
                 2 if can.hang_up => return Act::HangUp,
                 3 if can.receive > 0 && rng.one_in(8) => return Act::Park,
-                3 if rng.one_in(if self.writes_held { 8 } else { 500 }) => {
-                    self.writes_held = !self.writes_held;
-                    return Act::HoldWrites(self.writes_held);
+                3 if self.pass == Pass::Reads && rng.one_in(8) => {
+                    self.pass = Pass::Everything;
+                    return Act::Pass(self.pass);
+                }
+                3 if self.pass == Pass::Everything && rng.one_in(500) => {
+                    self.pass = Pass::Reads;
+                    return Act::Pass(self.pass);
                 }
                 _ => {}
             }

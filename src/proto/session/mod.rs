@@ -23,11 +23,13 @@ use crate::proto::error::{Errno, Violation};
 use crate::proto::handshake::{Haggle, Progress, OPTION_MAX};
 use crate::proto::outbox::{Outbox, PIECES};
 use crate::proto::reply;
-use crate::proto::request::{refuse, without_payload, Action, Agreed, Export, Extent, Refusal, Request, Style};
+use crate::proto::request::{refuse, without_payload, Agreed, Export, Refusal, Request, Style};
 use crate::proto::wire::{kind, Greeting, RequestHead, OPTION_HEAD_LEN, REQUEST_LEN, REQUEST_MAGIC};
+use crate::work::{Action, Done};
 use payload::Incoming;
 use slab::Slab;
-use std::io::IoSlice;
+use std::io::{self, IoSlice};
+use std::ops::Range;
 
 /// Requests of one client that may be unanswered; further ones wait in the socket.
 pub const MAX_IN_FLIGHT: usize = 32;
@@ -53,6 +55,15 @@ pub enum End {
     Violation(Violation),
 }
 
+/// Which requests may pass now. The others are kept: they wait where they are, and so does what comes behind them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// All of them.
+    Everything,
+    /// Those that do not change the export.
+    Reads,
+}
+
 /// What [`ServerSession::next_step`] found.
 #[derive(Debug)]
 pub enum Step {
@@ -62,8 +73,33 @@ pub enum Step {
     Refused(Refusal),
     /// Nothing to do before more bytes are received.
     NeedBytes,
-    /// Nothing to do before something is completed or sent, or writes may go on.
+    /// Nothing to do before something of this session is completed or sent.
     NeedRoom,
+    /// The next request, or the payload that is being received, may not pass now.
+    Kept,
+}
+
+/// What [`ServerSession::complete`] has taken: one piece of the work of a request.
+#[derive(Debug)]
+pub struct Completed {
+    /// The request.
+    pub head: RequestHead,
+    /// The bytes of the export that may have changed, also when it failed.
+    pub touched: Option<Range<u64>>,
+    /// How it ended.
+    pub result: Result<(), Failed>,
+}
+
+/// Why a piece of work failed, and what that means to the client.
+#[derive(Debug)]
+pub struct Failed {
+    /// What the disk says.
+    pub error: io::Error,
+    /// What the client is told.
+    pub errno: Errno,
+    /// Set when the client cannot be told, because a simple reply that says the opposite has begun: the connection has
+    /// to be closed for this reason.
+    pub violation: Option<Violation>,
 }
 
 /// A request that is not answered yet.
@@ -93,14 +129,14 @@ pub struct ServerSession {
     style: Style,
     phase: Phase,
     inbox: Option<Buffer>,
-    /// When the first byte of the inbox came, and when the last did.
+    /// From when on the message at the head of the inbox ages, and from when on those behind it do.
     inbox_ms: (u64, u64),
+    /// When the peer was last heard of.
+    received_ms: u64,
     pending: Slab<Pending>,
     /// The read that runs alone (invariant 3).
     long_read: Option<u32>,
     held: usize,
-    /// Requests that change the export are not taken.
-    writes_held: bool,
     outbox: Outbox,
     tally: Tally,
 }
@@ -129,10 +165,10 @@ impl ServerSession {
             phase,
             inbox: None,
             inbox_ms: (now_ms, now_ms),
+            received_ms: now_ms,
             pending: Slab::new(),
             long_read: None,
             held: 0,
-            writes_held: false,
             outbox,
             tally: Tally::default(),
         }
@@ -188,11 +224,7 @@ impl ServerSession {
             inbox.advance(n);
         }
         self.inbox_ms.1 = now_ms;
-    }
-
-    /// Whether requests that change the export have to wait; their clients see them take longer.
-    pub fn hold_writes(&mut self, held: bool) {
-        self.writes_held = held;
+        self.received_ms = now_ms;
     }
 
     /// The peer has closed its side. [`Violation::Truncated`] when it did so inside a request.
@@ -206,16 +238,16 @@ impl ServerSession {
         Ok(())
     }
 
-    /// What to do next. To be called until it needs something.
-    pub fn next_step(&mut self, pool: &mut Pool) -> Step {
+    /// What to do next, of what may pass. To be called until it needs something.
+    pub fn next_step(&mut self, pass: Pass, pool: &mut Pool) -> Step {
         if let Some(tag) = self.long_read {
             return self.read_on(tag, pool);
         }
         loop {
             let step = match &mut self.phase {
                 Phase::Handshake(_) => self.negotiate(),
-                Phase::Request => self.take_request(pool),
-                Phase::Payload(_) => self.take_payload(pool),
+                Phase::Request => self.take_request(pass, pool),
+                Phase::Payload(_) => self.take_payload(pass, pool),
                 // What comes behind the last request is not looked at, only kept from filling the socket.
                 Phase::Closing(_) => {
                     self.drop_inbox(pool);
@@ -228,52 +260,46 @@ impl ServerSession {
         }
     }
 
-    /// Takes the outcome of one piece of work: of a READ that skipped a hole, the hole; of a map, its extents. The
-    /// buffer comes back, filled for a READ that went well. A [`Violation`] when the connection cannot go on.
-    pub fn complete(
-        &mut self,
-        tag: u32,
-        result: Result<Vec<Extent>, Errno>,
-        buffer: Option<Buffer>,
-        pool: &mut Pool,
-    ) -> Result<(), Violation> {
+    /// Takes what became of one piece of work, and queues the reply or its next part. `None` when the tag is not one of
+    /// this session.
+    pub fn complete(&mut self, done: Done, pool: &mut Pool) -> Option<Completed> {
+        let Done { tag, buffer, touched, extents, result, .. } = done;
         let Some(pending) = self.pending.get_mut(tag as usize) else {
             debug_assert!(false, "a tag nobody waits for");
-            return Ok(());
-        };
-        pending.in_disk -= 1;
-        pending.error = pending.error.or(result.as_ref().err().copied());
-        let extents = result.unwrap_or_default();
-        match (buffer, pending.error) {
-            (Some(payload), None) if pending.head.kind == kind::READ => {
-                self.queue_read(tag, &extents, payload, pool);
-                return Ok(());
-            }
-            (Some(buffer), error) => {
-                self.held -= buffer.capacity();
+            if let Some(buffer) = buffer {
                 pool.give(buffer);
-                // A simple reply that has begun cannot take back that it is a good one.
-                if let Some(errno) = error.filter(|_| pending.replied > 0 && !self.style.structured()) {
-                    return Err(Violation::ReplyCutShort(errno));
-                }
             }
-            (None, None) if pending.head.kind == kind::BLOCK_STATUS => {
+            return None;
+        };
+        let head = pending.head;
+        // A simple reply that has begun cannot take back that it is a good one.
+        let has_begun = pending.replied > 0 && !self.style.structured();
+        let result = result.map_err(|error| {
+            let errno = Errno::of(&error, head.asks_for_fast_zero());
+            Failed { error, errno, violation: has_begun.then_some(Violation::ReplyCutShort(errno)) }
+        });
+        pending.in_disk -= 1;
+        pending.error = pending.error.or(result.as_ref().err().map(|failed| failed.errno));
+        match (buffer, pending.error) {
+            (Some(payload), None) if head.kind == kind::READ => self.queue_read(tag, &extents, payload, pool),
+            (None, None) if head.kind == kind::BLOCK_STATUS => {
                 let payload = reply::block_status(&extents);
-                let head = reply::block_status_begins(pending.head.cookie, &payload);
-                self.outbox.push_head(head.filled(), pending.since_ms);
+                let begins = reply::block_status_begins(head.cookie, &payload);
+                self.outbox.push_head(begins.filled(), pending.since_ms);
                 self.outbox.push_text(payload, pending.since_ms);
                 self.pending.remove(tag as usize);
-                return Ok(());
             }
-            (None, _) => {}
+            (buffer, _) => {
+                if let Some(buffer) = buffer {
+                    self.held -= buffer.capacity();
+                    pool.give(buffer);
+                }
+                if !has_begun {
+                    self.finish_if_done(tag);
+                }
+            }
         }
-        self.finish_if_done(tag);
-        Ok(())
-    }
-
-    /// The request a tag stands for, while it is not answered.
-    pub fn request(&self, tag: u32) -> Option<&RequestHead> {
-        self.pending.get(tag as usize).map(|pending| &pending.head)
+        Some(Completed { head, touched, result })
     }
 
     /// The bytes to write next, for one vectored write; says how many slices it filled.
@@ -306,6 +332,19 @@ impl ServerSession {
         [partial, taken, self.outbox.oldest_ms()].into_iter().flatten().min()
     }
 
+    /// What was kept ([`Step::Kept`]) has been for `ms` milliseconds that do not count: it ages from so much later on,
+    /// and so does what was received behind it. Everything else keeps its age.
+    pub fn excuse(&mut self, ms: u64) {
+        let later = |since_ms: &mut u64| *since_ms = since_ms.saturating_add(ms);
+        later(&mut self.inbox_ms.0);
+        later(&mut self.inbox_ms.1);
+        if let Phase::Payload(Incoming { tag, .. }) = self.phase {
+            if let Some(pending) = self.pending.get_mut(tag as usize) {
+                later(&mut pending.since_ms);
+            }
+        }
+    }
+
     /// Gives back memory that the session does not need while it waits for its peer.
     pub fn park(&mut self, pool: &mut Pool) {
         match self.inbox.take() {
@@ -328,7 +367,7 @@ impl ServerSession {
 
     /// When the peer was last heard of, in milliseconds of whoever says what time it is.
     pub fn received_ms(&self) -> u64 {
-        self.inbox_ms.1
+        self.received_ms
     }
 
     /// True once the peer has begun to change the export.
@@ -392,7 +431,7 @@ impl ServerSession {
     }
 
     /// Takes one request head from the inbox. `None`: look again, the phase has changed.
-    fn take_request(&mut self, pool: &mut Pool) -> Option<Step> {
+    fn take_request(&mut self, pass: Pass, pool: &mut Pool) -> Option<Step> {
         let Some(bytes) = self.inbox.as_ref().and_then(|inbox| inbox.filled().first_chunk::<REQUEST_LEN>()) else {
             return Some(Step::NeedBytes);
         };
@@ -414,8 +453,8 @@ impl ServerSession {
             return None;
         }
         let refusal = refuse(&head, self.export.size, self.style);
-        if self.writes_held && refusal.is_none() && head.changes_export() {
-            return Some(Step::NeedRoom);
+        if pass == Pass::Reads && refusal.is_none() && head.changes_export() {
+            return Some(Step::Kept);
         }
         if refusal.is_none() && head.kind == kind::READ && head.length > 0 {
             return Some(self.start_read(head, pool));
@@ -440,7 +479,7 @@ impl ServerSession {
         if action.is_none() {
             self.finish_if_done(tag);
         }
-        action.map(|action| self.hand_out(tag, action))
+        action.map(|action| self.hand_out(tag, head, action))
     }
 
     /// Moves a request head from the inbox to the list of those in flight.
@@ -454,11 +493,11 @@ impl ServerSession {
         u32::try_from(tag).unwrap_or(u32::MAX)
     }
 
-    fn hand_out(&mut self, tag: u32, action: Action) -> Step {
+    fn hand_out(&mut self, tag: u32, head: RequestHead, action: Action) -> Step {
         if let Some(pending) = self.pending.get_mut(tag as usize) {
             pending.in_disk += 1;
         }
-        Step::Request(Request { tag, action })
+        Step::Request(Request { head, tag, action })
     }
 
     /// A buffer for up to `len` bytes of payload, if this session may hold one more.

@@ -1,9 +1,9 @@
 //! WRITE: a payload is handed on in slices as it arrives, or swallowed once the request has failed.
 
-use super::{slice_len, Phase, ServerSession, Step};
+use super::{slice_len, Pass, Phase, ServerSession, Step};
 use crate::buffer::{Buffer, Pool};
-use crate::proto::request::Action;
 use crate::proto::wire::command;
+use crate::work::Action;
 
 /// The payload of a WRITE on its way in.
 #[derive(Debug)]
@@ -19,30 +19,13 @@ pub(super) struct Incoming {
 
 impl ServerSession {
     /// Moves payload bytes from the inbox on to the disk. `None`: look again, the phase has changed.
-    pub(super) fn take_payload(&mut self, pool: &mut Pool) -> Option<Step> {
+    pub(super) fn take_payload(&mut self, pass: Pass, pool: &mut Pool) -> Option<Step> {
         let Phase::Payload(incoming) = &mut self.phase else { return None };
         let tag = incoming.tag;
-        let failed = self.pending.get(tag as usize).is_none_or(|pending| pending.error.is_some());
-        if failed {
-            if let Some((buffer, room)) = incoming.slice.take() {
-                incoming.left += u32::try_from(room).unwrap_or(u32::MAX);
-                self.held -= buffer.capacity();
-                pool.give(buffer);
-            }
-            if let Some(inbox) = &mut self.inbox {
-                let n = inbox.len().min(incoming.left as usize);
-                inbox.consume(n);
-                incoming.left -= u32::try_from(n).unwrap_or(u32::MAX);
-            }
-            if incoming.left > 0 {
-                return Some(Step::NeedBytes);
-            }
-            self.phase = Phase::Request;
-            self.finish_if_done(tag);
-            return None;
-        }
-        if self.writes_held {
-            return Some(Step::NeedRoom);
+        let wanted = self.pending.get(tag as usize).filter(|pending| pending.error.is_none());
+        let Some(head) = wanted.map(|pending| pending.head) else { return self.swallow_payload(pool) };
+        if pass == Pass::Reads {
+            return Some(Step::Kept);
         }
         let Some((mut buffer, room)) = incoming.slice.take() else {
             let (offset, left) = (incoming.offset, incoming.left);
@@ -69,7 +52,29 @@ impl ServerSession {
         if last {
             self.phase = Phase::Request;
         }
-        let fua = last && self.request(tag).is_some_and(|head| head.flags & command::FUA != 0);
-        Some(self.hand_out(tag, Action::Write { offset, payload: buffer, fua }))
+        let fua = last && head.flags & command::FUA != 0;
+        Some(self.hand_out(tag, head, Action::Write { offset, payload: buffer, fua }))
+    }
+
+    /// Drops what has come of a payload whose request has failed. `None`: look again, that was all of it.
+    fn swallow_payload(&mut self, pool: &mut Pool) -> Option<Step> {
+        let Phase::Payload(incoming) = &mut self.phase else { return None };
+        let tag = incoming.tag;
+        if let Some((buffer, room)) = incoming.slice.take() {
+            incoming.left += u32::try_from(room).unwrap_or(u32::MAX);
+            self.held -= buffer.capacity();
+            pool.give(buffer);
+        }
+        if let Some(inbox) = &mut self.inbox {
+            let n = inbox.len().min(incoming.left as usize);
+            inbox.consume(n);
+            incoming.left -= u32::try_from(n).unwrap_or(u32::MAX);
+        }
+        if incoming.left > 0 {
+            return Some(Step::NeedBytes);
+        }
+        self.phase = Phase::Request;
+        self.finish_if_done(tag);
+        None
     }
 }

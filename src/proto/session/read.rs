@@ -6,8 +6,8 @@
 use super::{slice_len, Pending, ServerSession, Step, MAX_IN_FLIGHT};
 use crate::buffer::{Buffer, Pool};
 use crate::proto::reply;
-use crate::proto::request::{Action, Extent};
 use crate::proto::wire::{command, RequestHead};
+use crate::work::{Action, Extent};
 
 impl ServerSession {
     /// Starts a READ whose head is still in the inbox.
@@ -29,12 +29,12 @@ impl ServerSession {
         let tag = self.accept(head);
         let length = slice_len(head.offset, head.length, buffer.capacity()) as usize;
         self.long_read = (length < head.length as usize).then_some(tag);
-        self.hand_out_read(tag, head.flags, head.offset, length, buffer)
+        self.hand_out_read(tag, head, head.offset, length, buffer)
     }
 
     /// The next slice of the read that runs alone.
     pub(super) fn read_on(&mut self, tag: u32, pool: &mut Pool) -> Step {
-        let Some(Pending { head, in_disk: 0, replied, .. }) = self.pending.get(tag as usize) else {
+        let Some(&Pending { head, in_disk: 0, replied, .. }) = self.pending.get(tag as usize) else {
             return Step::NeedRoom;
         };
         if self.outbox.replies() >= MAX_IN_FLIGHT {
@@ -42,15 +42,15 @@ impl ServerSession {
             return Step::NeedRoom;
         }
         let left = head.length - replied;
-        let (flags, offset) = (head.flags, head.offset + u64::from(*replied));
+        let offset = head.offset + u64::from(replied);
         let Some(buffer) = self.take_buffer(left as usize, pool) else { return Step::NeedRoom };
         let length = slice_len(offset, left, buffer.capacity()) as usize;
-        self.hand_out_read(tag, flags, offset, length, buffer)
+        self.hand_out_read(tag, head, offset, length, buffer)
     }
 
-    fn hand_out_read(&mut self, tag: u32, flags: u16, offset: u64, length: usize, buffer: Buffer) -> Step {
-        let skip_hole = self.style.structured() && flags & command::DF == 0;
-        self.hand_out(tag, Action::Read { offset, length, skip_hole, buffer })
+    fn hand_out_read(&mut self, tag: u32, head: RequestHead, offset: u64, length: usize, buffer: Buffer) -> Step {
+        let skip_hole = self.style.structured() && head.flags & command::DF == 0;
+        self.hand_out(tag, head, Action::Read { offset, length, skip_hole, buffer })
     }
 
     /// Queues what was read: behind the head of the reply if it is the first slice, or each piece behind its own head.
@@ -60,7 +60,7 @@ impl ServerSession {
         let since_ms = pending.since_ms;
         let data_bytes = u32::try_from(payload.len()).unwrap_or(u32::MAX);
         if self.style.structured() {
-            let hole_bytes: u64 = hole.iter().map(|extent| extent.length).sum();
+            let hole_bytes: u64 = hole.iter().map(Extent::length).sum();
             let hole_bytes = u32::try_from(hole_bytes).unwrap_or(u32::MAX);
             let at = offset.saturating_add(u64::from(pending.replied));
             let last = |replied: u32| replied == length;

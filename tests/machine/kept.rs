@@ -1,0 +1,186 @@
+//! Requests that may not pass now: which they are, and that only they do not age meanwhile.
+
+use crate::plan::head;
+use flexnbd::buffer::{Pool, SLICE};
+use flexnbd::proto::error::Errno;
+use flexnbd::proto::outbox::PIECES;
+use flexnbd::proto::request::{Export, Request};
+use flexnbd::proto::session::{Pass, ServerSession, Step, MAX_IN_FLIGHT};
+use flexnbd::proto::wire::{kind, RequestHead};
+use flexnbd::work::{Action, Done};
+use std::io::IoSlice;
+
+const SIZE: u64 = 1 << 20;
+
+/// A session whose greeting has gone, and the memory it takes.
+struct Kept {
+    session: ServerSession,
+    pool: Pool,
+}
+
+impl Kept {
+    fn new() -> Self {
+        let mut kept = Self { session: ServerSession::oldstyle(Export { size: SIZE }, 0), pool: Pool::new(16 << 20) };
+        kept.send_all();
+        kept
+    }
+
+    fn receive(&mut self, mut bytes: &[u8], now_ms: u64) {
+        while !bytes.is_empty() {
+            let mut n = 0;
+            for space in self.session.recv_space(&mut self.pool) {
+                n += std::io::Read::read(&mut bytes, space).unwrap();
+            }
+            self.session.received(n, now_ms);
+        }
+    }
+
+    fn step(&mut self, pass: Pass) -> Step {
+        self.session.next_step(pass, &mut self.pool)
+    }
+
+    /// The request that must come next.
+    fn request(&mut self, pass: Pass, kind: u16) -> Request {
+        match self.step(pass) {
+            Step::Request(request) if request.head.kind == kind => request,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn complete(&mut self, request: Request) {
+        let Request { tag, action, .. } = request;
+        let touched = action.touches();
+        let buffer = match action {
+            Action::Read { length, mut buffer, .. } => {
+                buffer.advance(length);
+                Some(buffer)
+            }
+            Action::Write { payload, .. } => Some(payload),
+            _ => None,
+        };
+        let done = Done { owner: 0, tag, buffer, touched, extents: Vec::new(), result: Ok(()) };
+        assert!(self.session.complete(done, &mut self.pool).is_some_and(|completed| completed.result.is_ok()));
+    }
+
+    fn send_all(&mut self) {
+        while self.session.wants_send() {
+            let mut slices = [IoSlice::new(&[]); PIECES];
+            let pieces = self.session.to_send(&mut slices);
+            let n = slices[..pieces].iter().map(|slice| slice.len()).sum();
+            self.session.sent(n, &mut self.pool);
+        }
+    }
+}
+
+/// Requests with their payloads, one after the other.
+fn stream(heads: &[RequestHead]) -> Vec<u8> {
+    let payload = |head: &RequestHead| if head.kind == kind::WRITE { head.length as usize } else { 0 };
+    heads.iter().flat_map(|head| [head.encode().to_vec(), vec![7; payload(head)]].concat()).collect()
+}
+
+#[test]
+fn only_what_changes_the_export_is_kept() {
+    for changes in [kind::WRITE, kind::WRITE_ZEROES, kind::TRIM] {
+        let mut kept = Kept::new();
+        let refused = RequestHead { offset: SIZE, ..head(changes, 0, 0, 9) };
+        let asks = [head(kind::READ, 0, 0, 9), refused, head(kind::FLUSH, 0, 0, 0), head(changes, 0, 0, 9)];
+        kept.receive(&stream(&[&asks[..], &[head(kind::READ, 0, 0, 9)]].concat()), 1);
+        let read = kept.request(Pass::Reads, kind::READ);
+        let Step::Refused(refusal) = kept.step(Pass::Reads) else { panic!("it is refused whatever may pass") };
+        assert!(matches!(refusal.errno, Errno::NoSpc | Errno::Inval));
+        let flush = kept.request(Pass::Reads, kind::FLUSH);
+        assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+        kept.complete(read);
+        kept.complete(flush);
+        kept.send_all();
+        assert!(matches!(kept.step(Pass::Reads), Step::Kept), "room makes no difference");
+        let change = kept.request(Pass::Everything, changes);
+        let behind = kept.request(Pass::Reads, kind::READ);
+        assert!(matches!(kept.step(Pass::Reads), Step::NeedBytes));
+        kept.complete(change);
+        kept.complete(behind);
+    }
+}
+
+#[test]
+fn what_has_no_room_is_not_kept() {
+    let mut kept = Kept::new();
+    let mut asks = vec![head(kind::READ, 0, 0, 9); MAX_IN_FLIGHT];
+    asks.push(head(kind::WRITE, 0, 0, 9));
+    kept.receive(&stream(&asks), 1);
+    let reads: Vec<_> = (0..MAX_IN_FLIGHT).map(|_| kept.request(Pass::Reads, kind::READ)).collect();
+    assert!(matches!(kept.step(Pass::Reads), Step::NeedRoom));
+    for read in reads {
+        kept.complete(read);
+    }
+    kept.send_all();
+    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+}
+
+#[test]
+fn a_payload_that_is_being_received_is_kept_too() {
+    let mut kept = Kept::new();
+    let write = stream(&[head(kind::WRITE, 0, 0, 2 * SLICE as u32)]);
+    let (first, rest) = write.split_at(28 + SLICE);
+    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    kept.receive(&first[..28], 1);
+    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    kept.receive(&first[28..], 1);
+    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    let slice = kept.request(Pass::Everything, kind::WRITE);
+    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    kept.receive(rest, 2);
+    let last = kept.request(Pass::Everything, kind::WRITE);
+    kept.complete(last);
+    kept.complete(slice);
+    assert_eq!(kept.session.tally().writes, 1);
+}
+
+#[test]
+fn what_was_kept_ages_later_and_nothing_else_does() {
+    let mut kept = Kept::new();
+    kept.receive(&stream(&[head(kind::READ, 0, 0, 9)]), 10);
+    let read = kept.request(Pass::Everything, kind::READ);
+    kept.receive(&stream(&[head(kind::WRITE, 0, 0, 9), head(kind::TRIM, 0, 0, 9)]), 20);
+    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    kept.session.excuse(100);
+    assert_eq!(kept.session.oldest_ms(), Some(10), "the READ waits for the disk, not for anybody's permission");
+    kept.complete(read);
+    assert_eq!(kept.session.oldest_ms(), Some(10), "and its reply for the client");
+    kept.send_all();
+    assert_eq!(kept.session.oldest_ms(), Some(120));
+    let write = kept.request(Pass::Everything, kind::WRITE);
+    kept.complete(write);
+    kept.send_all();
+    assert_eq!(kept.session.oldest_ms(), Some(120), "what stood behind it could not overtake it");
+    let trim = kept.request(Pass::Everything, kind::TRIM);
+    kept.receive(&stream(&[head(kind::FLUSH, 0, 0, 0)]), 130);
+    assert_eq!(kept.session.received_ms(), 130);
+    kept.complete(trim);
+    kept.send_all();
+    assert_eq!(kept.session.oldest_ms(), Some(130), "what comes later is as old as it is");
+}
+
+#[test]
+fn a_write_whose_payload_was_kept_ages_later() {
+    let mut kept = Kept::new();
+    kept.receive(&stream(&[head(kind::READ, 0, 0, 9)]), 5);
+    let read = kept.request(Pass::Everything, kind::READ);
+    let write = stream(&[head(kind::WRITE, 0, 0, 100)]);
+    kept.receive(&write[..28], 10);
+    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    kept.receive(&write[28..90], 20);
+    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    kept.session.excuse(1000);
+    assert_eq!(kept.session.oldest_ms(), Some(5), "the READ");
+    kept.complete(read);
+    kept.send_all();
+    assert_eq!(kept.session.oldest_ms(), Some(1010), "the WRITE");
+    kept.receive(&write[90..], 1030);
+    let last = kept.request(Pass::Everything, kind::WRITE);
+    assert_eq!(kept.session.oldest_ms(), Some(1010));
+    kept.complete(last);
+    kept.send_all();
+    assert_eq!(kept.session.oldest_ms(), None);
+}
