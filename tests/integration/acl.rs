@@ -1,6 +1,6 @@
 //! Who may connect: the entries given at start, and those of `flexnbd acl`.
 
-use crate::util::{kind, run, wait_for, Client, Output, Server, SOON};
+use crate::support::{kind, run, wait_for, Client, Output, Server, SOON};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::Command;
 

@@ -1,6 +1,6 @@
 //! The command line: help in every form, and every wrong usage, which starts nothing and exits 2.
 
-use crate::util::{run, TempDir};
+use crate::support::{run, TempDir};
 use std::fs;
 
 /// Exit code 2, something about it on stderr, nothing on stdout.

@@ -1,6 +1,6 @@
 //! The control socket: its commands, its limits, and what no peer of it may do to another.
 
-use crate::util::{kind, request, run, wait_for, Server, SOON};
+use crate::support::{kind, request, run, wait_for, Server, SOON};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;

@@ -1,6 +1,6 @@
 //! FLUSH and FUA: on stable storage before the reply, one fdatasync for all that ask in one turn, errors told.
 
-use crate::util::{errno, flag, kind, request, wait_for, Builder, Client, Server, SOON};
+use crate::support::{errno, flag, kind, request, wait_for, Builder, Client, Server, SOON};
 use std::fs;
 use std::path::PathBuf;
 
@@ -118,7 +118,7 @@ fn io_errors_are_replies() {
         ("pwrite64", "EINTR", write, 0),
         ("pread64", "EINTR", read, 0),
     ] {
-        let content = crate::util::pattern(1, 1 << 20);
+        let content = crate::support::pattern(1, 1 << 20);
         // The first call of each kind fails; the loader's own preads come before and are on other files.
         let inject = format!("inject={call}:error={error}:when=1");
         let builder = Server::serve().content(&content);
@@ -178,7 +178,7 @@ fn a_file_that_was_cut_short_is_an_error_reply() {
 fn a_full_disk_is_an_error_reply() {
     let mount = crate::sparse::Mount::tmpfs("1m");
     let Some(mount) = mount else {
-        crate::util::not_tested("a full disk takes root and mount");
+        crate::support::not_tested("a full disk takes root and mount");
         return;
     };
     let path = mount.join("image");

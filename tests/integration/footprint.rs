@@ -1,6 +1,6 @@
 //! What it costs: memory that does not grow with requests, and few system calls.
 
-use crate::util::{allocated, errno, kind, request, wait_for, Client, Server, SOON};
+use crate::support::{allocated, errno, kind, request, wait_for, Client, Server, SOON};
 use std::fs;
 use std::io::{Read, Write};
 use std::thread;
@@ -89,7 +89,7 @@ fn many_busy_clients_share_what_there_is() {
 
 /// Counts the system calls of a server between two marks: their names, in order.
 fn calls(work: impl FnOnce(&Server, &dyn Fn())) -> Vec<String> {
-    let builder = Server::serve().content(&crate::util::pattern(1, 1 << 20));
+    let builder = Server::serve().content(&crate::support::pattern(1, 1 << 20));
     let trace = builder.dir().join("trace");
     let words = ["strace", "-D", "-f", "-o", trace.to_str().unwrap()];
     let server = builder.through(&words).start();

@@ -1,6 +1,6 @@
 //! The killswitch: from the first byte of a request to the last byte of its reply; never an idle client.
 
-use crate::util::{kind, request, Client, Server, SOON};
+use crate::support::{kind, request, Client, Server, SOON};
 use std::time::{Duration, Instant};
 
 /// Fails unless the server cuts the client no sooner than `limit` after `since`, and not much later.
@@ -37,7 +37,7 @@ fn stuck_clients_are_cut(option: &str, limit: Duration) {
     // What the sockets hold can still be read.
     let held = never_reads.read_to_close().len();
     assert!(held < 256 << 20, "a reply that nobody took was cut off");
-    crate::util::wait_for("the others gone", SOON, || (server.status().number("num_clients") == 2).then_some(()));
+    crate::support::wait_for("the others gone", SOON, || (server.status().number("num_clients") == 2).then_some(()));
     let lines = server.log().lines().filter(|line| line.contains(":W:") && line.contains("killswitch")).count();
     assert_eq!(lines, 5, "{}", server.log());
     idle.expect_alive();
@@ -64,7 +64,7 @@ fn a_client_that_trickles_is_cut_too() {
     let since = Instant::now();
     client.send(&request(kind::WRITE, 0, 1, 0, 4096));
     // A byte now and then is progress, but the request still takes too long.
-    let error = crate::util::wait_for("the cut", SOON, || {
+    let error = crate::support::wait_for("the cut", SOON, || {
         std::thread::sleep(Duration::from_millis(20));
         std::io::Write::write_all(&mut client.stream, &[1]).err()
     });

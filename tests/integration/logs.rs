@@ -1,6 +1,6 @@
 //! The log: the manual's line format, the levels of each verbosity, no floods, and never a wait for stderr.
 
-use crate::util::{kind, request, run, wait_for, Server, SOON};
+use crate::support::{kind, request, run, wait_for, Server, SOON};
 use std::io::{Read, Seek, SeekFrom};
 use std::process::Stdio;
 

@@ -1,6 +1,6 @@
 //! The oldstyle protocol on the wire: every reply, every error, and what no client may do to another.
 
-use crate::util::{errno, flag, greeting, kind, pattern, reply, request, Client, Server, SOON};
+use crate::support::{errno, flag, greeting, kind, pattern, reply, request, Client, Server, SOON};
 use std::io::Read;
 use std::net::Shutdown;
 use std::thread;
@@ -326,6 +326,6 @@ fn a_thousand_connections_come_and_go() {
             }
         }
     }
-    crate::util::wait_for("all clients gone", SOON, || (server.status().number("num_clients") == 0).then_some(()));
+    crate::support::wait_for("all clients gone", SOON, || (server.status().number("num_clients") == 0).then_some(()));
     server.expect_healthy();
 }

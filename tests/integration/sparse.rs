@@ -1,6 +1,6 @@
 //! Zero blocks over holes leave holes, on every file system this machine can make; block devices can be served too.
 
-use crate::util::{allocated, flag, kind, pattern, Server, TempDir};
+use crate::support::{allocated, flag, kind, pattern, Server, TempDir};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -162,7 +162,7 @@ fn holes_stay_on_tmpfs() {
 fn holes_stay_on(kind: &str) {
     match Mount::make(kind) {
         Some(mount) => holes_stay(&mount.join("")),
-        None => crate::util::not_tested(format_args!("{kind} takes root, a loop device and mkfs.{kind}")),
+        None => crate::support::not_tested(format_args!("{kind} takes root, a loop device and mkfs.{kind}")),
     }
 }
 
@@ -188,7 +188,7 @@ fn a_block_device_is_served() {
     let content = pattern(1, 4 << 20);
     fs::write(&path, &content).unwrap();
     let Some(device) = Loop::attach(&path) else {
-        crate::util::not_tested("a block device takes root and losetup");
+        crate::support::not_tested("a block device takes root and losetup");
         return;
     };
     let server = Server::serve().file(device.0.clone().into()).start();
@@ -210,7 +210,7 @@ fn a_block_device_is_served() {
     assert_eq!(client.ask(kind::TRIM, 0, 3_500_001, 9999, &[]), 0);
     let trimmed = client.read(3_500_001, 9999).unwrap();
     model[3_500_001..][..9999].copy_from_slice(&trimmed);
-    assert_eq!(client.write(4 << 20, &[1]), crate::util::errno::ENOSPC);
+    assert_eq!(client.write(4 << 20, &[1]), crate::support::errno::ENOSPC);
     assert_eq!(client.flush(), 0);
     assert!(client.read(0, 4 << 20).unwrap() == model);
     server.expect_healthy();

@@ -1,6 +1,6 @@
 //! What `serve` does before it serves: addresses, files, sockets, limits, and the errors of all of them.
 
-use crate::util::{greeting, run, run_command, wait_for, Process, Server, TempDir, BIN, SOON};
+use crate::support::{greeting, run, run_command, wait_for, Process, Server, TempDir, BIN, SOON};
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -328,7 +328,7 @@ fn a_signal_ends_the_wait_for_an_address() {
 fn an_address_that_is_on_its_way_is_waited_for() {
     let possible = Command::new("unshare").args(["-n", "ip", "link"]).stdout(Stdio::null()).status();
     if !possible.is_ok_and(|status| status.success()) {
-        crate::util::not_tested("a late address takes root, unshare and ip");
+        crate::support::not_tested("a late address takes root, unshare and ip");
         return;
     }
     let dir = TempDir::new();
@@ -407,7 +407,7 @@ fn what_is_served_is_not_overwritten() {
     assert!(listen.stderr.contains("another server has it open"), "{}", listen.stderr);
     let _second = Server::serve().file(server.image.clone()).start();
 
-    let destination = crate::peers::listen(0).size(1 << 20).start();
+    let destination = crate::support::peers::listen(0).size(1 << 20).start();
     let image = destination.image.to_str().unwrap();
     let serve = run(&["serve", "--addr", "127.0.0.1", "--port", "0", "--file", image], b"");
     assert_eq!(serve.code, Some(1));

@@ -1,6 +1,6 @@
 //! Stopping: at once, whatever peers are doing, with nothing left behind.
 
-use crate::util::{kind, request, run_command, wait_for, Client, Process, Server, BIN, SOON};
+use crate::support::{kind, request, run_command, wait_for, Client, Process, Server, BIN, SOON};
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -75,7 +75,7 @@ fn the_socket_of_another_server_is_left_alone() {
 
 #[test]
 fn without_a_control_socket_it_runs_and_stops_too() {
-    let dir = crate::util::TempDir::new();
+    let dir = crate::support::TempDir::new();
     std::fs::write(dir.join("image"), [3; 4096]).unwrap();
     let nbd = dir.join("nbd");
     let mut command = Command::new("timeout");

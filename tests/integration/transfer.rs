@@ -1,6 +1,6 @@
 //! The modes `read` and `write`: one query each, all of it or one line and exit code 1.
 
-use crate::util::{greeting, kind, pattern, reply, run, run_command, Client, Output, Scripted, Server, BIN};
+use crate::support::{greeting, kind, pattern, reply, run, run_command, Client, Output, Scripted, Server, BIN};
 use std::fs::{self, File};
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -204,14 +204,14 @@ fn a_slow_pipe_is_waited_for() {
     let server = Server::serve().size(4096).start();
     let mut command = Command::new(BIN);
     command.args(args("write", server.port(), 0, 6)).stdin(Stdio::piped());
-    let mut process = crate::util::Process::spawn(&mut command);
+    let mut process = crate::support::Process::spawn(&mut command);
     let mut stdin = process.0.stdin.take().unwrap();
     stdin.write_all(b"abc").unwrap();
     std::thread::sleep(Duration::from_millis(300));
     assert!(process.is_running());
     stdin.write_all(b"def").unwrap();
     drop(stdin);
-    assert_eq!(process.wait(crate::util::SOON).code(), Some(0));
+    assert_eq!(process.wait(crate::support::SOON).code(), Some(0));
     assert_eq!(server.connect().read(0, 6).unwrap(), b"abcdef");
 }
 
@@ -254,7 +254,7 @@ fn a_write_is_durable_when_it_returns() {
     });
     for fua in [1, 0] {
         assert_eq!(run(&args("write", peer.address.port(), 0, 512), &[1; 512]).code, Some(0));
-        let (command, disc) = receiver.recv_timeout(crate::util::SOON).unwrap();
+        let (command, disc) = receiver.recv_timeout(crate::support::SOON).unwrap();
         assert_eq!(command, [0, fua, 0, 1], "FUA where it is offered");
         assert_eq!(disc, kind::DISC.to_be_bytes(), "and DISC at the end");
     }

@@ -1,10 +1,10 @@
 //! Points 1 to 24 of the specification: the handshake, byte for byte.
 
-use crate::newstyle::{
+use crate::support::newstyle::{
     address, allocation_context, context_data, ends, export_info, info_data, opt, option, option_head, rep, serve,
     serve_content, string, try_send, Haggler, Structured, BLOCK_STATUS, FLAGS, FLAG_DF,
 };
-use crate::util::{errno, greeting, kind, pattern, request, wait_for, Client, SOON};
+use crate::support::{errno, greeting, kind, pattern, request, wait_for, Client, SOON};
 use std::net::TcpStream;
 use std::time::Duration;
 

@@ -1,9 +1,9 @@
 //! Points 49 to 60 of the specification: structured replies and block status.
 
-use crate::newstyle::{
+use crate::support::newstyle::{
     serve, serve_content, structured, traced, Content, Structured, BLOCK_STATUS, CACHE, DF, EOVERFLOW, REQ_ONE,
 };
-use crate::util::{errno, flag, kind, pattern, request, Server};
+use crate::support::{errno, flag, kind, pattern, request, Server};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
@@ -155,8 +155,8 @@ fn points_54_and_55_errors_and_chunks_have_bounds() {
 fn point_56_block_status_takes_a_context_and_brings_one_chunk() {
     let (server, _) = sparse();
     // Structured replies alone are not enough.
-    let mut haggler = crate::newstyle::Haggler::new(&server);
-    haggler.expect(crate::newstyle::opt::STRUCTURED_REPLY, &[], crate::newstyle::rep::ACK);
+    let mut haggler = crate::support::newstyle::Haggler::new(&server);
+    haggler.expect(crate::support::newstyle::opt::STRUCTURED_REPLY, &[], crate::support::newstyle::rep::ACK);
     let mut client = Structured { client: haggler.go() };
     assert_eq!(client.block_status(0, 0, 512), Err(errno::EINVAL));
     client.expect_alive();

@@ -1,10 +1,10 @@
 //! Migrations under load: clients that write faster than the way, many migrations in a row, and processes that are
 //! killed at random moments.
 
-use crate::peers::{
+use crate::support::peers::{
     expect_exit, expect_migrated, expect_same, listen, mirror, start_mirror, wait_for_status, Random, Worker,
 };
-use crate::util::{pattern, wait_for, Server, TempDir, SOON};
+use crate::support::{pattern, wait_for, Server, TempDir, SOON};
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,9 +1,9 @@
 //! Haggling with those who mean harm: memory stays bounded, time too, and other clients do not notice.
 
-use crate::newstyle::{
+use crate::support::newstyle::{
     address, ends, opt, option, option_head, rep, serve, simple, structured, try_send, Haggler, Structured, PORT,
 };
-use crate::util::{kind, request, wait_for, Client, Server, SOON};
+use crate::support::{kind, request, wait_for, Client, Server, SOON};
 use std::fs::{self, File};
 use std::io::Read;
 use std::net::TcpStream;
@@ -123,7 +123,7 @@ fn random_bytes_in_haggling_harm_nobody() {
     let mut other = structured(&server);
     let before = server.memory_kib("VmHWM:");
     for seed in 0..300_u64 {
-        let mut noise = crate::util::pattern(seed, 3000);
+        let mut noise = crate::support::pattern(seed, 3000);
         let mut haggler = Haggler::new(&server);
         // Half of them begin like an option.
         if seed % 2 == 0 {

@@ -1,11 +1,11 @@
 //! Points 25 to 40 of the specification: requests, replies, errors, and how a connection ends.
 
-use crate::newstyle::{
+use crate::support::newstyle::{
     opt, serve, serve_content, simple, structured, traced, Haggler, BLOCK_STATUS, CACHE, DF, EPERM, FAST_ZERO, FLAGS,
     FLAG_DF, PORT, REQ_ONE,
 };
-use crate::peers::{expect_migrated, listen, start_mirror, tell};
-use crate::util::{
+use crate::support::peers::{expect_migrated, listen, start_mirror, tell};
+use crate::support::{
     errno::{EINVAL, EIO, ENOSPC},
     flag, kind, pattern, reply, request, wait_for, Client, Server, SOON,
 };

@@ -1,7 +1,7 @@
 //! Migrations over a link of a known speed, between two network namespaces.
 
-use crate::peers::{expect_migrated, listen_after, start_mirror};
-use crate::util::{pattern, wait_for, Server, SOON};
+use crate::support::peers::{expect_migrated, listen_after, start_mirror};
+use crate::support::{pattern, wait_for, Server, SOON};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 

@@ -1,10 +1,10 @@
 //! Migrations that go as they should, and the modes that start, watch, limit and refuse them.
 
-use crate::peers::{
+use crate::support::peers::{
     expect_exit, expect_migrated, expect_same, listen, mirror, nowhere, start_mirror, tell, wait_for_status, At, Fault,
     Script, Worker,
 };
-use crate::util::{allocated, kind, pattern, run_command, wait_for, Process, Scripted, Server, TempDir, BIN, SOON};
+use crate::support::{allocated, kind, pattern, run_command, wait_for, Process, Scripted, Server, TempDir, BIN, SOON};
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::net::TcpStream;

@@ -1,6 +1,9 @@
 //! The harness: the real binary with everything it needs in a directory that goes with the test, a raw client of the
 //! oldstyle protocol, and waits for conditions. Nothing here sleeps a guess, and nothing waits without a deadline.
 
+pub mod newstyle;
+pub mod peers;
+
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::fs::{self, File};

@@ -1,12 +1,12 @@
 //! Whatever a destination does wrong, whenever: clients go on without an error over the same connections, and the
 //! migration succeeds in the end. Destinations and sources follow scripts.
 
-use crate::peers::{
+use crate::sparse::Mount;
+use crate::support::peers::{
     expect_exit, expect_migrated, listen, listen_after, mirror, nowhere, offer, send_image, start_mirror, tell,
     wait_for_status, At, Fault, Script, Worker,
 };
-use crate::sparse::Mount;
-use crate::util::{
+use crate::support::{
     greeting, kind, not_tested, pattern, reply, request, run_command, wait_for, Builder, Client, Server, SOON,
 };
 use std::fs::{self, File};

@@ -1,9 +1,9 @@
 //! Migrations to servers that others wrote, from Debian's packages, and to the newstyle port of our own listener, each
 //! under a client that writes all along. Then both images are compared.
 
-use crate::newstyle::{address, PORT};
-use crate::peers::{expect_migrated, expect_same, listen, mirror, start_mirror, tell, Worker};
-use crate::util::{pattern, run_command, wait_for, Process, Server, TempDir, SOON};
+use crate::support::newstyle::{address, PORT};
+use crate::support::peers::{expect_migrated, expect_same, listen, mirror, start_mirror, tell, Worker};
+use crate::support::{pattern, run_command, wait_for, Process, Server, TempDir, SOON};
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;

@@ -1,25 +1,10 @@
-//! Clients and servers that others wrote, from Debian's packages, speaking oldstyle to ours. `make tools` installs them.
+//! Clients and servers that others wrote, speaking oldstyle with ours.
 
-use crate::util::{allocated, pattern, run_within, Output, Server, TempDir, BIN};
+use super::client;
+use crate::support::{allocated, pattern, Server, BIN};
 use std::fs;
-use std::process::Command;
-use std::time::Duration;
 
-/// How long one run of a client may take; only a hang takes that long.
-const DEADLINE: Duration = Duration::from_secs(120);
 const MIB: usize = 1 << 20;
-
-/// Runs a client that must succeed, in a directory it may leave files in.
-#[track_caller]
-pub fn client(dir: &TempDir, program: &str, args: &[&str]) -> String {
-    let mut command = Command::new(program);
-    // nbdsh runs the first python3 of the path, and only Debian's has its module.
-    command.args(args).current_dir(dir.join("")).env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
-    let Output { code, stdout, stderr } = run_within(&mut command, &[], DEADLINE);
-    let stdout = String::from_utf8_lossy(&stdout).into_owned();
-    assert_eq!(code, Some(0), "{program} {args:?}\n{stdout}\n{stderr}");
-    stdout
-}
 
 fn tcp_uri(server: &Server) -> String {
     format!("nbd://{}", server.address())

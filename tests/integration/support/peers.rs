@@ -1,6 +1,6 @@
 //! Peers of a migration: the real listener, destinations that follow a script, and a client that never stops checking.
 
-use crate::util::{
+use crate::support::{
     flag, kind, pattern, reply, request, run, wait_for, Builder, Client, Output, Server, GREETING_MAGICS, SOON,
 };
 use std::fs::File;

@@ -1,8 +1,8 @@
-//! Clients that others wrote, from Debian's packages, speaking newstyle to ours. `make tools` installs them.
+//! Clients that others wrote, speaking newstyle to ours.
 
-use crate::interop::client;
-use crate::newstyle::{address, serve, serve_content, uri, PORT};
-use crate::util::{allocated, pattern, Server};
+use super::client;
+use crate::support::newstyle::{address, serve, serve_content, uri, PORT};
+use crate::support::{allocated, pattern, Server};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;

@@ -1,7 +1,9 @@
 //! Points 41 to 48 of the specification: what is on stable storage when, zeroes, trims, and hints.
 
-use crate::newstyle::{address, serve_content, simple, structured, traced, CACHE, DF, ENOTSUP, FAST_ZERO, PORT};
-use crate::util::{allocated, errno, flag, kind, pattern, request, wait_for, Client, Server, SOON};
+use crate::support::newstyle::{
+    address, serve_content, simple, structured, traced, CACHE, DF, ENOTSUP, FAST_ZERO, PORT,
+};
+use crate::support::{allocated, errno, flag, kind, pattern, request, wait_for, Client, Server, SOON};
 use std::fs;
 use std::path::Path;
 

@@ -1,0 +1,24 @@
+//! Clients and servers that others wrote, from Debian's packages, with ours at the other end. `make tools` installs them.
+
+mod mirror;
+mod newstyle;
+mod oldstyle;
+
+use crate::support::{run_within, Output, TempDir};
+use std::process::Command;
+use std::time::Duration;
+
+/// How long one run of a client may take; only a hang takes that long.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// Runs a client that must succeed, in a directory it may leave files in.
+#[track_caller]
+pub fn client(dir: &TempDir, program: &str, args: &[&str]) -> String {
+    let mut command = Command::new(program);
+    // nbdsh runs the first python3 of the path, and only Debian's has its module.
+    command.args(args).current_dir(dir.join("")).env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
+    let Output { code, stdout, stderr } = run_within(&mut command, &[], DEADLINE);
+    let stdout = String::from_utf8_lossy(&stdout).into_owned();
+    assert_eq!(code, Some(0), "{program} {args:?}\n{stdout}\n{stderr}");
+    stdout
+}

@@ -1,0 +1,6 @@
+//! Migrations: as they should go, and whatever may come between.
+
+mod faults;
+mod load;
+mod net;
+mod ordinary;
