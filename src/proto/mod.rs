@@ -9,9 +9,8 @@
 //!             "Newstyle negotiation"       "Structured reply chunk message"
 //! ```
 //!
-//! [`wire`] holds the constants and fixed messages, [`error`] what can be wrong, [`handshake`] the
-//! newstyle negotiation, [`request`] what may be asked, [`reply`] how it is answered, [`session`] the server's side of a
-//! conversation, [`client`] the other one, [`outbox`] what waits to be sent.
+//! [`wire`] holds the constants and fixed messages, [`error`] what can be wrong, [`outbox`] what waits to be sent,
+//! [`server`] the server's side of a conversation, [`client`] the other one.
 //!
 //! Everything that comes from a peer is hostile here: lengths are checked before they are used, memory is bounded by
 //! what the pool hands out, and nothing indexes or adds without looking.
@@ -20,9 +19,6 @@
 
 pub mod client;
 pub mod error;
-pub mod handshake;
 pub mod outbox;
-pub mod reply;
-pub mod request;
-pub mod session;
+pub mod server;
 pub mod wire;

@@ -1,7 +1,7 @@
 //! What a listener knows of the migration that comes in: which bytes of the image its sender has written.
 
 use crate::bitmap::Covered;
-use crate::proto::session::{Completed, Failed};
+use crate::proto::server::{Completed, Failed};
 use crate::proto::wire::kind;
 use std::io::ErrorKind;
 

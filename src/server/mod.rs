@@ -33,7 +33,7 @@ pub use config::{Config, Fatal, Role};
 
 use crate::event::ready::RunQueue;
 use crate::event::slots::{Key, Slots};
-use crate::proto::session::End;
+use crate::proto::server::End;
 use crate::sys::{self};
 use crate::work::{Action, Done, Op};
 use client::Client;

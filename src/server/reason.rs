@@ -1,7 +1,7 @@
 //! What a slot wants next; why it is closed, and the words for it.
 
 use crate::proto::error::Violation;
-use crate::proto::session::End;
+use crate::proto::server::End;
 use std::fmt;
 use std::io;
 

@@ -10,7 +10,7 @@ use crate::event::ready::RunQueue;
 use crate::event::wheel::Wheel;
 use crate::logging::Throttle;
 use crate::migrate::Plan;
-use crate::proto::session::Tally;
+use crate::proto::server::Tally;
 
 /// Control connections served at once; further ones wait in the backlog.
 pub const MAX_CONTROLS: usize = 64;

@@ -13,7 +13,7 @@ use crate::event::ready::RunQueue;
 use crate::event::slots::Slots;
 use crate::event::wheel::Wheel;
 use crate::logging::Throttle;
-use crate::proto::session::Tally;
+use crate::proto::server::Tally;
 use crate::sys::{self, SignalFd};
 use log::warn;
 use mio::unix::SourceFd;

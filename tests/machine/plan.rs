@@ -2,7 +2,7 @@
 
 use flexnbd::proto::client::ClientSession;
 use flexnbd::proto::error::{Errno, Violation};
-use flexnbd::proto::session::{End, Tally};
+use flexnbd::proto::server::{End, Tally};
 use flexnbd::proto::wire::{command, kind, RequestHead, REQUEST_LEN};
 
 /// A fault of the disk: the piece of the request that holds the byte `at` fails, and no piece of it has an effect.

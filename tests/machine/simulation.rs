@@ -6,7 +6,7 @@
 use crate::pair::{run, Act, Can, Schedule, ROOMY};
 use crate::plan::{head, Fault, Plan};
 use flexnbd::proto::error::{Errno, Violation};
-use flexnbd::proto::session::Pass;
+use flexnbd::proto::server::Pass;
 use flexnbd::proto::wire::{command, kind, RequestHead};
 
 /// How many conversations one run of the test holds.

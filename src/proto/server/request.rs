@@ -2,8 +2,8 @@
 //!
 //! Specification: "Request types", "Command flags", "Error values", "Transmission flags".
 
-use super::error::Errno;
-use super::wire::{command, kind, transmission, RequestHead};
+use crate::proto::error::Errno;
+use crate::proto::wire::{command, kind, transmission, RequestHead};
 use crate::work::Action;
 
 /// What is served.

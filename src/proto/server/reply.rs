@@ -2,10 +2,10 @@
 //!
 //! Specification: "Simple reply message", "Structured reply chunk message", "Structured reply types".
 
-use super::error::Errno;
 use super::handshake::ALLOCATION_ID;
 use super::request::Style;
-use super::wire::{chunk, extent, kind, ChunkHead, Encoder, RequestHead, SimpleReply};
+use crate::proto::error::Errno;
+use crate::proto::wire::{chunk, extent, kind, ChunkHead, Encoder, RequestHead, SimpleReply};
 use crate::work::Extent;
 
 /// A head: the bytes of a message that are not payload.

@@ -3,9 +3,8 @@
 //! A READ that fits one slice runs beside others. One that needs several runs alone, because the slices of a simple reply
 //! follow each other on the wire (invariant 3).
 
-use super::{slice_len, Pending, ServerSession, Step, MAX_IN_FLIGHT};
+use super::{reply, slice_len, Pending, ServerSession, Step, MAX_IN_FLIGHT};
 use crate::buffer::{Buffer, Pool};
-use crate::proto::reply;
 use crate::proto::wire::{command, RequestHead};
 use crate::work::{Action, Extent};
 

@@ -5,14 +5,14 @@
 //!
 //! Specification: "Oldstyle negotiation", "Newstyle negotiation", "Request message", "Simple reply message".
 
-mod haggle;
+mod handshake;
 
-use super::error::Violation;
-use super::wire::{
+use crate::proto::error::Violation;
+use crate::proto::wire::{
     kind, Fields, Greeting, RequestHead, SimpleReply, GREETING_LEN, IHAVEOPT, NBDMAGIC, NEWSTYLE_GREETING_LEN,
     OLDSTYLE_MAGIC, REQUEST_LEN, SIMPLE_REPLY_LEN,
 };
-use haggle::Haggle;
+use handshake::Haggle;
 use std::collections::VecDeque;
 
 /// What the server said.

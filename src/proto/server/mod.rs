@@ -12,24 +12,26 @@
 //!    by one buffer.
 //! 3. The slices of one simple reply follow each other on the wire: a read that needs several runs alone.
 
-mod payload;
+pub mod handshake;
 mod read;
+mod reply;
+pub mod request;
 mod tally;
+mod write;
 
 pub use tally::Tally;
 
 use crate::buffer::{Buffer, Pool, SLICE};
 use crate::proto::error::{Errno, Violation};
-use crate::proto::handshake::{Haggle, Progress, OPTION_MAX};
 use crate::proto::outbox::{Outbox, PIECES};
-use crate::proto::reply;
-use crate::proto::request::{refuse, without_payload, Agreed, Export, Refusal, Request, Style};
 use crate::proto::wire::{kind, Greeting, RequestHead, OPTION_HEAD_LEN, REQUEST_LEN, REQUEST_MAGIC};
 use crate::work::{Action, Done};
-use payload::Incoming;
+use handshake::{Haggle, Progress, OPTION_MAX};
+use request::{refuse, without_payload, Agreed, Export, Refusal, Request, Style};
 use slab::Slab;
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use write::Incoming;
 
 /// Requests of one client that may be unanswered; further ones wait in the socket.
 pub const MAX_IN_FLIGHT: usize = 32;

@@ -5,9 +5,9 @@
 //!
 //! Specification: "Newstyle negotiation", "Fixed newstyle negotiation", "Option types", "Option reply types".
 
-use super::error::Violation;
 use super::request::{Agreed, Export, Style};
-use super::wire::{
+use crate::proto::error::Violation;
+use crate::proto::wire::{
     handshake_flag, info, option, option_reply, Fields, IHAVEOPT, NBDMAGIC, OPTION_HEAD_LEN, OPTION_REPLY_MAGIC,
 };
 
