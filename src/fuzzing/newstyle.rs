@@ -3,8 +3,9 @@
 use super::{converse, done, Choices, ENOUGH, EXPORT, POOLS};
 use crate::buffer::SLICE;
 use crate::proto::error::{Errno, Violation};
+use crate::proto::export::{Agreed, Export, Style};
 use crate::proto::server::handshake::{Haggle, Progress, OPTION_MAX};
-use crate::proto::server::request::{refuse, Agreed, Export, Style};
+use crate::proto::server::request::refuse;
 use crate::proto::server::{End, ServerSession};
 use crate::proto::wire::{
     chunk, command, extent, kind, option, option_reply, Fields, RequestHead, CHUNK_LEN, IHAVEOPT,

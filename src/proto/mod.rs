@@ -9,7 +9,8 @@
 //!             "Newstyle negotiation"       "Structured reply chunk message"
 //! ```
 //!
-//! [`wire`] holds the constants and fixed messages, [`error`] what can be wrong, [`outbox`] what waits to be sent,
+//! [`wire`] holds the constants and fixed messages, [`error`] what can be wrong, [`export`] what both sides have
+//! agreed on, [`outbox`] what waits to be sent,
 //! [`server`] the server's side of a conversation, [`client`] the other one.
 //!
 //! Everything that comes from a peer is hostile here: lengths are checked before they are used, memory is bounded by
@@ -19,6 +20,7 @@
 
 pub mod client;
 pub mod error;
+pub mod export;
 pub mod outbox;
 pub mod server;
 pub mod wire;

@@ -3,8 +3,9 @@
 use crate::plan::head;
 use flexnbd::buffer::{Pool, SLICE};
 use flexnbd::proto::error::Errno;
+use flexnbd::proto::export::Export;
 use flexnbd::proto::outbox::PIECES;
-use flexnbd::proto::server::request::{Export, Request};
+use flexnbd::proto::server::request::Request;
 use flexnbd::proto::server::{Pass, ServerSession, Step, MAX_IN_FLIGHT};
 use flexnbd::proto::wire::{kind, RequestHead};
 use flexnbd::work::{Action, Done};

@@ -10,7 +10,7 @@ mod handshake;
 use crate::proto::error::Violation;
 use crate::proto::wire::{
     kind, Fields, Greeting, RequestHead, SimpleReply, GREETING_LEN, IHAVEOPT, NBDMAGIC, NEWSTYLE_GREETING_LEN,
-    OLDSTYLE_MAGIC, REQUEST_LEN, SIMPLE_REPLY_LEN,
+    OLDSTYLE_MAGIC, REQUEST_LEN, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC,
 };
 use handshake::Haggle;
 use std::collections::VecDeque;
@@ -126,7 +126,10 @@ impl ClientSession {
             })),
             Phase::Reply => {
                 let Some(bytes) = input.first_chunk::<SIMPLE_REPLY_LEN>() else { return Ok(None) };
-                let SimpleReply { error, cookie } = SimpleReply::parse(bytes)?;
+                let (magic, SimpleReply { error, cookie }) = SimpleReply::parse(bytes);
+                if magic != SIMPLE_REPLY_MAGIC {
+                    return Err(Violation::BadReplyMagic(magic));
+                }
                 let found = self.waiting.iter().position(|&(waiting, _)| waiting == cookie);
                 let (_, length) =
                     found.and_then(|at| self.waiting.remove(at)).ok_or(Violation::UnknownCookie(cookie))?;
@@ -154,10 +157,11 @@ impl ClientSession {
             None => Ok(None),
             Some((NBDMAGIC, OLDSTYLE_MAGIC)) if !export.is_empty() => Err(Violation::NoExportNames),
             Some((NBDMAGIC, OLDSTYLE_MAGIC)) => {
-                let Some(bytes) = input.first_chunk::<GREETING_LEN>() else { return Ok(None) };
-                let greeting = Greeting::parse(bytes)?;
+                let (Some(size), Some(flags), true) = (fields.u64(), fields.u32(), input.len() >= GREETING_LEN) else {
+                    return Ok(None);
+                };
                 self.phase = Phase::Reply;
-                Ok(Some((Event::Greeting(greeting), GREETING_LEN)))
+                Ok(Some((Event::Greeting(Greeting { size, flags }), GREETING_LEN)))
             }
             Some((NBDMAGIC, IHAVEOPT)) => {
                 let Some(offered) = fields.u16() else { return Ok(None) };

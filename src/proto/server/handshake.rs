@@ -5,8 +5,8 @@
 //!
 //! Specification: "Newstyle negotiation", "Fixed newstyle negotiation", "Option types", "Option reply types".
 
-use super::request::{Agreed, Export, Style};
 use crate::proto::error::Violation;
+use crate::proto::export::{Agreed, Export, Style, ALLOCATION_ID};
 use crate::proto::wire::{
     handshake_flag, info, option, option_reply, Fields, IHAVEOPT, NBDMAGIC, OPTION_HEAD_LEN, OPTION_REPLY_MAGIC,
 };
@@ -23,8 +23,6 @@ const STRING_MAX: usize = 4096;
 const BLOCK_SIZES: [u32; 3] = [1, 4096, 32 << 20];
 /// The only metadata context.
 const ALLOCATION: &[u8] = b"base:allocation";
-/// The id of it.
-pub const ALLOCATION_ID: u32 = 1;
 
 /// Where a negotiation stands after a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -23,11 +23,12 @@ pub use tally::Tally;
 
 use crate::buffer::{Buffer, Pool, SLICE};
 use crate::proto::error::{Errno, Violation};
+use crate::proto::export::{Agreed, Export, Style};
 use crate::proto::outbox::{Outbox, PIECES};
 use crate::proto::wire::{kind, Greeting, RequestHead, OPTION_HEAD_LEN, REQUEST_LEN, REQUEST_MAGIC};
 use crate::work::{Action, Done};
 use handshake::{Haggle, Progress, OPTION_MAX};
-use request::{refuse, without_payload, Agreed, Export, Refusal, Request, Style};
+use request::{refuse, without_payload, Refusal, Request};
 use slab::Slab;
 use std::io::{self, IoSlice};
 use std::ops::Range;

@@ -2,9 +2,8 @@
 //!
 //! Specification: "Simple reply message", "Structured reply chunk message", "Structured reply types".
 
-use super::handshake::ALLOCATION_ID;
-use super::request::Style;
 use crate::proto::error::Errno;
+use crate::proto::export::{Style, ALLOCATION_ID};
 use crate::proto::wire::{chunk, extent, kind, ChunkHead, Encoder, RequestHead, SimpleReply};
 use crate::work::Extent;
 

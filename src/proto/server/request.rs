@@ -1,62 +1,13 @@
-//! What a client may ask for: the export, the style of its connection, the check of a request against it, and the work a good request means.
+//! What a client may ask for: the check of a request, and the work that a good one means.
 //!
-//! Specification: "Request types", "Command flags", "Error values", "Transmission flags".
+//! Specification: "Request types", "Command flags", "Error values".
 
 use crate::proto::error::Errno;
-use crate::proto::wire::{command, kind, transmission, RequestHead};
+use crate::proto::export::Style;
+use crate::proto::wire::{command, kind, RequestHead};
 use crate::work::Action;
 
-/// What is served.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Export {
-    /// Size in bytes.
-    pub size: u64,
-}
-
-impl Export {
-    /// The transmission flags of everything a client of this style may ask for.
-    pub fn flags(&self, style: Style) -> u16 {
-        use transmission as t;
-        let both = t::HAS_FLAGS | t::SEND_FLUSH | t::SEND_FUA | t::SEND_TRIM | t::SEND_WRITE_ZEROES | t::CAN_MULTI_CONN;
-        match style {
-            Style::Oldstyle => both,
-            Style::Newstyle(Agreed { structured: false, .. }) => both | t::SEND_CACHE | t::SEND_FAST_ZERO,
-            Style::Newstyle(_) => both | t::SEND_CACHE | t::SEND_FAST_ZERO | t::SEND_DF,
-        }
-    }
-}
-
-/// What client and server have agreed on in a newstyle negotiation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Agreed {
-    /// Structured replies.
-    pub structured: bool,
-    /// The client may ask for `base:allocation`.
-    pub allocation: bool,
-}
-
-/// How requests are judged and answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Style {
-    /// As the predecessor did.
-    Oldstyle,
-    /// As was agreed on.
-    Newstyle(Agreed),
-}
-
-impl Style {
-    /// True when READs get structured replies.
-    pub fn structured(self) -> bool {
-        matches!(self, Self::Newstyle(Agreed { structured: true, .. }))
-    }
-
-    /// True when `BLOCK_STATUS` is answered.
-    pub fn allocation(self) -> bool {
-        matches!(self, Self::Newstyle(Agreed { allocation: true, .. }))
-    }
-}
-
-/// The most a READ with DF may ask for, in bytes: what the specification wants to work. It is held whole.
+/// The most a READ with DF may ask for, in bytes: what the specification wants to work. It is in memory as a whole.
 pub const DF_MAX: u32 = 64 << 10;
 
 /// Extents in one reply at the most; a client asks again for the rest.

@@ -1,0 +1,59 @@
+//! What a client and a server have agreed on: the export, how requests are judged and answered, and which of them are
+//! offered.
+//!
+//! Specification: "Transmission flags", "`NBD_OPT_STRUCTURED_REPLY`", "Metadata querying".
+
+use super::wire::transmission;
+
+/// What is served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Export {
+    /// Size in bytes.
+    pub size: u64,
+}
+
+impl Export {
+    /// The transmission flags of everything a client of this style may ask for.
+    pub fn flags(&self, style: Style) -> u16 {
+        use transmission as t;
+        let both = t::HAS_FLAGS | t::SEND_FLUSH | t::SEND_FUA | t::SEND_TRIM | t::SEND_WRITE_ZEROES | t::CAN_MULTI_CONN;
+        match style {
+            Style::Oldstyle => both,
+            Style::Newstyle(Agreed { structured: false, .. }) => both | t::SEND_CACHE | t::SEND_FAST_ZERO,
+            Style::Newstyle(_) => both | t::SEND_CACHE | t::SEND_FAST_ZERO | t::SEND_DF,
+        }
+    }
+}
+
+/// The id of the only metadata context, `base:allocation`, in replies.
+pub const ALLOCATION_ID: u32 = 1;
+
+/// What client and server have agreed on in a newstyle negotiation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Agreed {
+    /// Structured replies.
+    pub structured: bool,
+    /// The client may ask for `base:allocation`.
+    pub allocation: bool,
+}
+
+/// How requests are judged and answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Style {
+    /// As the predecessor did.
+    Oldstyle,
+    /// As was agreed on.
+    Newstyle(Agreed),
+}
+
+impl Style {
+    /// True when READs get structured replies.
+    pub fn structured(self) -> bool {
+        matches!(self, Self::Newstyle(Agreed { structured: true, .. }))
+    }
+
+    /// True when `BLOCK_STATUS` is answered.
+    pub fn allocation(self) -> bool {
+        matches!(self, Self::Newstyle(Agreed { allocation: true, .. }))
+    }
+}
