@@ -14,8 +14,8 @@ use crate::command::{encode_command, parse_answer, Answer, Command, Reader};
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::error::Violation;
 use crate::proto::export::Export;
-use crate::proto::outbox::PIECES;
-use crate::proto::server::{End, Pass, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
+use crate::proto::outbox::PIECES_MAX;
+use crate::proto::server::{End, Pass, ServerSession, Step, BUFFERED_MAX, IN_FLIGHT_MAX};
 use crate::proto::wire::{kind, Greeting, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
 use crate::work::{Action, Done};
 use std::collections::BTreeSet;
@@ -208,11 +208,14 @@ fn converse(
             disk.push(work(request.tag, request.action));
         }
         let tags: BTreeSet<u32> = disk.iter().map(|held| held.tag).collect();
-        assert!(tags.len() <= MAX_IN_FLIGHT, "too many in flight");
+        assert!(tags.len() <= IN_FLIGHT_MAX, "too many in flight");
         let held: usize = disk.iter().flat_map(|held| &held.buffer).map(Buffer::capacity).sum();
-        assert!(held <= MAX_HELD + SLICE && cap - pool.available() <= MAX_HELD + SLICE + INBOX, "too much held");
+        assert!(
+            held <= BUFFERED_MAX + SLICE && cap - pool.available() <= BUFFERED_MAX + SLICE + INBOX,
+            "too much held"
+        );
         // A read that begins in a hole is answered in two pieces.
-        assert!(session.in_flight() <= 2 * MAX_IN_FLIGHT, "replies without a limit");
+        assert!(session.in_flight() <= 2 * IN_FLIGHT_MAX, "replies without a limit");
         assert!(session.oldest_ms().is_none_or(|oldest_ms| oldest_ms <= now_ms));
         if let Some(end) = session.finished() {
             break Ok(end);
@@ -246,7 +249,7 @@ fn converse(
                 }
             }
             Some(2) => {
-                let mut slices = [IoSlice::new(&[]); PIECES];
+                let mut slices = [IoSlice::new(&[]); PIECES_MAX];
                 let pieces = session.to_send(&mut slices);
                 let waiting = slices.iter().take(pieces).map(|slice| slice.len()).sum();
                 let n = choices.piece(waiting);

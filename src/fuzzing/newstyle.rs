@@ -4,7 +4,7 @@ use super::{converse, done, Choices, ENOUGH, EXPORT, POOLS};
 use crate::buffer::SLICE;
 use crate::proto::error::{Errno, Violation};
 use crate::proto::export::{Agreed, Export, Style};
-use crate::proto::server::handshake::{Haggle, Progress, OPTION_MAX};
+use crate::proto::server::handshake::{Haggle, Haggled, OPTION_MAX};
 use crate::proto::server::request::refuse;
 use crate::proto::server::{End, ServerSession};
 use crate::proto::wire::{
@@ -21,16 +21,16 @@ const HOLE: u64 = 4096;
 
 /// What came of a negotiation.
 #[derive(Debug, PartialEq, Eq)]
-struct Haggled {
+struct Negotiation {
     said: Vec<u8>,
-    end: Result<Option<Progress>, Violation>,
+    end: Result<Option<Haggled>, Violation>,
     used: usize,
 }
 
 /// Haggles over `input`, of which at most `piece()` bytes more are known at each step.
-fn haggle(input: &[u8], mut piece: impl FnMut(usize) -> usize) -> Haggled {
+fn haggle(input: &[u8], mut piece: impl FnMut(usize) -> usize) -> Negotiation {
     let (mut haggle, said) = Haggle::begin(Export { size: EXPORT });
-    let mut haggled = Haggled { said, end: Ok(None), used: 0 };
+    let mut haggled = Negotiation { said, end: Ok(None), used: 0 };
     let mut known = 0;
     loop {
         let before = haggled.said.len();
@@ -40,7 +40,7 @@ fn haggle(input: &[u8], mut piece: impl FnMut(usize) -> usize) -> Haggled {
                 assert!(used > 0 && used <= window.len(), "it takes what is there, and something");
                 assert!(haggled.said.len() - before <= MOST_SAID, "an answer without a limit");
                 haggled.used += used;
-                if progress != Progress::More {
+                if progress != Haggled::More {
                     haggled.end = Ok(Some(progress));
                     return haggled;
                 }
@@ -70,7 +70,7 @@ fn take_option_reply<'a>(said: &mut &'a [u8]) -> Option<(u32, u32, &'a [u8])> {
 }
 
 /// Fails unless `said` answers the options of `input`, the first `used` bytes of which were taken, one by one.
-fn check_answers(input: &[u8], haggled: &Haggled) {
+fn check_answers(input: &[u8], haggled: &Negotiation) {
     let mut input = input.get(4..haggled.used).unwrap_or_default();
     let mut said = haggled.said.get(NEWSTYLE_GREETING_LEN..).unwrap_or_default();
     while let Some(head) = input.get(..OPTION_HEAD_LEN) {
@@ -146,7 +146,7 @@ impl Oracle {
     /// Haggles as `input` does, then reads its requests as a server would and asks them with cookies of its own. A
     /// payload that is cut off is made up if `made_up`.
     fn new(input: &[u8], made_up: bool) -> Self {
-        let Haggled { said, end, used } = haggle(input, |most| most);
+        let Negotiation { said, end, used } = haggle(input, |most| most);
         let (taken, rest) = input.split_at(used);
         let mut this = Self {
             agreed: Agreed::default(),
@@ -157,7 +157,7 @@ impl Oracle {
             unparsed: Vec::new(),
         };
         match end {
-            Ok(Some(Progress::Transmission(agreed))) => {
+            Ok(Some(Haggled::Transmission(agreed))) => {
                 this.agreed = agreed;
                 this.ask(rest, made_up);
                 return this;

@@ -5,15 +5,15 @@ use crate::buffer::{Buffer, Pool};
 use std::collections::VecDeque;
 use std::io::IoSlice;
 
-/// The longest head kept in place, in bytes; it fits every reply and chunk head of the transmission phase.
-const INLINE: usize = 32;
+/// The longest head of a message, in bytes: that of a chunk of data or of an error, or of a request.
+pub const HEAD_MAX: usize = 32;
 
 /// How many pieces one vectored write takes at most: a head and a payload for each request a client may have in flight.
-pub const PIECES: usize = 64;
+pub const PIECES_MAX: usize = 64;
 
 #[derive(Debug)]
 enum Piece {
-    Head { bytes: [u8; INLINE], start: u8, end: u8 },
+    Head { bytes: [u8; HEAD_MAX], start: u8, end: u8 },
     Text { bytes: Vec<u8>, start: usize },
     Payload(Buffer),
 }
@@ -29,7 +29,7 @@ impl Piece {
 
     fn consume(&mut self, n: usize) {
         match self {
-            // A head is at most 32 bytes long, so that n fits.
+            // A head is at most HEAD_MAX bytes long, so n fits.
             #[allow(clippy::cast_possible_truncation)]
             Self::Head { start, .. } => *start += n as u8,
             Self::Text { start, .. } => *start += n,
@@ -51,15 +51,15 @@ impl Outbox {
         self.pieces.push_back((since_ms, Piece::Text { bytes, start: 0 }));
     }
 
-    /// Queues the head of a reply to a request that came at `since_ms`. A head is at most 32 bytes long.
+    /// Queues the head of a reply to a request that came at `since_ms`. A head is at most [`HEAD_MAX`] bytes long.
     pub fn push_head(&mut self, head: &[u8], since_ms: u64) {
-        let mut bytes = [0; INLINE];
-        let len = head.len().min(INLINE);
+        let mut bytes = [0; HEAD_MAX];
+        let len = head.len().min(HEAD_MAX);
         debug_assert_eq!(len, head.len(), "a head is at most 32 bytes long");
         if let (Some(to), Some(from)) = (bytes.get_mut(..len), head.get(..len)) {
             to.copy_from_slice(from);
         }
-        #[allow(clippy::cast_possible_truncation)] // at most INLINE
+        #[allow(clippy::cast_possible_truncation)] // at most HEAD_MAX
         self.pieces.push_back((since_ms, Piece::Head { bytes, start: 0, end: len as u8 }));
         self.replies += 1;
     }
@@ -85,7 +85,7 @@ impl Outbox {
     }
 
     /// The bytes to write next, for one vectored write; says how many slices it filled.
-    pub fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES]) -> usize {
+    pub fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES_MAX]) -> usize {
         let waiting = self.pieces.iter().map(|(_, piece)| piece.bytes());
         slices.iter_mut().zip(waiting).map(|(slice, bytes)| *slice = IoSlice::new(bytes)).count()
     }
@@ -130,7 +130,7 @@ mod tests {
     use crate::buffer::SLICE;
 
     fn written(outbox: &Outbox) -> Vec<u8> {
-        let mut slices = [IoSlice::new(&[]); PIECES];
+        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
         let n = outbox.slices(&mut slices);
         slices[..n].iter().flat_map(|slice| slice.to_vec()).collect()
     }

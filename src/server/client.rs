@@ -9,7 +9,7 @@ use super::socket::{Peer, Received, Socket};
 use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::proto::export::{Agreed, Export, Style};
-use crate::proto::outbox::PIECES;
+use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
 use crate::proto::server::{Completed, Failed, Pass, ServerSession, Step, Tally};
 use crate::work::{Done, Op};
@@ -202,7 +202,7 @@ impl Client {
     }
 
     fn send(&mut self, sh: &mut Shared) -> io::Result<()> {
-        let mut slices = [IoSlice::new(&[]); PIECES];
+        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
         let pieces = self.session.to_send(&mut slices);
         let slices = slices.get(..pieces).unwrap_or_default();
         let sent = self.socket.send(slices)?;

@@ -6,7 +6,7 @@ use crate::buffer::Buffer;
 use crate::migrate::{Abilities, Plan};
 use crate::proto::client::ClientSession;
 use crate::proto::error::{Errno, Violation};
-use crate::proto::outbox::{Outbox, PIECES};
+use crate::proto::outbox::{Outbox, PIECES_MAX};
 use crate::proto::wire::{kind, option_reply};
 use std::collections::VecDeque;
 use std::fmt;
@@ -159,7 +159,7 @@ impl Link {
 
     /// Sends once, as much as the socket takes; says how much that was.
     pub fn send(&mut self, sh: &mut Shared) -> io::Result<usize> {
-        let mut slices = [IoSlice::new(&[]); PIECES];
+        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
         let pieces = self.outbox.slices(&mut slices);
         let slices = slices.get(..pieces).unwrap_or_default();
         let sent = self.socket.send(slices)?;

@@ -4,9 +4,9 @@ use crate::plan::head;
 use flexnbd::buffer::{Pool, SLICE};
 use flexnbd::proto::error::Errno;
 use flexnbd::proto::export::Export;
-use flexnbd::proto::outbox::PIECES;
+use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::Request;
-use flexnbd::proto::server::{Pass, ServerSession, Step, MAX_IN_FLIGHT};
+use flexnbd::proto::server::{Pass, ServerSession, Step, IN_FLIGHT_MAX};
 use flexnbd::proto::wire::{kind, RequestHead};
 use flexnbd::work::{Action, Done};
 use std::io::IoSlice;
@@ -65,7 +65,7 @@ impl Kept {
 
     fn send_all(&mut self) {
         while self.session.wants_send() {
-            let mut slices = [IoSlice::new(&[]); PIECES];
+            let mut slices = [IoSlice::new(&[]); PIECES_MAX];
             let pieces = self.session.to_send(&mut slices);
             let n = slices[..pieces].iter().map(|slice| slice.len()).sum();
             self.session.sent(n, &mut self.pool);
@@ -106,10 +106,10 @@ fn only_what_changes_the_export_is_kept() {
 #[test]
 fn what_has_no_room_is_not_kept() {
     let mut kept = Kept::new();
-    let mut asks = vec![head(kind::READ, 0, 0, 9); MAX_IN_FLIGHT];
+    let mut asks = vec![head(kind::READ, 0, 0, 9); IN_FLIGHT_MAX];
     asks.push(head(kind::WRITE, 0, 0, 9));
     kept.receive(&stream(&asks), 1);
-    let reads: Vec<_> = (0..MAX_IN_FLIGHT).map(|_| kept.request(Pass::Reads, kind::READ)).collect();
+    let reads: Vec<_> = (0..IN_FLIGHT_MAX).map(|_| kept.request(Pass::Reads, kind::READ)).collect();
     assert!(matches!(kept.step(Pass::Reads), Step::NeedRoom));
     for read in reads {
         kept.complete(read);

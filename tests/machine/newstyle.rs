@@ -8,9 +8,9 @@ use crate::simulation::{Chance, Rng, Seed};
 use flexnbd::buffer::{Pool, SLICE};
 use flexnbd::proto::error::{Errno, Violation};
 use flexnbd::proto::export::Export;
-use flexnbd::proto::outbox::PIECES;
+use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::Request;
-use flexnbd::proto::server::{End, Pass, ServerSession, Step, MAX_HELD, MAX_IN_FLIGHT};
+use flexnbd::proto::server::{End, Pass, ServerSession, Step, BUFFERED_MAX, IN_FLIGHT_MAX};
 use flexnbd::proto::wire::{command, kind, option, RequestHead};
 use flexnbd::work::{Action, Done, Extent};
 use std::io::{ErrorKind, IoSlice};
@@ -366,13 +366,13 @@ fn run(talk: &Talk, cap: usize, schedule: &mut dyn Schedule) -> Vec<u8> {
             Step::NeedRoom => assert!(!done.is_empty() || session.wants_send(), "nothing can ever make room"),
             Step::Kept => assert_eq!(pass, Pass::Reads, "everything may pass"),
         }
-        assert!(done.len() <= MAX_IN_FLIGHT);
-        assert!(cap < ROOMY || cap - pool.available() <= MAX_HELD + SLICE + (64 << 10), "it owns too much");
+        assert!(done.len() <= IN_FLIGHT_MAX);
+        assert!(cap < ROOMY || cap - pool.available() <= BUFFERED_MAX + SLICE + (64 << 10), "it owns too much");
         if let Some(end) = session.finished() {
             assert!(done.is_empty() && !session.wants_send(), "nothing is owed");
             break Ok(end);
         }
-        let mut slices = [IoSlice::new(&[]); PIECES];
+        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
         let pieces = session.to_send(&mut slices);
         let send = slices[..pieces].iter().map(|slice| slice.len()).sum();
         let left = talk.stream.len() - received;
@@ -476,7 +476,7 @@ fn a_newstyle_client_may_hang_up_anywhere() {
                 }
                 Step::Refused(_) => {}
                 Step::NeedRoom => {
-                    let mut slices = [IoSlice::new(&[]); PIECES];
+                    let mut slices = [IoSlice::new(&[]); PIECES_MAX];
                     let pieces = session.to_send(&mut slices);
                     let n = slices[..pieces].iter().map(|slice| slice.len()).sum();
                     session.sent(n, &mut pool);

@@ -5,9 +5,9 @@ use flexnbd::buffer::{Pool, SLICE};
 use flexnbd::proto::client::{ClientSession, Event};
 use flexnbd::proto::error::{Errno, Violation};
 use flexnbd::proto::export::{Export, Style};
-use flexnbd::proto::outbox::PIECES;
+use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::Request;
-use flexnbd::proto::server::{End, Failed, Pass, ServerSession, Step, Tally, MAX_HELD, MAX_IN_FLIGHT};
+use flexnbd::proto::server::{End, Failed, Pass, ServerSession, Step, Tally, BUFFERED_MAX, IN_FLIGHT_MAX};
 use flexnbd::proto::wire::{kind, Greeting, GREETING_LEN, REQUEST_LEN};
 use flexnbd::work::{Action, Done};
 use std::collections::HashSet;
@@ -268,7 +268,7 @@ impl Pair<'_> {
                 let taken = self.plan.asks.iter().take_while(|ask| ask.at + REQUEST_LEN <= self.received);
                 let unanswered = taken.zip(&self.client.since_ms).filter(|(_, since_ms)| since_ms.is_some()).count();
                 // The reply whose data is on its way does not count any more.
-                assert!(unanswered <= MAX_IN_FLIGHT + 1, "{unanswered} are in flight or wait to be sent");
+                assert!(unanswered <= IN_FLIGHT_MAX + 1, "{unanswered} are in flight or wait to be sent");
             }
             Step::NeedRoom => {
                 assert!(!self.done.is_empty() || self.server.wants_send(), "nothing can ever make room");
@@ -277,11 +277,11 @@ impl Pair<'_> {
         }
         let owned = self.cap - self.pool.available();
         // In a small pool reserve buffers hide what a session owns.
-        assert!(self.cap < ROOMY || owned <= MAX_HELD + SLICE + INBOX, "it owns {owned} bytes");
+        assert!(self.cap < ROOMY || owned <= BUFFERED_MAX + SLICE + INBOX, "it owns {owned} bytes");
         let in_flight: HashSet<u32> = self.done.iter().map(|done| done.tag).collect();
-        assert!(in_flight.len() <= MAX_IN_FLIGHT);
+        assert!(in_flight.len() <= IN_FLIGHT_MAX);
 
-        let mut slices = [IoSlice::new(&[]); PIECES];
+        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
         let pieces = self.server.to_send(&mut slices);
         let send: usize = slices[..pieces].iter().map(|slice| slice.len()).sum();
         assert_eq!(send > 0, self.server.wants_send());
@@ -332,7 +332,7 @@ impl Pair<'_> {
                 }
             }
             Act::Send(n) => {
-                let mut slices = [IoSlice::new(&[]); PIECES];
+                let mut slices = [IoSlice::new(&[]); PIECES_MAX];
                 let pieces = self.server.to_send(&mut slices);
                 let mut left = n;
                 for slice in &slices[..pieces] {

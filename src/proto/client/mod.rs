@@ -39,7 +39,7 @@ pub enum Event<'a> {
 }
 
 #[derive(Debug)]
-enum Phase {
+enum State {
     /// The export to ask for.
     Greeting(String),
     Haggle(Haggle),
@@ -53,7 +53,7 @@ enum Phase {
 /// One conversation with a server.
 #[derive(Debug)]
 pub struct ClientSession {
-    phase: Phase,
+    state: State,
     next_cookie: u64,
     /// Requests without a reply: their cookies, and how many bytes a good reply brings.
     waiting: VecDeque<(u64, u32)>,
@@ -70,7 +70,7 @@ impl ClientSession {
     /// A conversation about the export of this name, which is at most 4096 bytes long; an empty one is the default
     /// export.
     pub fn new(export: String) -> Self {
-        Self { phase: Phase::Greeting(export), next_cookie: 1, waiting: VecDeque::new() }
+        Self { state: State::Greeting(export), next_cookie: 1, waiting: VecDeque::new() }
     }
 
     /// The bytes of a request, and the cookie its reply will carry. A WRITE's payload is the caller's to send behind it.
@@ -90,41 +90,41 @@ impl ClientSession {
 
     /// What the handshake wants sent, once; empty when it wants nothing.
     pub fn take_output(&mut self) -> Vec<u8> {
-        match &mut self.phase {
-            Phase::Haggle(haggle) => haggle.take_output(),
-            Phase::Greeting(_) | Phase::Reply | Phase::Payload { .. } => Vec::new(),
+        match &mut self.state {
+            State::Haggle(haggle) => haggle.take_output(),
+            State::Greeting(_) | State::Reply | State::Payload { .. } => Vec::new(),
         }
     }
 
     /// What it means that the server ends the connection here, for people: how a sentence goes on that begins with the
     /// server.
     pub fn explain_end(&self) -> &'static str {
-        match &self.phase {
-            Phase::Greeting(_) => {
+        match &self.state {
+            State::Greeting(_) => {
                 "closed the connection before its greeting: its access control list may refuse this address, or it has \
                  no room for a client"
             }
-            Phase::Haggle(haggle) if haggle.asked_by_name() => {
+            State::Haggle(haggle) if haggle.asked_by_name() => {
                 "closed the connection when asked for the export, as a server does that has none of this name"
             }
-            Phase::Haggle(_) => "closed the connection in the middle of the negotiation",
-            Phase::Reply | Phase::Payload { .. } => "closed the connection half-way",
+            State::Haggle(_) => "closed the connection in the middle of the negotiation",
+            State::Reply | State::Payload { .. } => "closed the connection half-way",
         }
     }
 
     /// Looks at what was received: the next event and how many bytes it took, or `None` when it needs more: never more
     /// than [`GREETING_LEN`].
     pub fn parse<'a>(&mut self, input: &'a [u8]) -> Result<Option<(Event<'a>, usize)>, Violation> {
-        match &mut self.phase {
-            Phase::Greeting(_) => self.greeting(input),
-            Phase::Haggle(haggle) => Ok(haggle.step(input)?.map(|(used, export)| match export {
+        match &mut self.state {
+            State::Greeting(_) => self.greeting(input),
+            State::Haggle(haggle) => Ok(haggle.step(input)?.map(|(used, export)| match export {
                 None => (Event::Handshake, used),
                 Some(export) => {
-                    self.phase = Phase::Reply;
+                    self.state = State::Reply;
                     (Event::Greeting(export), used)
                 }
             })),
-            Phase::Reply => {
+            State::Reply => {
                 let Some(bytes) = input.first_chunk::<SIMPLE_REPLY_LEN>() else { return Ok(None) };
                 let (magic, SimpleReply { error, cookie }) = SimpleReply::parse(bytes);
                 if magic != SIMPLE_REPLY_MAGIC {
@@ -134,15 +134,15 @@ impl ClientSession {
                 let (_, length) =
                     found.and_then(|at| self.waiting.remove(at)).ok_or(Violation::UnknownCookie(cookie))?;
                 if error == 0 && length > 0 {
-                    self.phase = Phase::Payload { cookie, left: length };
+                    self.state = State::Payload { cookie, left: length };
                 }
                 Ok(Some((Event::Reply { cookie, error }, SIMPLE_REPLY_LEN)))
             }
-            Phase::Payload { .. } if input.is_empty() => Ok(None),
-            &mut Phase::Payload { cookie, left } => {
+            State::Payload { .. } if input.is_empty() => Ok(None),
+            &mut State::Payload { cookie, left } => {
                 let bytes = input.get(..left as usize).unwrap_or(input);
                 let left = left.saturating_sub(u32::try_from(bytes.len()).unwrap_or(left));
-                self.phase = if left == 0 { Phase::Reply } else { Phase::Payload { cookie, left } };
+                self.state = if left == 0 { State::Reply } else { State::Payload { cookie, left } };
                 Ok(Some((Event::Data { cookie, bytes }, bytes.len())))
             }
         }
@@ -151,7 +151,7 @@ impl ClientSession {
     /// The first 16 bytes tell what the server speaks. They are judged as soon as they are there, because something else
     /// than an NBD server often says less than a greeting and then waits.
     fn greeting<'a>(&mut self, input: &'a [u8]) -> Result<Option<(Event<'a>, usize)>, Violation> {
-        let Phase::Greeting(export) = &mut self.phase else { return Ok(None) };
+        let State::Greeting(export) = &mut self.state else { return Ok(None) };
         let mut fields = Fields(input);
         match fields.u64().zip(fields.u64()) {
             None => Ok(None),
@@ -160,12 +160,12 @@ impl ClientSession {
                 let (Some(size), Some(flags), true) = (fields.u64(), fields.u32(), input.len() >= GREETING_LEN) else {
                     return Ok(None);
                 };
-                self.phase = Phase::Reply;
+                self.state = State::Reply;
                 Ok(Some((Event::Greeting(Greeting { size, flags }), GREETING_LEN)))
             }
             Some((NBDMAGIC, IHAVEOPT)) => {
                 let Some(offered) = fields.u16() else { return Ok(None) };
-                self.phase = Phase::Haggle(Haggle::begin(std::mem::take(export), offered));
+                self.state = State::Haggle(Haggle::begin(std::mem::take(export), offered));
                 Ok(Some((Event::Handshake, NEWSTYLE_GREETING_LEN)))
             }
             Some((first, second)) => Err(Violation::NotNbd(first, second)),

@@ -26,7 +26,7 @@ const ALLOCATION: &[u8] = b"base:allocation";
 
 /// Where a negotiation stands after a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
+pub enum Haggled {
     /// It goes on.
     More,
     /// What comes next is a request.
@@ -36,7 +36,7 @@ pub enum Progress {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Phase {
+enum State {
     ClientFlags,
     Option,
     Drain { left: u32 },
@@ -46,7 +46,7 @@ enum Phase {
 #[derive(Debug)]
 pub struct Haggle {
     export: Export,
-    phase: Phase,
+    state: State,
     no_zeroes: bool,
     agreed: Agreed,
     options: u32,
@@ -60,35 +60,35 @@ impl Haggle {
         greeting.extend(IHAVEOPT.to_be_bytes());
         greeting.extend((handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES).to_be_bytes());
         let agreed = Agreed::default();
-        (Self { export, phase: Phase::ClientFlags, no_zeroes: false, agreed, options: 0 }, greeting)
+        (Self { export, state: State::ClientFlags, no_zeroes: false, agreed, options: 0 }, greeting)
     }
 
     /// Looks at what was received: how many bytes it took, and where that leads; `None` when it needs more. Replies are
     /// appended to `out`.
-    pub fn step(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<(usize, Progress)>, Violation> {
-        match self.phase {
-            Phase::ClientFlags => {
+    pub fn step(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<(usize, Haggled)>, Violation> {
+        match self.state {
+            State::ClientFlags => {
                 let Some(flags) = Fields(input).u32() else { return Ok(None) };
                 let known = u32::from(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES);
                 if flags & !known != 0 {
                     return Err(Violation::ClientFlags(flags));
                 }
                 self.no_zeroes = flags & u32::from(handshake_flag::NO_ZEROES) != 0;
-                self.phase = Phase::Option;
-                Ok(Some((4, Progress::More)))
+                self.state = State::Option;
+                Ok(Some((4, Haggled::More)))
             }
-            Phase::Option => self.option(input, out),
-            Phase::Drain { .. } if input.is_empty() => Ok(None),
-            Phase::Drain { left } => {
+            State::Option => self.option(input, out),
+            State::Drain { .. } if input.is_empty() => Ok(None),
+            State::Drain { left } => {
                 let taken = input.len().min(left as usize);
                 let left = left.saturating_sub(u32::try_from(taken).unwrap_or(left));
-                self.phase = if left == 0 { Phase::Option } else { Phase::Drain { left } };
-                Ok(Some((taken, Progress::More)))
+                self.state = if left == 0 { State::Option } else { State::Drain { left } };
+                Ok(Some((taken, Haggled::More)))
             }
         }
     }
 
-    fn option(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<(usize, Progress)>, Violation> {
+    fn option(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<(usize, Haggled)>, Violation> {
         let mut fields = Fields(input);
         let (Some(magic), Some(kind), Some(length)) = (fields.u64(), fields.u32(), fields.u32()) else {
             return Ok(None);
@@ -108,21 +108,21 @@ impl Haggle {
             self.unselect(kind);
             let error = if is_known(kind) { option_reply::ERR_TOO_BIG } else { option_reply::ERR_UNSUP };
             reply(out, kind, error, &[]);
-            self.phase = Phase::Drain { left: length };
-            return Ok(Some((OPTION_HEAD_LEN, Progress::More)));
+            self.state = State::Drain { left: length };
+            return Ok(Some((OPTION_HEAD_LEN, Haggled::More)));
         }
         let Some(data) = fields.0.get(..length as usize) else { return Ok(None) };
         self.options += 1;
-        let progress = self.answer(kind, data, out)?;
-        Ok(Some((OPTION_HEAD_LEN + data.len(), progress)))
+        let haggled = self.answer(kind, data, out)?;
+        Ok(Some((OPTION_HEAD_LEN + data.len(), haggled)))
     }
 
-    fn answer(&mut self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<Progress, Violation> {
+    fn answer(&mut self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<Haggled, Violation> {
         let outcome = match kind {
             option::EXPORT_NAME => return self.export_name(data, out),
             option::ABORT => {
                 reply(out, kind, option_reply::ACK, &[]);
-                return Ok(Progress::Leave);
+                return Ok(Haggled::Leave);
             }
             option::LIST => Self::list(data, out),
             option::INFO | option::GO => self.info(kind, data, out),
@@ -136,11 +136,11 @@ impl Haggle {
             Err(error) => reply(out, kind, error, &[]),
         }
         let enters = kind == option::GO && outcome.is_ok();
-        Ok(if enters { Progress::Transmission(self.agreed) } else { Progress::More })
+        Ok(if enters { Haggled::Transmission(self.agreed) } else { Haggled::More })
     }
 
     /// `NBD_OPT_EXPORT_NAME`: no reply can say no, so another name ends the connection.
-    fn export_name(&self, name: &[u8], out: &mut Vec<u8>) -> Result<Progress, Violation> {
+    fn export_name(&self, name: &[u8], out: &mut Vec<u8>) -> Result<Haggled, Violation> {
         if !name.is_empty() {
             return Err(Violation::UnknownExport);
         }
@@ -149,7 +149,7 @@ impl Haggle {
         if !self.no_zeroes {
             out.extend([0; 124]);
         }
-        Ok(Progress::Transmission(self.agreed))
+        Ok(Haggled::Transmission(self.agreed))
     }
 
     /// `NBD_OPT_LIST`: the one export.

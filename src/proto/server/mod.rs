@@ -6,9 +6,9 @@
 //! Specification: "Transmission", "Request types", "Error values", "Terminating the transmission phase".
 //!
 //! Invariants:
-//! 1. No request is taken while requests and the heads of replies that wait are together [`MAX_IN_FLIGHT`] or more; a
+//! 1. No request is taken while requests and the heads of replies that wait are together [`IN_FLIGHT_MAX`] or more; a
 //!    structured READ may have two heads for each slice, a hole and the data behind it.
-//! 2. `held` is the memory of all buffers that requests and replies of this session own; it exceeds [`MAX_HELD`] only
+//! 2. `buffered` is the memory of all buffers that requests and replies of this session own; it exceeds [`BUFFERED_MAX`] only
 //!    by one buffer.
 //! 3. The slices of one simple reply follow each other on the wire: a read that needs several runs alone.
 
@@ -24,10 +24,10 @@ pub use tally::Tally;
 use crate::buffer::{Buffer, Pool, SLICE};
 use crate::proto::error::{Errno, Violation};
 use crate::proto::export::{Agreed, Export, Style};
-use crate::proto::outbox::{Outbox, PIECES};
+use crate::proto::outbox::{Outbox, PIECES_MAX};
 use crate::proto::wire::{kind, Greeting, RequestHead, OPTION_HEAD_LEN, REQUEST_LEN, REQUEST_MAGIC};
 use crate::work::{Action, Done};
-use handshake::{Haggle, Progress, OPTION_MAX};
+use handshake::{Haggle, Haggled, OPTION_MAX};
 use request::{refuse, without_payload, Refusal, Request};
 use slab::Slab;
 use std::io::{self, IoSlice};
@@ -35,9 +35,9 @@ use std::ops::Range;
 use write::Incoming;
 
 /// Requests of one client that may be unanswered; further ones wait in the socket.
-pub const MAX_IN_FLIGHT: usize = 32;
+pub const IN_FLIGHT_MAX: usize = 32;
 /// Memory one client's payloads may take, in bytes: four slices, so that sixteen busy clients fit the pool.
-pub const MAX_HELD: usize = 4 * SLICE;
+pub const BUFFERED_MAX: usize = 4 * SLICE;
 /// How much is received at once besides a payload, in bytes: thousands of bare requests, fifteen writes of 4 KiB.
 /// What is larger is received straight into the payload's buffer, so more here would only be copied once more.
 const RECEIVE: usize = 64 << 10;
@@ -118,7 +118,7 @@ struct Pending {
 }
 
 #[derive(Debug)]
-enum Phase {
+enum State {
     Handshake(Box<Haggle>),
     Request,
     Payload(Incoming),
@@ -130,7 +130,7 @@ enum Phase {
 pub struct ServerSession {
     export: Export,
     style: Style,
-    phase: Phase,
+    state: State,
     inbox: Option<Buffer>,
     /// From when on the message at the head of the inbox ages, and from when on those behind it do.
     inbox_ms: (u64, u64),
@@ -139,7 +139,7 @@ pub struct ServerSession {
     pending: Slab<Pending>,
     /// The read that runs alone (invariant 3).
     long_read: Option<u32>,
-    held: usize,
+    buffered: usize,
     outbox: Outbox,
     tally: Tally,
 }
@@ -149,29 +149,29 @@ impl ServerSession {
     pub fn oldstyle(export: Export, now_ms: u64) -> Self {
         let flags = u32::from(export.flags(Style::Oldstyle));
         let greeting = Greeting { size: export.size, flags }.encode().to_vec();
-        Self::new(export, Style::Oldstyle, Phase::Request, greeting, now_ms)
+        Self::new(export, Style::Oldstyle, State::Request, greeting, now_ms)
     }
 
     /// A session that negotiates first ("Newstyle negotiation").
     pub fn newstyle(export: Export, now_ms: u64) -> Self {
         let (haggle, greeting) = Haggle::begin(export);
         let style = Style::Newstyle(Agreed::default());
-        Self::new(export, style, Phase::Handshake(Box::new(haggle)), greeting, now_ms)
+        Self::new(export, style, State::Handshake(Box::new(haggle)), greeting, now_ms)
     }
 
-    fn new(export: Export, style: Style, phase: Phase, greeting: Vec<u8>, now_ms: u64) -> Self {
+    fn new(export: Export, style: Style, state: State, greeting: Vec<u8>, now_ms: u64) -> Self {
         let mut outbox = Outbox::default();
         outbox.push_text(greeting, now_ms);
         Self {
             export,
             style,
-            phase,
+            state,
             inbox: None,
             inbox_ms: (now_ms, now_ms),
             received_ms: now_ms,
             pending: Slab::new(),
             long_read: None,
-            held: 0,
+            buffered: 0,
             outbox,
             tally: Tally::default(),
         }
@@ -183,8 +183,8 @@ impl ServerSession {
         if self.is_negotiating() {
             return [<&mut [u8]>::default(), self.handshake_space(pool)];
         }
-        let (slice, followed_by_payload) = match &mut self.phase {
-            Phase::Payload(Incoming { slice: Some((buffer, room)), left, .. }) => {
+        let (slice, followed_by_payload) = match &mut self.state {
+            State::Payload(Incoming { slice: Some((buffer, room)), left, .. }) => {
                 (buffer.spare().get_mut(..*room).unwrap_or_default(), *left > 0)
             }
             _ => (<&mut [u8]>::default(), false),
@@ -214,7 +214,7 @@ impl ServerSession {
 
     /// Counts `n` bytes received into [`ServerSession::recv_space`] at `now_ms`.
     pub fn received(&mut self, mut n: usize, now_ms: u64) {
-        if let Phase::Payload(Incoming { slice: Some((buffer, room)), .. }) = &mut self.phase {
+        if let State::Payload(Incoming { slice: Some((buffer, room)), .. }) = &mut self.state {
             let taken = n.min(*room);
             buffer.advance(taken);
             *room -= taken;
@@ -233,10 +233,10 @@ impl ServerSession {
     /// The peer has closed its side. [`Violation::Truncated`] when it did so inside a request.
     pub fn end_of_stream(&mut self) -> Result<(), Violation> {
         let between = self.inbox.as_ref().is_none_or(Buffer::is_empty);
-        match self.phase {
-            Phase::Handshake(_) | Phase::Request if between => self.phase = Phase::Closing(End::EndOfStream),
-            Phase::Closing(_) => {}
-            Phase::Handshake(_) | Phase::Request | Phase::Payload(_) => return Err(Violation::Truncated),
+        match self.state {
+            State::Handshake(_) | State::Request if between => self.state = State::Closing(End::EndOfStream),
+            State::Closing(_) => {}
+            State::Handshake(_) | State::Request | State::Payload(_) => return Err(Violation::Truncated),
         }
         Ok(())
     }
@@ -247,12 +247,12 @@ impl ServerSession {
             return self.read_on(tag, pool);
         }
         loop {
-            let step = match &mut self.phase {
-                Phase::Handshake(_) => self.negotiate(),
-                Phase::Request => self.take_request(pass, pool),
-                Phase::Payload(_) => self.take_payload(pass, pool),
+            let step = match &mut self.state {
+                State::Handshake(_) => self.negotiate(),
+                State::Request => self.take_request(pass, pool),
+                State::Payload(_) => self.take_payload(pass, pool),
                 // What comes behind the last request is not looked at, only kept from filling the socket.
-                Phase::Closing(_) => {
+                State::Closing(_) => {
                     self.drop_inbox(pool);
                     Some(Step::NeedBytes)
                 }
@@ -294,7 +294,7 @@ impl ServerSession {
             }
             (buffer, _) => {
                 if let Some(buffer) = buffer {
-                    self.held -= buffer.capacity();
+                    self.buffered -= buffer.capacity();
                     pool.give(buffer);
                 }
                 if !has_begun {
@@ -306,13 +306,13 @@ impl ServerSession {
     }
 
     /// The bytes to write next, for one vectored write; says how many slices it filled.
-    pub fn to_send<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES]) -> usize {
+    pub fn to_send<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES_MAX]) -> usize {
         self.outbox.slices(slices)
     }
 
     /// The socket has taken the first `n` of those bytes.
     pub fn sent(&mut self, n: usize, pool: &mut Pool) {
-        self.held -= self.outbox.sent(n, pool);
+        self.buffered -= self.outbox.sent(n, pool);
     }
 
     /// True while there are bytes to write.
@@ -322,8 +322,8 @@ impl ServerSession {
 
     /// Why the conversation is over, once everything owed has been sent.
     pub fn finished(&self) -> Option<End> {
-        match self.phase {
-            Phase::Closing(end) if self.pending.is_empty() && self.outbox.is_empty() => Some(end),
+        match self.state {
+            State::Closing(end) if self.pending.is_empty() && self.outbox.is_empty() => Some(end),
             _ => None,
         }
     }
@@ -341,7 +341,7 @@ impl ServerSession {
         let later = |since_ms: &mut u64| *since_ms = since_ms.saturating_add(ms);
         later(&mut self.inbox_ms.0);
         later(&mut self.inbox_ms.1);
-        if let Phase::Payload(Incoming { tag, .. }) = self.phase {
+        if let State::Payload(Incoming { tag, .. }) = self.state {
             if let Some(pending) = self.pending.get_mut(tag as usize) {
                 later(&mut pending.since_ms);
             }
@@ -361,8 +361,8 @@ impl ServerSession {
     pub fn release(&mut self, pool: &mut Pool) {
         self.drop_inbox(pool);
         self.outbox.release(pool);
-        if let Phase::Payload(Incoming { slice: Some((buffer, _)), .. }) =
-            std::mem::replace(&mut self.phase, Phase::Closing(End::EndOfStream))
+        if let State::Payload(Incoming { slice: Some((buffer, _)), .. }) =
+            std::mem::replace(&mut self.state, State::Closing(End::EndOfStream))
         {
             pool.give(buffer);
         }
@@ -391,7 +391,7 @@ impl ServerSession {
 
     /// True while no request can come yet.
     pub fn is_negotiating(&self) -> bool {
-        matches!(self.phase, Phase::Handshake(_))
+        matches!(self.state, State::Handshake(_))
     }
 
     /// How it speaks.
@@ -406,26 +406,26 @@ impl ServerSession {
 
     /// One step of the negotiation. `None`: look again.
     fn negotiate(&mut self) -> Option<Step> {
-        let Phase::Handshake(haggle) = &mut self.phase else { return None };
+        let State::Handshake(haggle) = &mut self.state else { return None };
         let mut replies = Vec::new();
         let found = haggle.step(self.inbox.as_ref().map(Buffer::filled).unwrap_or_default(), &mut replies);
         if !replies.is_empty() {
             self.outbox.push_text(replies, self.inbox_ms.1);
         }
         match found {
-            Err(violation) => self.phase = Phase::Closing(End::Violation(violation)),
+            Err(violation) => self.state = State::Closing(End::Violation(violation)),
             Ok(None) => return Some(Step::NeedBytes),
-            Ok(Some((used, progress))) => {
+            Ok(Some((used, haggled))) => {
                 if let Some(inbox) = &mut self.inbox {
                     inbox.consume(used);
                 }
                 self.inbox_ms.0 = self.inbox_ms.1;
-                match progress {
-                    Progress::More => {}
-                    Progress::Leave => self.phase = Phase::Closing(End::Abort),
-                    Progress::Transmission(agreed) => {
+                match haggled {
+                    Haggled::More => {}
+                    Haggled::Leave => self.state = State::Closing(End::Abort),
+                    Haggled::Transmission(agreed) => {
                         self.style = Style::Newstyle(agreed);
-                        self.phase = Phase::Request;
+                        self.state = State::Request;
                     }
                 }
             }
@@ -433,12 +433,12 @@ impl ServerSession {
         None
     }
 
-    /// Takes one request head from the inbox. `None`: look again, the phase has changed.
+    /// Takes one request head from the inbox. `None`: look again, the state has changed.
     fn take_request(&mut self, pass: Pass, pool: &mut Pool) -> Option<Step> {
         let Some(bytes) = self.inbox.as_ref().and_then(|inbox| inbox.filled().first_chunk::<REQUEST_LEN>()) else {
             return Some(Step::NeedBytes);
         };
-        if self.in_flight() >= MAX_IN_FLIGHT {
+        if self.in_flight() >= IN_FLIGHT_MAX {
             return Some(Step::NeedRoom);
         }
         let (magic, head) = RequestHead::parse(bytes);
@@ -448,11 +448,11 @@ impl ServerSession {
                 self.outbox.push_head(reply.filled(), self.inbox_ms.0);
                 self.tally.errors += 1;
             }
-            self.phase = Phase::Closing(End::Violation(Violation::BadRequestMagic(magic)));
+            self.state = State::Closing(End::Violation(Violation::BadRequestMagic(magic)));
             return None;
         }
         if head.kind == kind::DISC {
-            self.phase = Phase::Closing(End::Disconnect);
+            self.state = State::Closing(End::Disconnect);
             return None;
         }
         let refusal = refuse(&head, self.export.size, self.style);
@@ -468,14 +468,14 @@ impl ServerSession {
                 pending.error = Some(refusal.errno);
             }
             if head.kind == kind::WRITE && head.length > 0 {
-                self.phase = Phase::Payload(Incoming { tag, offset: head.offset, left: head.length, slice: None });
+                self.state = State::Payload(Incoming { tag, offset: head.offset, left: head.length, slice: None });
             } else {
                 self.finish_if_done(tag);
             }
             return Some(Step::Refused(refusal));
         }
         if head.kind == kind::WRITE && head.length > 0 {
-            self.phase = Phase::Payload(Incoming { tag, offset: head.offset, left: head.length, slice: None });
+            self.state = State::Payload(Incoming { tag, offset: head.offset, left: head.length, slice: None });
             return None;
         }
         let action = without_payload(&head);
@@ -492,7 +492,7 @@ impl ServerSession {
         }
         let since_ms = std::mem::replace(&mut self.inbox_ms.0, self.inbox_ms.1);
         let tag = self.pending.insert(Pending { head, since_ms, in_disk: 0, replied: 0, error: None });
-        debug_assert!(self.pending.len() <= MAX_IN_FLIGHT, "invariant 1");
+        debug_assert!(self.pending.len() <= IN_FLIGHT_MAX, "invariant 1");
         u32::try_from(tag).unwrap_or(u32::MAX)
     }
 
@@ -506,18 +506,18 @@ impl ServerSession {
     /// A buffer for up to `len` bytes of payload, if this session may hold one more.
     fn take_buffer(&mut self, len: usize, pool: &mut Pool) -> Option<Buffer> {
         let want = len.min(SLICE);
-        if self.held > 0 && self.held + want > MAX_HELD {
+        if self.buffered > 0 && self.buffered + want > BUFFERED_MAX {
             return None;
         }
-        let reserve = self.held == 0;
+        let reserve = self.buffered == 0;
         let buffer = pool.take_up_to(want).or_else(|| reserve.then(|| pool.take_reserve()))?;
-        self.held += buffer.capacity();
+        self.buffered += buffer.capacity();
         Some(buffer)
     }
 
     /// Answers a request of which the disk has no piece any more and whose payload has arrived.
     fn finish_if_done(&mut self, tag: u32) {
-        let receiving = matches!(&self.phase, Phase::Payload(incoming) if incoming.tag == tag);
+        let receiving = matches!(&self.state, State::Payload(incoming) if incoming.tag == tag);
         let waits = self.pending.get(tag as usize).is_none_or(|pending| pending.in_disk > 0);
         if receiving || waits {
             return;

@@ -3,7 +3,7 @@
 //! A READ that fits one slice runs beside others. One that needs several runs alone, because the slices of a simple reply
 //! follow each other on the wire (invariant 3).
 
-use super::{reply, slice_len, Pending, ServerSession, Step, MAX_IN_FLIGHT};
+use super::{reply, slice_len, Pending, ServerSession, Step, IN_FLIGHT_MAX};
 use crate::buffer::{Buffer, Pool};
 use crate::proto::wire::{command, RequestHead};
 use crate::work::{Action, Extent};
@@ -14,16 +14,16 @@ impl ServerSession {
         let Some(mut buffer) = self.take_buffer(head.length as usize, pool) else { return Step::NeedRoom };
         let whole = buffer.capacity() >= head.length as usize;
         if !whole && !self.pending.is_empty() {
-            self.held -= buffer.capacity();
+            self.buffered -= buffer.capacity();
             pool.give(buffer);
             return Step::NeedRoom;
         }
         if !whole && head.flags & command::DF != 0 {
             // One piece has to be one piece; it is a short one.
-            self.held -= buffer.capacity();
+            self.buffered -= buffer.capacity();
             let larger = pool.take_beyond(head.length as usize);
             pool.give(std::mem::replace(&mut buffer, larger));
-            self.held += buffer.capacity();
+            self.buffered += buffer.capacity();
         }
         let tag = self.accept(head);
         let length = slice_len(head.offset, head.length, buffer.capacity()) as usize;
@@ -36,7 +36,7 @@ impl ServerSession {
         let Some(&Pending { head, in_disk: 0, replied, .. }) = self.pending.get(tag as usize) else {
             return Step::NeedRoom;
         };
-        if self.outbox.replies() >= MAX_IN_FLIGHT {
+        if self.outbox.replies() >= IN_FLIGHT_MAX {
             // Chunks of holes take no memory of the pool, so that nothing else would bound them.
             return Step::NeedRoom;
         }
@@ -87,7 +87,7 @@ impl ServerSession {
             self.long_read = None;
         }
         if payload.is_empty() {
-            self.held -= payload.capacity();
+            self.buffered -= payload.capacity();
             pool.give(payload);
         } else {
             self.outbox.push_payload(payload, since_ms);

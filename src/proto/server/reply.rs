@@ -4,11 +4,12 @@
 
 use crate::proto::error::Errno;
 use crate::proto::export::{Style, ALLOCATION_ID};
+use crate::proto::outbox::HEAD_MAX;
 use crate::proto::wire::{chunk, extent, kind, ChunkHead, Encoder, RequestHead, SimpleReply};
 use crate::work::Extent;
 
 /// A head: the bytes of a message that are not payload.
-pub type Head = Encoder<32>;
+pub type Head = Encoder<HEAD_MAX>;
 
 /// A good reply without data.
 pub fn done(head: &RequestHead, style: Style) -> Head {

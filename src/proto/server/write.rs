@@ -1,6 +1,6 @@
 //! WRITE: a payload is handed on in slices as it arrives, or swallowed once the request has failed.
 
-use super::{slice_len, Pass, Phase, ServerSession, Step};
+use super::{slice_len, Pass, ServerSession, State, Step};
 use crate::buffer::{Buffer, Pool};
 use crate::proto::wire::command;
 use crate::work::Action;
@@ -18,9 +18,9 @@ pub(super) struct Incoming {
 }
 
 impl ServerSession {
-    /// Moves payload bytes from the inbox on to the disk. `None`: look again, the phase has changed.
+    /// Moves payload bytes from the inbox on to the disk. `None`: look again, the state has changed.
     pub(super) fn take_payload(&mut self, pass: Pass, pool: &mut Pool) -> Option<Step> {
-        let Phase::Payload(incoming) = &mut self.phase else { return None };
+        let State::Payload(incoming) = &mut self.state else { return None };
         let tag = incoming.tag;
         let wanted = self.pending.get(tag as usize).filter(|pending| pending.error.is_none());
         let Some(head) = wanted.map(|pending| pending.head) else { return self.swallow_payload(pool) };
@@ -31,7 +31,7 @@ impl ServerSession {
             let (offset, left) = (incoming.offset, incoming.left);
             let Some(buffer) = self.take_buffer(left as usize, pool) else { return Some(Step::NeedRoom) };
             let room = slice_len(offset, left, buffer.capacity());
-            if let Phase::Payload(incoming) = &mut self.phase {
+            if let State::Payload(incoming) = &mut self.state {
                 incoming.left -= room;
                 incoming.slice = Some((buffer, room as usize));
             }
@@ -50,7 +50,7 @@ impl ServerSession {
         let (offset, last) = (incoming.offset, incoming.left == 0);
         incoming.offset += buffer.len() as u64;
         if last {
-            self.phase = Phase::Request;
+            self.state = State::Request;
         }
         let fua = last && head.flags & command::FUA != 0;
         Some(self.hand_out(tag, head, Action::Write { offset, payload: buffer, fua }))
@@ -58,11 +58,11 @@ impl ServerSession {
 
     /// Drops what has come of a payload whose request has failed. `None`: look again, that was all of it.
     fn swallow_payload(&mut self, pool: &mut Pool) -> Option<Step> {
-        let Phase::Payload(incoming) = &mut self.phase else { return None };
+        let State::Payload(incoming) = &mut self.state else { return None };
         let tag = incoming.tag;
         if let Some((buffer, room)) = incoming.slice.take() {
             incoming.left += u32::try_from(room).unwrap_or(u32::MAX);
-            self.held -= buffer.capacity();
+            self.buffered -= buffer.capacity();
             pool.give(buffer);
         }
         if let Some(inbox) = &mut self.inbox {
@@ -73,7 +73,7 @@ impl ServerSession {
         if incoming.left > 0 {
             return Some(Step::NeedBytes);
         }
-        self.phase = Phase::Request;
+        self.state = State::Request;
         self.finish_if_done(tag);
         None
     }
