@@ -5,6 +5,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 
 mod acl;
+mod bench_client;
 mod cli;
 mod control;
 mod durability;
