@@ -36,12 +36,12 @@ impl Bitmap {
     pub fn set_range(&mut self, offset: u64, len: u64) {
         let end = offset.saturating_add(len).min(self.size);
         if offset < end {
-            let blocks = offset >> self.block_shift..((end - 1) >> self.block_shift) + 1;
-            self.set_blocks += for_each_word(&mut self.words, blocks, |word, mask| {
-                let added = mask & !*word;
-                *word |= mask;
-                added
-            });
+            for (at, mask) in masks(self.blocks_touched(offset..end)) {
+                if let Some(word) = self.words.get_mut(at) {
+                    self.set_blocks += u64::from((mask & !*word).count_ones());
+                    *word |= mask;
+                }
+            }
         }
         debug_assert!(self.set_blocks <= self.blocks(), "invariants 1 and 2");
     }
@@ -51,14 +51,14 @@ impl Bitmap {
     pub fn clear_range(&mut self, offset: u64, len: u64) {
         let end = offset.saturating_add(len).min(self.size);
         let end_block = if end == self.size { self.blocks() } else { end >> self.block_shift };
-        let blocks = offset.div_ceil(self.block())..end_block;
-        let cleared = for_each_word(&mut self.words, blocks, |word, mask| {
-            let removed = mask & *word;
-            *word &= !mask;
-            removed
-        });
-        debug_assert!(cleared <= self.set_blocks, "invariant 2");
-        self.set_blocks = self.set_blocks.saturating_sub(cleared);
+        for (at, mask) in masks(offset.div_ceil(self.block())..end_block) {
+            if let Some(word) = self.words.get_mut(at) {
+                let cleared = u64::from((mask & *word).count_ones());
+                debug_assert!(cleared <= self.set_blocks, "invariant 2");
+                self.set_blocks = self.set_blocks.saturating_sub(cleared);
+                *word &= !mask;
+            }
+        }
     }
 
     /// Clears everything.
@@ -74,13 +74,20 @@ impl Bitmap {
 
     /// How many bytes the set blocks hold. Costs the same for every map.
     pub fn set_bytes(&self) -> u64 {
-        let last = self.size.saturating_sub(1) >> self.block_shift;
-        if self.is_block_set(last) {
-            // The last block ends with the file.
-            ((self.set_blocks - 1) << self.block_shift) + (self.size - (last << self.block_shift))
-        } else {
-            self.set_blocks << self.block_shift
+        self.bytes_of(self.set_blocks, self.is_set(self.size.saturating_sub(1)))
+    }
+
+    /// How many bytes the clear blocks hold that the range touches: what [`Bitmap::set_range`] would add. Costs a step for
+    /// every 64 blocks of the range.
+    pub fn clear_bytes(&self, offset: u64, len: u64) -> u64 {
+        let end = offset.saturating_add(len).min(self.size);
+        if offset >= end {
+            return 0;
         }
+        let clear = masks(self.blocks_touched(offset..end))
+            .map(|(at, mask)| u64::from((mask & !self.words.get(at).copied().unwrap_or(u64::MAX)).count_ones()))
+            .sum();
+        self.bytes_of(clear, end > self.last_block_start() && !self.is_set(self.size - 1))
     }
 
     /// The first run of set blocks from the block on that holds `from`, as a range of bytes that ends with the file at
@@ -105,6 +112,24 @@ impl Bitmap {
         self.size.div_ceil(self.block())
     }
 
+    /// The blocks that a range touches, which is not empty.
+    fn blocks_touched(&self, range: Range<u64>) -> Range<u64> {
+        range.start >> self.block_shift..((range.end - 1) >> self.block_shift) + 1
+    }
+
+    fn last_block_start(&self) -> u64 {
+        self.blocks().saturating_sub(1) << self.block_shift
+    }
+
+    /// How many bytes so many blocks hold: the last one of the file ends with it.
+    fn bytes_of(&self, blocks: u64, with_last: bool) -> u64 {
+        if with_last {
+            (blocks.saturating_sub(1) << self.block_shift) + (self.size - self.last_block_start())
+        } else {
+            blocks << self.block_shift
+        }
+    }
+
     fn is_block_set(&self, block: u64) -> bool {
         self.words.get(memory_index(block / WORD)).is_some_and(|word| word >> (block % WORD) & 1 == 1)
     }
@@ -126,21 +151,14 @@ impl Bitmap {
     }
 }
 
-/// Calls `change` with each word that holds a bit of `bits` and the mask of those bits, and counts the bits it returns.
-fn for_each_word(words: &mut [u64], bits: Range<u64>, mut change: impl FnMut(&mut u64, u64) -> u64) -> u64 {
-    if bits.is_empty() {
-        return 0;
-    }
-    let (first, last) = (bits.start / WORD, (bits.end - 1) / WORD);
-    let (first_mask, last_mask) = (u64::MAX << (bits.start % WORD), u64::MAX >> (WORD - 1 - (bits.end - 1) % WORD));
-    let words = words.get_mut(memory_index(first)..=memory_index(last)).unwrap_or_default();
-    let mut count = 0;
-    for (number, word) in (first..).zip(words) {
-        let mask =
-            if number == first { first_mask } else { u64::MAX } & if number == last { last_mask } else { u64::MAX };
-        count += u64::from(change(word, mask).count_ones());
-    }
-    count
+/// The words that hold a bit of `bits`: their places in memory, and the mask of those bits.
+fn masks(bits: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+    let words = if bits.is_empty() { 0..0 } else { bits.start / WORD..(bits.end - 1) / WORD + 1 };
+    words.map(move |word| {
+        let first = bits.start.saturating_sub(word * WORD);
+        let last = (bits.end - 1 - word * WORD).min(WORD - 1);
+        (memory_index(word), (u64::MAX << first) & (u64::MAX >> (WORD - 1 - last)))
+    })
 }
 
 /// A word's place in memory. One that memory cannot address is one that is not there.
@@ -313,6 +331,9 @@ mod tests {
                 });
                 assert_eq!(map.next_set_range(from, max_len), expected, "seed {seed} from {from} max {max_len}");
                 assert_eq!(map.is_set(from), from < size && set(&memory_index(from / block)));
+                let touches = |n: &usize| bytes(*n).start < end && offset < bytes(*n).end && offset < end;
+                let clear = (0..model.len()).filter(|n| touches(n) && !set(n)).map(|n| bytes(n).end - bytes(n).start);
+                assert_eq!(map.clear_bytes(offset, len), clear.sum(), "seed {seed} offset {offset} len {len}");
             }
         }
     }
@@ -325,7 +346,9 @@ mod tests {
         map.set_range(size, 1);
         map.set_range(0, 0);
         assert_eq!((map.set_bytes(), map.next_set_range(0, u64::MAX)), (0, None));
+        assert_eq!((map.clear_bytes(0, u64::MAX), map.clear_bytes(u64::MAX, u64::MAX)), (size, 0));
         map.set_range(size - 1, u64::MAX);
+        assert_eq!((map.clear_bytes(size - 1, 1), map.clear_bytes(size - 6, 1)), (0, 1 << 50));
         assert_eq!((map.set_bytes(), map.next_set_range(0, 0)), (5, Some(1 << 62..size)));
         map.set_range(0, u64::MAX);
         assert_eq!((map.set_bytes(), map.next_set_range(0, u64::MAX)), (size, Some(0..size)));
