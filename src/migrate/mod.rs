@@ -39,9 +39,9 @@ const ZERO_MAX: u64 = 128 << 20;
 pub const MAX_IN_FLIGHT: usize = 128;
 /// The least clients may dirty per second, in bytes, however slow the way is: a block every two seconds.
 const WRITE_LIMIT_MIN: u64 = BLOCK / 2;
-/// The longest that writes are held back in one go, in milliseconds: they are slowed, not stopped. The disk drivers of
-/// guests give up after 30 s.
-const HELD_MAX_MS: u64 = 10_000;
+/// The longest that writes are kept waiting in one go, in milliseconds: they are slowed, not stopped. The disk drivers
+/// of guests give up after 30 s.
+const KEPT_MAX_MS: u64 = 10_000;
 /// The most that one operation of a client counts against its limit, in bytes. What is longer than a buffer is zeroes.
 const WRITE_MAX: u64 = DATA_MAX + BLOCK;
 /// Clients are not held back twice within this time, in milliseconds: gradually.
@@ -162,6 +162,8 @@ pub struct Plan {
     slower_ms: u64,
     limit: Option<Bucket>,
     write_limit: Option<Bucket>,
+    /// What clients have paid for and not dirtied yet, in bytes.
+    paid_bytes: u64,
     meter: Meter,
     sent_bytes: u64,
     zeroed_bytes: u64,
@@ -193,6 +195,7 @@ impl Plan {
             slower_ms: now_ms,
             limit: limit_bytes_per_s.map(|limit| Bucket::new(limit, now_ms)),
             write_limit: None,
+            paid_bytes: 0,
             meter: Meter::new(now_ms),
             sent_bytes: 0,
             zeroed_bytes: 0,
@@ -221,7 +224,7 @@ impl Plan {
         (self.pass, self.pass_dirty_bytes, self.settled, self.slower_ms) = (1, self.size, false, now_ms);
         (self.sent_bytes, self.zeroed_bytes) = (0, 0);
         (self.pause_from_ms, self.pauses_given_up) = (now_ms, 0);
-        self.write_limit = None;
+        (self.write_limit, self.paid_bytes) = (None, 0);
         self.meter = Meter::new(now_ms);
     }
 
@@ -231,6 +234,24 @@ impl Plan {
         self.meter = Meter::new(now_ms);
     }
 
+    /// A client's operation that may change the range goes to the disk: the write limit is charged what that will cost to
+    /// send, which is the blocks that are clean now.
+    pub fn note_submitted(&mut self, range: &Range<u64>) {
+        if self.write_limit.is_some() {
+            let bytes = self.dirty.clear_bytes(range.start, range.end.saturating_sub(range.start));
+            self.charge(bytes);
+            self.paid_bytes = self.paid_bytes.saturating_add(bytes);
+        }
+    }
+
+    fn charge(&mut self, dirtied_bytes: u64) {
+        if let Some(limit) = &mut self.write_limit {
+            // Zeroes that cost one request when they are sent cost no more here.
+            limit.take(if self.can.zero { dirtied_bytes.min(WRITE_MAX) } else { dirtied_bytes });
+            limit.forgive_beyond(KEPT_MAX_MS);
+        }
+    }
+
     /// A client may have changed the range. To be called before it is told so (invariant 2).
     pub fn note_write(&mut self, range: &Range<u64>) {
         let before = self.dirty.set_bytes();
@@ -238,11 +259,10 @@ impl Plan {
         for part in [range.start..range.end.min(self.taken.start), range.start.max(self.taken.end)..range.end] {
             self.dirty.set_range(part.start, part.end.saturating_sub(part.start));
         }
+        // Blocks that were dirty when this was submitted cost nothing then. Those that were taken since are sent again.
         let dirtied = self.dirty.set_bytes() - before;
-        if let Some(limit) = &mut self.write_limit {
-            limit.take(if self.can.zero { dirtied.min(WRITE_MAX) } else { dirtied });
-            limit.forgive_beyond(HELD_MAX_MS);
-        }
+        self.charge(dirtied.saturating_sub(self.paid_bytes));
+        self.paid_bytes = self.paid_bytes.saturating_sub(dirtied);
         if self.extent.as_ref().is_some_and(|(known, _)| overlap(known, range)) {
             self.extent = None;
         }
@@ -258,13 +278,9 @@ impl Plan {
         self.phase != Phase::Copying
     }
 
-    /// True while clients are held back. What one write costs is known when it is done, so that they go one by one.
-    pub fn limits_writes(&self) -> bool {
-        self.write_limit.is_some()
-    }
-
-    /// The time until which clients have to wait with writes, if they have to.
-    pub fn holds_writes_until(&mut self, now_ms: u64) -> Option<u64> {
+    /// The time until which requests of clients that change something have to wait, if they have to. To be asked before
+    /// each of them, because each makes the next wait ([`Plan::note_submitted`]).
+    pub fn keeps_changes_until(&mut self, now_ms: u64) -> Option<u64> {
         self.write_limit.as_mut().map(|limit| limit.open_at(now_ms)).filter(|&at_ms| at_ms > now_ms)
     }
 
@@ -468,6 +484,7 @@ impl Plan {
         let Some(speed) = self.speed() else { return };
         let before = self.write_limit.map_or(speed, |limit| limit.bytes_per_s.min(speed));
         self.write_limit = Some(Bucket::new((before / 2).max(WRITE_LIMIT_MIN), now_ms));
+        self.paid_bytes = 0;
         self.slower_ms = now_ms;
     }
 
@@ -565,17 +582,42 @@ mod tests {
     }
 
     #[test]
-    fn clients_are_held_for_a_bounded_time() {
+    fn clients_are_kept_waiting_for_a_bounded_time() {
         let mut plan = begun(1 << 40);
         plan.dirty.clear();
         plan.write_limit = Some(Bucket::new(MIB, 0));
         // Zeroes without end cost no more than a buffer of data where they are one request, and less than for ever where not.
-        plan.note_write(&(0..1 << 39));
-        assert_eq!(plan.holds_writes_until(0), Some(WRITE_MAX * 1000 / MIB + 1));
+        plan.note_submitted(&(0..1 << 39));
+        assert_eq!(plan.keeps_changes_until(0), Some(WRITE_MAX * 1000 / MIB + 1));
         plan.can.zero = false;
-        plan.note_write(&(1 << 39..1 << 40));
-        assert_eq!(plan.holds_writes_until(0), Some(HELD_MAX_MS));
-        assert_eq!(plan.holds_writes_until(HELD_MAX_MS), None);
+        plan.note_submitted(&(1 << 39..1 << 40));
+        assert_eq!(plan.keeps_changes_until(0), Some(KEPT_MAX_MS));
+        assert_eq!(plan.keeps_changes_until(KEPT_MAX_MS), None);
+    }
+
+    #[test]
+    fn each_block_that_becomes_dirty_is_paid_for_once() {
+        let mut plan = begun(1 << 30);
+        plan.dirty.clear();
+        plan.note_submitted(&(0..MIB));
+        plan.note_write(&(0..MIB));
+        assert_eq!(plan.keeps_changes_until(0), None, "there is no limit");
+        plan.write_limit = Some(Bucket::new(1000 * BLOCK, 0));
+        plan.note_submitted(&(0..MIB));
+        plan.note_write(&(0..MIB));
+        assert_eq!(plan.keeps_changes_until(0), None, "what is dirty costs nothing more");
+        plan.note_submitted(&(MIB - 1..MIB + 1));
+        assert_eq!(plan.keeps_changes_until(0), Some(1), "one block is clean");
+        plan.note_write(&(MIB - 1..MIB + 1));
+        assert_eq!(plan.keeps_changes_until(0), Some(1), "it was paid for");
+        plan.note_submitted(&(0..MIB));
+        plan.dirty.clear();
+        plan.note_write(&(0..2 * BLOCK));
+        assert_eq!(
+            plan.keeps_changes_until(0),
+            Some(3),
+            "two blocks were dirty when this was submitted, and then taken"
+        );
     }
 
     #[test]

@@ -114,12 +114,13 @@ impl Client {
         }
         let mut received = false;
         self.stalled = false;
-        let mut pass = if sh.holds_writes() { Pass::Reads } else { Pass::Everything };
         while sh.disk.has_room() {
+            // Each change makes the next one wait.
+            let pass = if sh.holds_writes() { Pass::Reads } else { Pass::Everything };
             match self.session.next_step(pass, &mut sh.pool) {
-                Step::Request(Request { head, tag, action }) => {
-                    if head.changes_export() && sh.limits_writes() {
-                        pass = Pass::Reads;
+                Step::Request(Request { tag, action, .. }) => {
+                    if let Some(range) = action.touches() {
+                        sh.note_submitted(&range);
                     }
                     let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
                     debug_assert!(taken.is_ok(), "it had room");

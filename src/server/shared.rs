@@ -11,6 +11,7 @@ use crate::event::wheel::Wheel;
 use crate::logging::Throttle;
 use crate::migrate::Plan;
 use crate::proto::server::Tally;
+use std::ops::Range;
 
 /// Control connections served at once; further ones wait in the backlog.
 pub const MAX_CONTROLS: usize = 64;
@@ -89,12 +90,12 @@ impl Shared {
     /// The time until which writes have to wait for the migration, if they have to.
     pub fn writes_held_until(&mut self) -> Option<u64> {
         let now_ms = self.now_ms;
-        self.plan.as_mut().and_then(|plan| plan.holds_writes_until(now_ms))
+        self.plan.as_mut().and_then(|plan| plan.keeps_changes_until(now_ms))
     }
 
-    /// True while writes go one by one, because each has to be paid for.
-    pub fn limits_writes(&self) -> bool {
-        self.plan.as_ref().is_some_and(|plan| plan.limits_writes())
+    /// A client's operation that may change the range goes to the disk.
+    pub fn note_submitted(&mut self, range: &Range<u64>) {
+        self.plan.iter_mut().for_each(|plan| plan.note_submitted(range));
     }
 
     /// True while writes have to wait for the migration.

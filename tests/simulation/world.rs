@@ -18,8 +18,8 @@ const STALE: u32 = u32::MAX;
 /// How often the plan may be asked in one millisecond before that is a loop without an end.
 const STEPS_MAX: u32 = 100_000;
 const MS: u64 = 1_000;
-/// The longest that a write may be held back, in milliseconds; what the plan promises.
-const HELD_MAX_MS: u64 = 10_000;
+/// The longest that a write may be kept waiting, in milliseconds; what the plan promises.
+const KEPT_MAX_MS: u64 = 10_000;
 
 /// What a client does, over and over. Times are in microseconds.
 #[derive(Debug, Clone)]
@@ -77,8 +77,6 @@ pub struct Setup {
     /// The destination does nothing else while it flushes.
     pub flush_blocks: bool,
     pub clients: Vec<Client>,
-    /// Writes that wait together go on together, not one after the other.
-    pub burst: bool,
     /// The limit at the start, and from some millisecond on.
     pub limit: Option<u64>,
     pub limits: Vec<(u64, Option<u64>)>,
@@ -110,7 +108,6 @@ impl Setup {
             flush_us_per_mib: 100,
             flush_blocks: true,
             clients: Vec::new(),
-            burst: false,
             limit: None,
             limits: Vec::new(),
             lost: (0, 0),
@@ -134,11 +131,11 @@ pub struct Outcome {
     pub flushes: u32,
     pub flushes_in_pause: u32,
     pub passes: u32,
-    /// The longest a write waited because writes were held back.
-    pub held_ms: u64,
+    /// The longest a write waited because writes were limited.
+    pub kept_ms: u64,
     /// The longest a client waited for its answer.
     pub longest_ms: u64,
-    /// The least that clients were allowed to dirty per second, if they were held back.
+    /// The least that clients were allowed to dirty per second, if they were limited.
     pub write_limit: Option<u64>,
     /// Data sent in each tenth of a second.
     pub sent: BTreeMap<u64, u64>,
@@ -433,18 +430,17 @@ impl World {
             if self.running && self.plan.pauses_clients() {
                 return;
             }
-            let held = if self.running { self.plan.holds_writes_until(now_ms) } else { None };
-            if let Some(until_ms) = held {
-                assert!(until_ms > now_ms && until_ms <= now_ms + HELD_MAX_MS, "held until {until_ms} at {now_ms}");
+            let kept = if self.running { self.plan.keeps_changes_until(now_ms) } else { None };
+            if let Some(until_ms) = kept {
+                assert!(until_ms > now_ms && until_ms <= now_ms + KEPT_MAX_MS, "kept until {until_ms} at {now_ms}");
                 return self.wake_at(until_ms);
             }
-            let limited = self.running && self.plan.progress().write_limit_bytes_per_s.is_some();
-            if limited && !self.setup.burst && !self.ops.is_empty() {
-                return;
-            }
             let Some(op) = self.waiting.pop_front() else { return };
-            if limited {
-                self.out.held_ms = self.out.held_ms.max((self.now_us - op.since_us) / MS);
+            if self.running {
+                self.plan.note_submitted(&op.range);
+                if self.plan.progress().write_limit_bytes_per_s.is_some() {
+                    self.out.kept_ms = self.out.kept_ms.max((self.now_us - op.since_us) / MS);
+                }
             }
             let number = self.number();
             self.ops.insert(number, op);
