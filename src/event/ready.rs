@@ -121,6 +121,16 @@ impl RunQueue {
         }
     }
 
+    /// Queues everything that another queue holds, which is empty then.
+    pub fn append(&mut self, other: &mut Self) {
+        for key in other.queue.drain(..) {
+            if let Some(queued) = other.queued.get_mut(key.index()) {
+                *queued = None;
+            }
+            self.push(key);
+        }
+    }
+
     /// True when no slot has work.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()

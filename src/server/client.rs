@@ -1,9 +1,10 @@
-//! One NBD client: its socket, its session, its deadline.
+//! One NBD client: its socket, its session, its deadlines.
 
 use super::config::Dialect;
 use super::effect::Effect;
-use super::reason::Next;
-use super::reason::Reason;
+use super::gate::Gate;
+use super::life::{Life, SEAL};
+use super::reason::{Next, Reason};
 use super::shared::Shared;
 use super::socket::{Peer, Received, Socket};
 use crate::event::slots::Key;
@@ -11,8 +12,8 @@ use crate::logging::Throttle;
 use crate::proto::export::{Agreed, Export, Style};
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
-use crate::proto::server::{Completed, Failed, Pass, ServerSession, Step, Tally};
-use crate::work::{Done, Op};
+use crate::proto::server::{Completed, End, Failed, ServerSession, Step, Tally};
+use crate::work::{Action, Done, Op};
 use log::{info, warn};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -40,6 +41,10 @@ pub struct Client {
     opened_ms: u64,
     /// The session has found no room: it wants another turn when something is completed or sent.
     stalled: bool,
+    /// Since when the gate keeps its next request; that time is not the client's.
+    kept_since_ms: Option<u64>,
+    /// For how long the gate has kept it from its negotiation or its first write, in milliseconds.
+    kept_ms: u64,
     /// The earliest wheel entry of this client.
     armed_ms: u64,
     failed: Throttle,
@@ -60,6 +65,8 @@ impl Client {
             session,
             opened_ms: sh.now_ms,
             stalled: false,
+            kept_since_ms: None,
+            kept_ms: 0,
             armed_ms: u64::MAX,
             failed: Throttle::new(FAILED_LOG_MS, 1),
         };
@@ -109,19 +116,18 @@ impl Client {
 
     /// Receives once and hands everything understood to the disk.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
-        if sh.pauses_clients() {
-            return Next::Idle;
-        }
-        let mut received = false;
+        self.excuse(sh.now_ms);
+        self.kept_since_ms = None;
         self.stalled = false;
+        let mut received = false;
         while sh.disk.has_room() {
-            // Each change makes the next one wait.
-            let pass = if sh.holds_writes() { Pass::Reads } else { Pass::Everything };
+            let Some(pass) = Gate::pass(&mut sh.life, sh.now_ms) else {
+                self.keep(sh.now_ms);
+                return Next::Idle;
+            };
             match self.session.next_step(pass, &mut sh.pool) {
                 Step::Request(Request { tag, action, .. }) => {
-                    if let Some(range) = action.touches() {
-                        sh.note_submitted(&range);
-                    }
+                    Gate::passed(&mut sh.life, action.touches());
                     let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
                     debug_assert!(taken.is_ok(), "it had room");
                 }
@@ -131,8 +137,8 @@ impl Client {
                     return Next::Idle;
                 }
                 Step::Kept => {
-                    self.stalled = true;
-                    sh.held.push(key);
+                    self.keep(sh.now_ms);
+                    sh.gate.keep(key);
                     return Next::Idle;
                 }
                 Step::NeedBytes if !self.socket.readable() => {
@@ -149,7 +155,21 @@ impl Client {
                 }
             }
         }
-        Next::Again
+        Next::WaitDisk
+    }
+
+    /// The gate keeps what comes next from this client.
+    pub fn keep(&mut self, now_ms: u64) {
+        self.kept_since_ms = self.kept_since_ms.or(Some(now_ms));
+    }
+
+    /// Takes the time in which the gate has kept the next request off the age of that request.
+    fn excuse(&mut self, now_ms: u64) {
+        if let Some(since_ms) = &mut self.kept_since_ms {
+            let ms = now_ms.saturating_sub(std::mem::replace(since_ms, now_ms));
+            self.session.excuse(ms);
+            self.kept_ms = self.kept_ms.saturating_add(ms);
+        }
     }
 
     fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<(), Reason> {
@@ -170,9 +190,9 @@ impl Client {
     /// Takes a completion. The data goes out in the write step of the same turn.
     pub fn disk_done(&mut self, done: Done, sh: &mut Shared) -> Next {
         let completed = self.session.complete(done, &mut sh.pool);
-        if let (Some(inbound), Some(completed)) = (&mut sh.inbound, &completed) {
-            if let Err(why) = inbound.note(completed) {
-                sh.effects.push(Effect::Fail(why));
+        if let (Life::Receiving { incoming, .. }, Some(completed)) = (&mut sh.life, &completed) {
+            if let Err(why) = incoming.note(completed) {
+                sh.effects.push_back(Effect::Fail(why));
             }
         }
         if let Some(Completed { head, result: Err(Failed { error, errno, violation }), .. }) = completed {
@@ -189,7 +209,7 @@ impl Client {
     }
 
     /// Sends once, as many replies as wait.
-    pub fn write_step(&mut self, sh: &mut Shared) -> Next {
+    pub fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         if self.session.wants_send() && self.socket.writable() {
             if let Err(error) = self.send(sh) {
                 return Next::Close(Reason::Socket(error));
@@ -199,7 +219,17 @@ impl Client {
                 return Next::Again;
             }
         }
-        self.session.finished().map_or(Next::Idle, |end| Next::Close(Reason::End(end)))
+        match (self.session.finished(), &sh.life) {
+            (None, _) | (Some(_), Life::Sealing { .. }) => Next::Idle,
+            (Some(End::Disconnect), Life::Receiving { incoming, .. }) if incoming.is_complete() => {
+                sh.life.seal(key);
+                // The completion is the server's business: it has to come also when this slot is gone.
+                let taken = sh.disk.submit(Op { owner: SEAL, tag: 0, action: Action::Flush });
+                debug_assert!(taken.is_ok(), "one sender does not fill the queue");
+                Next::Idle
+            }
+            (Some(end), _) => Next::Close(Reason::End(end)),
+        }
     }
 
     fn send(&mut self, sh: &mut Shared) -> io::Result<()> {
@@ -218,6 +248,7 @@ impl Client {
             return Next::Idle;
         }
         self.armed_ms = u64::MAX;
+        self.excuse(sh.now_ms);
         if let Some((due_ms, reason)) = self.first_step_due(sh) {
             if due_ms <= sh.now_ms {
                 return Next::Close(reason);
@@ -227,12 +258,11 @@ impl Client {
         let (Some(limit_ms), Some(oldest_ms)) = (sh.limits.killswitch_ms, self.session.oldest_ms()) else {
             return Next::Idle;
         };
-        let since_ms = oldest_ms.max(sh.kept_waiting_ms);
-        let age_ms = sh.now_ms.saturating_sub(since_ms);
+        let age_ms = sh.now_ms.saturating_sub(oldest_ms);
         if age_ms >= limit_ms {
             return Next::Close(Reason::Killswitch { age_ms });
         }
-        self.arm(since_ms.saturating_add(limit_ms), key, sh);
+        self.arm(oldest_ms.saturating_add(limit_ms), key, sh);
         Next::Idle
     }
 
@@ -246,20 +276,21 @@ impl Client {
     /// When a client has to have come to its requests; a sender, to its first write, and then to its next: whoever only
     /// connects, or stops, would keep the real one out.
     fn first_step_due(&self, sh: &Shared) -> Option<(u64, Reason)> {
-        let since_ms = self.opened_ms.max(sh.kept_waiting_ms);
+        let since_ms = self.opened_ms.saturating_add(self.kept_ms);
+        let is_sender = sh.life.awaits_image();
         if self.session.is_negotiating() {
             Some((since_ms.saturating_add(HANDSHAKE_MS), Reason::Handshake))
-        } else if sh.inbound.is_some() && !self.session.has_written() {
+        } else if is_sender && !self.session.has_written() {
             Some((since_ms.saturating_add(FIRST_WRITE_MS), Reason::Silent))
-        } else if sh.inbound.is_some() {
+        } else if is_sender {
             Some((self.session.received_ms().saturating_add(NEXT_WRITE_MS), Reason::Silent))
         } else {
             None
         }
     }
 
-    /// The wheel holds an entry that is not later than the deadline; when it fires, the true one is looked at. It is never
-    /// far away, so that what clients leave behind who come and go is soon gone.
+    /// Makes sure that the wheel looks at this client at `at_ms`. Armed at most [`ARM_MS`] ahead, so that entries of closed
+    /// connections expire soon.
     fn arm(&mut self, at_ms: u64, key: Key, sh: &mut Shared) {
         let at_ms = at_ms.min(sh.now_ms.saturating_add(ARM_MS));
         if at_ms < self.armed_ms {
@@ -277,13 +308,21 @@ impl Client {
         if reason.is_orderly() {
             info!("{self}: closed: {reason}, {did}");
         } else {
-            match sh.bad_ends.pass(sh.now_ms) {
+            match sh.admission.bad_ends.pass(sh.now_ms) {
                 None => {}
                 Some(0) => warn!("{self}: closed: {reason}, {did}"),
                 Some(before) => warn!("{self}: closed: {reason}, {did} ({before} more closed like it before)"),
             }
         }
-        sh.closed += tally;
+        if let Life::Receiving { incoming, .. } = &sh.life {
+            let what = format!("this was no complete migration: {}; waiting for a sender", incoming.describe());
+            if incoming.has_begun() {
+                warn!("{self}: {what}");
+            } else {
+                info!("{self}: {what}");
+            }
+        }
+        sh.admission.client_left(tally);
         self.session.release(&mut sh.pool);
     }
 

@@ -28,6 +28,15 @@ pub struct Config {
     pub request_limit_ms: u64,
 }
 
+/// What connections of a listener are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// The block device.
+    Nbd(Dialect),
+    /// Commands.
+    Control,
+}
+
 /// How clients of a listener begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {

@@ -14,13 +14,15 @@ use std::io::{IoSlice, IoSliceMut};
 /// How long a control connection may take to send its command, and then to take its answer, in milliseconds.
 const DEADLINE_MS: u64 = 10_000;
 /// How much is received at once, in bytes: every sensible command.
-const RECEIVE: usize = 4096;
+const RECEIVE_MAX: usize = 4096;
 
 #[derive(Debug)]
-enum Phase {
+enum State {
     Reading(Reader),
     /// The command is being carried out.
-    Waiting,
+    Executing,
+    /// `wait`: the answer comes with the end of a migration.
+    AwaitingEnd,
     Answering {
         line: Vec<u8>,
         sent: usize,
@@ -32,7 +34,7 @@ enum Phase {
 pub struct Control {
     id: u64,
     socket: Socket,
-    phase: Phase,
+    state: State,
     deadline_ms: u64,
 }
 
@@ -41,7 +43,7 @@ impl Control {
     pub fn new(id: u64, socket: Socket, key: Key, sh: &mut Shared) -> Self {
         let deadline_ms = sh.now_ms.saturating_add(DEADLINE_MS);
         sh.wheel.arm(deadline_ms, key);
-        Self { id, socket, phase: Phase::Reading(Reader::default()), deadline_ms }
+        Self { id, socket, state: State::Reading(Reader::default()), deadline_ms }
     }
 
     /// Its socket.
@@ -51,14 +53,14 @@ impl Control {
 
     /// Receives once; a complete command becomes an effect.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
-        let Phase::Reading(reader) = &mut self.phase else {
+        let State::Reading(reader) = &mut self.state else {
             // Whoever waits for a migration may give up; its place is wanted.
             return if self.socket.hung_up() { Next::Close(Reason::HungUp) } else { Next::Idle };
         };
         if !self.socket.readable() {
             return Next::Idle;
         }
-        let mut bytes = [0; RECEIVE];
+        let mut bytes = [0; RECEIVE_MAX];
         let received = match self.socket.receive(&mut [IoSliceMut::new(&mut bytes)]) {
             Ok(received) => received,
             Err(error) => return Next::Close(Reason::Socket(error)),
@@ -71,8 +73,8 @@ impl Control {
         match command {
             Ok(None) => return Next::Again,
             Ok(Some(command)) => {
-                self.phase = Phase::Waiting;
-                sh.effects.push(Effect::Command(key, command));
+                self.state = State::Executing;
+                sh.effects.push_back(Effect::Command(key, command));
             }
             Err(answer) => self.answer(&answer, key, sh),
         }
@@ -81,15 +83,25 @@ impl Control {
 
     /// Queues the answer; it goes out in the next write step.
     pub fn answer(&mut self, answer: &Answer, key: Key, sh: &mut Shared) {
-        self.phase = Phase::Answering { line: answer.encode(), sent: 0 };
+        self.state = State::Answering { line: answer.encode(), sent: 0 };
         self.deadline_ms = sh.now_ms.saturating_add(DEADLINE_MS);
         sh.wheel.arm(self.deadline_ms, key);
     }
 
+    /// The command was `wait`: the answer comes with the end of a migration.
+    pub fn await_end(&mut self) {
+        self.state = State::AwaitingEnd;
+    }
+
+    /// True while it waits for a migration to end.
+    pub fn awaits_end(&self) -> bool {
+        matches!(self.state, State::AwaitingEnd)
+    }
+
     /// A wheel entry has fired. There is no deadline while the command is being carried out.
     pub fn timeout(&self, sh: &Shared) -> Next {
-        match self.phase {
-            Phase::Reading(_) | Phase::Answering { .. } if sh.now_ms >= self.deadline_ms => {
+        match self.state {
+            State::Reading(_) | State::Answering { .. } if sh.now_ms >= self.deadline_ms => {
                 Next::Close(Reason::Deadline)
             }
             _ => Next::Idle,
@@ -98,7 +110,7 @@ impl Control {
 
     /// Sends the answer.
     pub fn write_step(&mut self) -> Next {
-        let Phase::Answering { line, sent } = &mut self.phase else { return Next::Idle };
+        let State::Answering { line, sent } = &mut self.state else { return Next::Idle };
         if !self.socket.writable() {
             return Next::Idle;
         }
@@ -116,8 +128,9 @@ impl Control {
     }
 
     /// Says why it went.
-    pub fn closed(&self, reason: &Reason) {
+    pub fn closed(&self, reason: &Reason, sh: &mut Shared) {
         debug!("{self}: closed: {reason}");
+        sh.admission.control_left();
     }
 }
 

@@ -7,17 +7,15 @@ use std::io::ErrorKind;
 
 /// An inbound migration that is awaited or under way.
 #[derive(Debug)]
-pub struct Inbound {
+pub struct Incoming {
     size: u64,
     covered: Covered,
-    /// Go on as a server afterwards.
-    then_serve: bool,
 }
 
-impl Inbound {
+impl Incoming {
     /// Awaits an image of `size` bytes.
-    pub fn new(size: u64, then_serve: bool) -> Self {
-        Self { size, covered: Covered::new(size), then_serve }
+    pub fn new(size: u64) -> Self {
+        Self { size, covered: Covered::new(size) }
     }
 
     /// A sender has come: nothing of an earlier one counts.
@@ -51,11 +49,6 @@ impl Inbound {
     /// True when the sender has written every byte.
     pub fn is_complete(&self) -> bool {
         self.covered.is_complete()
-    }
-
-    /// Go on as a server afterwards?
-    pub fn then_serve(&self) -> bool {
-        self.then_serve
     }
 
     /// True when the sender has written something.

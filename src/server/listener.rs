@@ -1,7 +1,7 @@
 //! Listening sockets: how they come to be, and accepting from them.
 
 use super::bind::{self, Bound};
-use super::config::{Dialect, Fatal};
+use super::config::{Dialect, Fatal, Purpose};
 use super::effect::Effect;
 use super::reason::Next;
 use super::shared::Shared;
@@ -12,7 +12,7 @@ use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::sys::{self, SignalFd};
 use log::warn;
-use mio::event::Source;
+use mio::event::{Event, Source};
 use mio::{Interest, Registry, Token};
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -26,15 +26,6 @@ const REST_MS: u64 = 200;
 /// How many refused connections are logged, one by one, in so many milliseconds; more are counted.
 const REFUSED_LOGGED: u32 = 5;
 const REFUSED_LOG_MS: u64 = 10_000;
-
-/// What connections of a listener are for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
-    /// The block device.
-    Nbd(Dialect),
-    /// Commands.
-    Control,
-}
 
 /// A listening socket.
 #[derive(Debug)]
@@ -76,9 +67,9 @@ impl Listener {
         }
     }
 
-    /// The readiness of the socket.
-    pub fn ready(&mut self) -> &mut Ready {
-        &mut self.ready
+    /// Notes what an event says.
+    pub fn note(&mut self, event: &Event) {
+        self.ready.note(event);
     }
 
     /// Accepts what has come.
@@ -87,19 +78,26 @@ impl Listener {
             return Next::Idle;
         }
         if sh.finishes_lost_sender() {
-            return Next::Again;
+            return Next::WaitDisk;
         }
-        for _ in 0..ACCEPTS_PER_TURN {
-            if !self.ready.readable() || (self.purpose == Purpose::Control && sh.controls_full()) {
+        let room = match self.purpose {
+            Purpose::Control => sh.admission.controls_left(),
+            Purpose::Nbd(_) => usize::MAX,
+        };
+        for accepted in 0..ACCEPTS_PER_TURN {
+            if !self.ready.readable() || accepted >= room {
                 return Next::Idle;
             }
             match self.accept() {
-                Ok((socket, peer)) => self.admit(socket, peer, sh),
+                Ok((socket, peer)) => sh.effects.push_back(Effect::Accepted(key, socket, peer, self.purpose)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.ready.clear_readable(),
                 // The peer gave up before it was accepted, or a signal came: the next one may be fine.
                 Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
                 Err(error) => {
-                    self.log_refused(sh, &format_args!("cannot accept: {error}; trying again every {REST_MS} ms"));
+                    self.log_refused(
+                        sh.now_ms,
+                        &format_args!("cannot accept: {error}; trying again every {REST_MS} ms"),
+                    );
                     self.rests_until_ms = sh.now_ms.saturating_add(REST_MS);
                     sh.wheel.arm(self.rests_until_ms, key);
                     return Next::Idle;
@@ -120,28 +118,9 @@ impl Listener {
         }
     }
 
-    /// Lets a connection in, or drops it, which closes it without a word.
-    fn admit(&mut self, socket: Socket, peer: Peer, sh: &mut Shared) {
-        let Purpose::Nbd(dialect) = self.purpose else {
-            sh.effects.push(Effect::ControlConnected(socket));
-            sh.controls += 1;
-            return;
-        };
-        if !peer.ip().is_none_or(|ip| sh.acl.allows(ip)) {
-            self.log_refused(sh, &format_args!("refused {peer}: the access control list does not allow it"));
-        } else if sh.clients >= sh.clients_max() {
-            let why = if sh.inbound.is_some() { "another sender" } else { "the last client --max-clients allows" };
-            self.log_refused(sh, &format_args!("refused {peer}: {why} is connected"));
-        } else if let Err(error) = socket.set_options() {
-            self.log_refused(sh, &format_args!("lost {peer} before it was served: {error}"));
-        } else {
-            sh.effects.push(Effect::Connected(socket, peer, dialect));
-            sh.clients += 1;
-        }
-    }
-
-    fn log_refused(&mut self, sh: &Shared, what: &dyn fmt::Display) {
-        match self.refused.pass(sh.now_ms) {
+    /// Says that a connection was not served, and why; not as fast as they can come.
+    pub fn log_refused(&mut self, now_ms: u64, what: &dyn fmt::Display) {
+        match self.refused.pass(now_ms) {
             None => {}
             Some(0) => warn!("{self}: {what}"),
             Some(before) => warn!("{self}: {what} ({before} more like it since the last such line)"),

@@ -10,6 +10,7 @@
 
 use super::dial::{Asked, Failure, Link, Stage};
 use super::effect::Effect;
+use super::life::Life;
 use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
@@ -18,14 +19,14 @@ use crate::buffer::SLICE;
 use crate::command::{Action, Answer};
 use crate::event::slots::Key;
 use crate::logging::Throttle;
-use crate::migrate::{Abilities, Plan, Step, DATA_MAX};
-use crate::proto::client::Event;
+use crate::migrate::{Abilities, Plan, Progress, Step, DATA_MAX};
+use crate::proto::client;
 use crate::proto::wire::{kind, transmission, Greeting};
 use crate::sys;
 use crate::work::{self, Done, Op};
 use log::{info, warn};
+use mio::event::Event;
 use mio::net::TcpStream;
-use mio::Registry;
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
@@ -89,13 +90,7 @@ pub struct Mirror {
 
 impl Mirror {
     /// Begins to connect. The error is what the one who asked is told.
-    pub fn start(
-        settings: Settings,
-        starter: Key,
-        key: Key,
-        registry: &Registry,
-        sh: &mut Shared,
-    ) -> Result<Self, &'static str> {
+    pub fn start(settings: Settings, starter: Key, key: Key, sh: &mut Shared) -> Result<Self, &'static str> {
         let mut mirror = Self {
             settings,
             link: None,
@@ -110,57 +105,48 @@ impl Mirror {
             next_tag: 0,
             failures: Throttle::new(FAILURES_LOG_MS, FAILURES_LOGGED),
         };
-        mirror.connect(key, registry, sh).map_err(|error| Failure::Connect(error.to_string()).answer())?;
+        mirror.connect(key, sh).map_err(|error| Failure::Connect(error.to_string()).answer())?;
         Ok(mirror)
     }
 
-    fn connect(&mut self, key: Key, registry: &Registry, sh: &mut Shared) -> io::Result<()> {
+    fn connect(&mut self, key: Key, sh: &mut Shared) -> io::Result<()> {
         self.attempts += 1;
         let stream = sys::connect_tcp(self.settings.bind, self.settings.to)?;
         let mut socket = Socket::new(Stream::Tcp(TcpStream::from_std(stream)));
         socket.set_options()?;
-        socket.register(registry, key.token())?;
+        socket.register(&sh.registry, key.token())?;
         self.link = Some(Link::new(socket, self.settings.export.clone()));
         self.deadline_ms = sh.now_ms.saturating_add(CONNECT_MS);
         self.arm(key, sh);
         Ok(())
     }
 
-    /// Its socket, while there is one.
-    pub fn socket(&mut self) -> Option<&mut Socket> {
-        self.link.as_mut().map(|link| &mut link.socket)
-    }
-
-    /// True when it waits for the next attempt and the time has come.
-    pub fn wants_connect(&self, now_ms: u64) -> bool {
-        self.link.is_none() && now_ms >= self.deadline_ms
-    }
-
-    /// Begins the next attempt.
-    pub fn reconnect(&mut self, key: Key, registry: &Registry, sh: &mut Shared) {
-        if let Err(error) = self.connect(key, registry, sh) {
-            self.retry(&Failure::Connect(error.to_string()), key, sh);
+    /// Notes what an event says of its socket.
+    pub fn note(&mut self, event: &Event) {
+        if let Some(link) = &mut self.link {
+            link.socket.note(event);
         }
     }
 
     /// Receives answers, then asks the plan what goes next.
-    pub fn read_step(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+    pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let outcome = match self.link.as_ref().map(|link| link.stage) {
-            None => return Next::Idle,
+            None if sh.now_ms < self.deadline_ms => return Next::Idle,
+            None => self.connect(key, sh).map(|()| Next::Idle).map_err(|error| Failure::Connect(error.to_string())),
             Some(Stage::Connecting) => self.connected(sh),
-            Some(Stage::Copying) => self.receive(key, plan, sh).and_then(|next| match next {
+            Some(Stage::Copying) => self.receive(key, sh).and_then(|next| match next {
                 Next::Close(reason) => Ok(Next::Close(reason)),
-                next => self.copy(key, plan, sh).map(|more| if matches!(more, Next::Idle) { next } else { more }),
+                next => self.copy(key, sh).map(|more| if matches!(more, Next::Idle) { next } else { more }),
             }),
-            Some(Stage::Greeting | Stage::Leaving) => self.receive(key, plan, sh),
+            Some(Stage::Greeting | Stage::Leaving) => self.receive(key, sh),
         };
-        let next = outcome.unwrap_or_else(|why| self.failed(&why, key, plan, sh));
-        self.arm_for(key, plan, sh);
+        let next = outcome.unwrap_or_else(|why| self.failed(&why, key, sh));
+        self.arm_for(key, sh);
         next
     }
 
     /// Data that was read goes out in the write step of the same turn.
-    pub fn disk_done(&mut self, done: Done, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+    pub fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
         let at = self.reads.iter().position(|(tag, _)| *tag == done.tag);
         let range = at.and_then(|at| self.reads.swap_remove(at).1);
         let Some(buffer) = done.buffer else { return Next::Idle };
@@ -172,53 +158,52 @@ impl Mirror {
             link.held -= buffer.capacity();
             sh.pool.give(buffer);
             let why = format!("cannot read the image at offset {}: {error}", range.start);
-            return self.failed(&Failure::Broken(why), key, plan, sh);
+            return self.failed(&Failure::Broken(why), key, sh);
         }
         link.send_data(range, buffer, sh.now_ms);
         Next::Idle
     }
 
     /// Sends once.
-    pub fn write_step(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+    pub fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let Some(link) = &mut self.link else { return Next::Idle };
         if link.stage == Stage::Connecting || link.outbox.is_empty() || !link.socket.writable() {
             return Next::Idle;
         }
         match link.send(sh) {
             Ok(0) => Next::Idle,
-            // To take an option does not make a greeting later, nor does to take more data the answer to a FLUSH.
+            // Sending is no sign of life while we wait for the greeting or a FLUSH reply: keep the deadline.
             Ok(_) if link.stage == Stage::Greeting || !link.counts_progress() => Next::Again,
             Ok(_) => {
                 self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
                 Next::Again
             }
-            Err(error) => self.failed(&Failure::Broken(format!("cannot send: {error}")), key, plan, sh),
+            Err(error) => self.failed(&Failure::Broken(format!("cannot send: {error}")), key, sh),
         }
     }
 
     /// A wheel entry has fired: something may be due.
-    pub fn timeout(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+    pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         if self.armed_ms > sh.now_ms {
             // An entry that an earlier one has overtaken.
             return Next::Idle;
         }
         (self.armed_ms, self.wake_ms) = (u64::MAX, None);
-        if plan.pause_ends_ms().is_some_and(|end_ms| end_ms <= sh.now_ms) {
+        if let Some(plan) = sh.life.plan().filter(|plan| plan.pause_ends_ms().is_some_and(|end_ms| end_ms <= sh.now_ms))
+        {
             let paused_ms = sh.now_ms.saturating_sub(plan.paused_at_ms());
             warn!("{self}: the destination did not take the rest within {paused_ms} ms; clients go on");
             plan.give_up_pause();
-            sh.effects.push(Effect::ResumeClients);
+            sh.effects.push_back(Effect::ResumeClients);
         }
         let late = sh.now_ms >= self.deadline_ms;
         let next = match &self.link {
             Some(link) if late => match link.stage {
-                Stage::Connecting => {
-                    self.failed(&Failure::Connect(format!("no answer in {CONNECT_MS} ms")), key, plan, sh)
-                }
-                Stage::Greeting => self.failed(&Failure::NoGreeting, key, plan, sh),
+                Stage::Connecting => self.failed(&Failure::Connect(format!("no answer in {CONNECT_MS} ms")), key, sh),
+                Stage::Greeting => self.failed(&Failure::NoGreeting, key, sh),
                 Stage::Copying if link.session.unanswered() > 0 => {
                     let limit_ms = self.settings.request_limit_ms;
-                    self.failed(&Failure::Broken(format!("no progress in {limit_ms} ms")), key, plan, sh)
+                    self.failed(&Failure::Broken(format!("no progress in {limit_ms} ms")), key, sh)
                 }
                 Stage::Copying => {
                     self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
@@ -229,10 +214,10 @@ impl Mirror {
                     Next::Close(Reason::Migrated)
                 }
             },
-            // Without a link, whoever owns the registry begins the next attempt.
+            // Without a link, the read step begins the next attempt.
             _ => Next::Again,
         };
-        self.arm_for(key, plan, sh);
+        self.arm_for(key, sh);
         next
     }
 
@@ -242,9 +227,9 @@ impl Mirror {
         own.is_some() && own == socket.ends().map(|(near, far)| (far, near))
     }
 
-    /// An image copied onto itself would never be done.
-    pub fn met_itself(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
-        self.failed(&Failure::Itself, key, plan, sh)
+    /// The destination is this server: fail, because the copy would dirty itself for ever.
+    pub fn met_itself(&mut self, key: Key, sh: &mut Shared) -> Next {
+        self.failed(&Failure::Itself, key, sh)
     }
 
     /// True as long as it can be stopped, wherever it is.
@@ -252,15 +237,36 @@ impl Mirror {
         self.link.as_ref().is_none_or(|link| link.stage != Stage::Leaving)
     }
 
-    /// Gives its memory back, and says who still waits to hear that it has started.
-    pub fn closed(&mut self, sh: &mut Shared) -> Option<Key> {
+    /// The migration is over, one way or the other: everybody who waits for it hears so, and clients go on or are done.
+    pub fn closed(&mut self, reason: &Reason, sh: &mut Shared) {
         self.drop_link(sh);
-        self.starter.take()
-    }
-
-    /// What is done at the end.
-    pub fn action(&self) -> Action {
-        self.settings.action
+        if let Some(starter) = self.starter.take() {
+            sh.effects.push_back(Effect::Answer(starter, Answer::failed(reason.to_string())));
+        }
+        let migrated = matches!(reason, Reason::Migrated);
+        if let (true, Some(plan)) = (migrated, sh.life.plan()) {
+            let Progress { sent_bytes, zeroed_bytes, .. } = plan.progress();
+            let pause_ms = sh.now_ms.saturating_sub(plan.paused_at_ms());
+            let took_ms = sh.now_ms.saturating_sub(self.started_ms);
+            info!(
+                "{self}: complete: {sent_bytes} bytes sent, {zeroed_bytes} bytes zeroed, {}.{:03} s, clients paused \
+                 for {pause_ms} ms",
+                took_ms / 1000,
+                took_ms % 1000
+            );
+        } else {
+            info!("{self}: ended: {reason}");
+        }
+        if !matches!(reason, Reason::NotStarted(_)) {
+            let answer = if migrated { Answer::ok("migrated") } else { Answer::failed(reason.to_string()) };
+            sh.effects.push_back(Effect::AnswerWaiters(answer));
+        }
+        if migrated && self.settings.action != Action::Nothing {
+            sh.life = Life::Over;
+        } else {
+            sh.life = Life::Serving;
+            sh.effects.push_back(Effect::ResumeClients);
+        }
     }
 
     /// What it is doing, in one word.
@@ -305,7 +311,7 @@ impl Mirror {
     }
 
     /// Receives once and takes what it means.
-    fn receive(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Result<Next, Failure> {
+    fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
         let Some(link) = self.link.as_mut().filter(|link| link.socket.readable()) else { return Ok(Next::Idle) };
         link.input.compact();
         match link.socket.receive(&mut [IoSliceMut::new(link.input.spare())]) {
@@ -325,27 +331,29 @@ impl Mirror {
                 None => return Ok(Next::Again),
                 Some((event, used)) => {
                     let greeting = match event {
-                        Event::Greeting(greeting) => Some(greeting),
-                        Event::Reply { cookie, error } => {
-                            link.answered(cookie, error, plan, sh.now_ms)?;
+                        client::Event::Greeting(greeting) => Some(greeting),
+                        client::Event::Reply { cookie, error } => {
+                            if let Some(plan) = sh.life.plan() {
+                                link.answered(cookie, error, plan, sh.now_ms)?;
+                            }
                             None
                         }
-                        Event::Handshake => {
+                        client::Event::Handshake => {
                             link.send_handshake(sh.now_ms);
                             None
                         }
-                        Event::Data { .. } => None,
+                        client::Event::Data { .. } => None,
                     };
                     link.input.consume(used);
                     if let Some(greeting) = greeting {
-                        self.greeted(greeting, key, plan, sh)?;
+                        self.greeted(greeting, key, sh)?;
                     }
                 }
             }
         }
     }
 
-    fn greeted(&mut self, greeting: Greeting, key: Key, plan: &mut Plan, sh: &mut Shared) -> Result<(), Failure> {
+    fn greeted(&mut self, greeting: Greeting, key: Key, sh: &mut Shared) -> Result<(), Failure> {
         let size = sh.disk.size();
         if greeting.size != size {
             return Err(Failure::Size { remote: greeting.size, local: size });
@@ -358,24 +366,27 @@ impl Mirror {
         link.can = Abilities { zero: offers(transmission::SEND_WRITE_ZEROES), flush: offers(transmission::SEND_FLUSH) };
         link.stage = Stage::Copying;
         self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
-        plan.begin(link.can, sh.now_ms);
+        if let Some(plan) = sh.life.plan() {
+            plan.begin(link.can, sh.now_ms);
+        }
         if !link.can.flush {
             warn!("{self}: the destination offers no FLUSH; how durable the copy is, is its own affair");
         }
         info!("{self}: attempt {}: copying {size} bytes", self.attempts);
         if let Some(starter) = self.starter.take() {
-            sh.effects.push(Effect::Answer(starter, Answer::ok("Mirror started")));
+            sh.effects.push_back(Effect::Answer(starter, Answer::ok("Mirror started")));
         }
         // The plan wants to be asked, and no event will say so.
-        sh.effects.push(Effect::Run(key));
+        sh.effects.push_back(Effect::Run(key));
         Ok(())
     }
 
     /// Does what the plan says, as far as memory and this turn's share go.
-    fn copy(&mut self, key: Key, plan: &mut Plan, sh: &mut Shared) -> Result<Next, Failure> {
+    fn copy(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
         self.wake_ms = None;
+        let Some(plan) = sh.life.plan() else { return Ok(Next::Idle) };
         if plan.is_quiescing() && sh.disk.in_flight() > self.reads.len() {
-            return Ok(Next::Again);
+            return Ok(Next::WaitDisk);
         }
         if plan.is_quiescing() {
             plan.quiesced();
@@ -383,7 +394,7 @@ impl Mirror {
         for _ in 0..STEPS_PER_TURN {
             let Some(link) = &mut self.link else { return Ok(Next::Idle) };
             if !sh.disk.has_room() {
-                return Ok(Next::Again);
+                return Ok(Next::WaitDisk);
             }
             if link.held >= MAX_HELD {
                 return Ok(Next::Idle);
@@ -425,6 +436,7 @@ impl Mirror {
                         }
                         Step::Quiesce => {
                             info!("{self}: {} bytes left; pausing clients", plan.progress().left_bytes);
+                            sh.effects.push_back(Effect::PauseClients);
                             return Ok(Next::Again);
                         }
                         Step::WaitUntil(at_ms) => {
@@ -470,7 +482,7 @@ impl Mirror {
 
     /// An attempt is over. Before the start, that is the answer; after it, there is another attempt, unless the
     /// destination has been told that its copy counts.
-    fn failed(&mut self, why: &Failure, key: Key, plan: &mut Plan, sh: &mut Shared) -> Next {
+    fn failed(&mut self, why: &Failure, key: Key, sh: &mut Shared) -> Next {
         if !self.may_stop() {
             // It has everything and has been told so: how it goes does not matter.
             return Next::Close(Reason::Migrated);
@@ -479,8 +491,10 @@ impl Mirror {
             warn!("{self}: not started: {why}");
             return Next::Close(Reason::NotStarted(why.answer().into()));
         }
-        plan.lost(sh.now_ms);
-        sh.effects.push(Effect::ResumeClients);
+        if let Some(plan) = sh.life.plan() {
+            plan.lost(sh.now_ms);
+        }
+        sh.effects.push_back(Effect::ResumeClients);
         self.retry(why, key, sh);
         Next::Idle
     }
@@ -511,8 +525,9 @@ impl Mirror {
     }
 
     /// Makes sure that this slot is woken when the first of its times comes.
-    fn arm_for(&mut self, key: Key, plan: &Plan, sh: &mut Shared) {
-        self.wake_ms = self.wake_ms.into_iter().chain(plan.pause_ends_ms()).min();
+    fn arm_for(&mut self, key: Key, sh: &mut Shared) {
+        let pause_ends_ms = sh.life.plan().and_then(|plan| plan.pause_ends_ms());
+        self.wake_ms = self.wake_ms.into_iter().chain(pause_ends_ms).min();
         self.arm(key, sh);
     }
 

@@ -12,6 +12,8 @@ pub enum Next {
     Idle,
     /// Another turn: it used its budget and could go on.
     Again,
+    /// Another turn when the disk has done something.
+    WaitDisk,
     /// To be closed.
     Close(Reason),
 }
@@ -42,6 +44,8 @@ pub enum Reason {
     Answered,
     /// A control connection's peer does not wait for the answer.
     HungUp,
+    /// The image has arrived and is durable.
+    Received,
     /// The migration is complete.
     Migrated,
     /// The migration did not start; the answer to who asked for it.
@@ -53,7 +57,7 @@ pub enum Reason {
 impl Reason {
     /// True when nobody did anything wrong.
     pub fn is_orderly(&self) -> bool {
-        matches!(self, Self::End(End::Disconnect | End::Abort | End::EndOfStream) | Self::AclChanged)
+        matches!(self, Self::End(End::Disconnect | End::Abort | End::EndOfStream) | Self::AclChanged | Self::Received)
     }
 }
 
@@ -74,6 +78,7 @@ impl fmt::Display for Reason {
             Self::Deadline => f.write_str("it took too long"),
             Self::Answered => f.write_str("answered"),
             Self::HungUp => f.write_str("it does not wait for its answer"),
+            Self::Received => f.write_str("its image has arrived and is durable"),
             Self::Migrated => f.write_str("migrated"),
             Self::NotStarted(why) => f.write_str(why),
             Self::Stopped => f.write_str("migration stopped"),

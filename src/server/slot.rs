@@ -4,49 +4,93 @@ use super::client::Client;
 use super::control::Control;
 use super::listener::Listener;
 use super::mirror::Mirror;
-use super::reason::Next;
+use super::reason::{Next, Reason};
 use super::shared::Shared;
 use crate::event::slots::Key;
 use crate::sys::SignalFd;
+use crate::work::Done;
+use mio::event::Event;
 
+/// What the loop takes turns with.
 #[derive(Debug)]
 pub enum Slot {
+    /// Accepts connections.
     Listener(Listener),
     // Boxed, so that the table is not as wide as the widest of them.
+    /// An NBD client.
     Client(Box<Client>),
+    /// A control connection.
     Control(Box<Control>),
+    /// The outgoing migration.
     Mirror(Box<Mirror>),
+    /// The signals that stop the server.
     Signals(SignalFd),
 }
 
 impl Slot {
+    /// Notes what its descriptor is ready for.
+    pub fn note(&mut self, event: &Event) {
+        match self {
+            Self::Listener(listener) => listener.note(event),
+            Self::Client(client) => client.socket().note(event),
+            Self::Control(control) => control.socket().note(event),
+            Self::Mirror(mirror) => mirror.note(event),
+            Self::Signals(_) => {}
+        }
+    }
+
+    /// READ: receives and parses.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Listener(listener) => listener.read_step(key, sh),
             Self::Client(client) => client.read_step(key, sh),
             Self::Control(control) => control.read_step(key, sh),
-            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.read_step(key, plan, sh)),
+            Self::Mirror(mirror) => mirror.read_step(key, sh),
             Self::Signals(_) => Next::Idle,
         }
     }
 
+    /// COMPLETE: takes what the disk has done for it.
+    pub fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
+        match self {
+            Self::Client(client) => client.disk_done(done, sh),
+            Self::Mirror(mirror) => mirror.disk_done(done, key, sh),
+            Self::Listener(_) | Self::Control(_) | Self::Signals(_) => {
+                debug_assert!(false, "only clients and migrations use the disk");
+                Next::Idle
+            }
+        }
+    }
+
+    /// WRITE: sends.
     pub fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
-            Self::Client(client) => client.write_step(sh),
+            Self::Client(client) => client.write_step(key, sh),
             Self::Control(control) => control.write_step(),
-            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.write_step(key, plan, sh)),
+            Self::Mirror(mirror) => mirror.write_step(key, sh),
             Self::Listener(_) | Self::Signals(_) => Next::Idle,
         }
     }
 
+    /// A wheel entry of its own has fired.
     pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Client(client) => client.timeout(key, sh),
             Self::Control(control) => control.timeout(sh),
-            Self::Mirror(mirror) => sh.with_plan(|plan, sh| mirror.timeout(key, plan, sh)),
+            Self::Mirror(mirror) => mirror.timeout(key, sh),
             // Accepting has rested.
             Self::Listener(_) => Next::Again,
             Self::Signals(_) => Next::Idle,
+        }
+    }
+
+    /// It was removed: says why, gives back what it had, and leaves the rest to effects.
+    pub fn closed(self, reason: &Reason, sh: &mut Shared) {
+        match self {
+            Self::Client(mut client) => client.closed(reason, sh),
+            Self::Control(control) => control.closed(reason, sh),
+            Self::Mirror(mut mirror) => mirror.closed(reason, sh),
+            Self::Listener(_) | Self::Signals(_) => {}
         }
     }
 }

@@ -1,23 +1,25 @@
 //! How a server comes to be: everything is opened, in the order in which others may see it.
 
+use super::admit::{Admission, CONTROLS_MAX};
 use super::config::Dialect;
 use super::config::{Config, Fatal, Role};
-use super::inbound::Inbound;
+use super::gate::Gate;
+use super::inbound::Incoming;
+use super::life::Life;
 use super::listener::Listener;
-use super::shared::{Limits, Shared, MAX_CONTROLS};
+use super::reactor::Reactor;
+use super::shared::{Limits, Shared};
 use super::slot::Slot;
-use super::Server;
 use crate::buffer::Pool;
 use crate::disk::Disk;
 use crate::event::ready::RunQueue;
 use crate::event::slots::Slots;
 use crate::event::wheel::Wheel;
-use crate::logging::Throttle;
-use crate::proto::server::Tally;
 use crate::sys::{self, SignalFd};
 use log::warn;
 use mio::unix::SourceFd;
 use mio::{Interest, Poll};
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
@@ -25,16 +27,12 @@ use std::path::PathBuf;
 /// Memory for the payloads of all clients together, in bytes.
 const POOL_BYTES: usize = 16 << 20;
 /// Descriptors besides those of clients: standard streams, poll, signals, image, listeners, control connections.
-const OTHER_DESCRIPTORS: u64 = 16 + MAX_CONTROLS as u64;
+const OTHER_DESCRIPTORS: u64 = 16 + CONTROLS_MAX as u64;
 
-/// How many clients that end badly are logged, one by one, in so many milliseconds; more are counted.
-const BAD_ENDS_LOGGED: u32 = 10;
-const BAD_ENDS_LOG_MS: u64 = 10_000;
-
-impl Server {
+impl Reactor {
     /// Opens everything; what listens for clients listens before the control socket appears. `None`: a signal has ended
     /// the wait for an address.
-    pub(super) fn start(config: Config) -> Result<Option<Self>, Fatal> {
+    pub fn start(config: Config) -> Result<Option<Self>, Fatal> {
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;
@@ -61,41 +59,31 @@ impl Server {
         let addresses = listeners.iter().map(Listener::to_string).collect();
         let poll = Poll::new().map_err(|error| Fatal(format!("cannot wait for events: {error}")))?;
         let now_ms = sys::monotonic_ms();
-        let inbound = match config.role {
-            Role::Serve => None,
-            Role::Listen { then_serve } => Some(Inbound::new(disk.size(), then_serve)),
+        let failed = |error: io::Error| Fatal(format!("cannot wait for events: {error}"));
+        let registry = poll.registry().try_clone().map_err(failed)?;
+        let life = match config.role {
+            Role::Serve => Life::Serving,
+            Role::Listen { then_serve } => Life::Receiving { incoming: Incoming::new(disk.size()), then_serve },
         };
         let mut server = Self {
             poll,
             slots: Slots::default(),
             run: RunQueue::default(),
             out: RunQueue::default(),
+            wait_disk: RunQueue::default(),
             shared: Shared {
                 now_ms,
+                registry,
                 pool: Pool::new(POOL_BYTES),
                 disk,
                 wheel: Wheel::new(now_ms),
-                acl: config.acl,
-                limits: Limits {
-                    killswitch_ms: config.killswitch_ms,
-                    max_clients: config.max_clients,
-                    request_limit_ms: config.request_limit_ms,
-                },
-                effects: Vec::new(),
-                plan: None,
-                inbound,
-                held: RunQueue::default(),
-                over: false,
-                kept_waiting_ms: 0,
-                bad_ends: Throttle::new(BAD_ENDS_LOG_MS, BAD_ENDS_LOGGED),
-                clients: 0,
-                controls: 0,
-                closed: Tally::default(),
+                limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms: config.request_limit_ms },
+                admission: Admission::new(config.acl, config.max_clients),
+                life,
+                gate: Gate::default(),
+                effects: VecDeque::new(),
             },
             control_listener: None,
-            mirror: None,
-            waiters: Vec::new(),
-            leaving: None,
             addresses,
             next_id: 1,
         };

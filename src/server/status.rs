@@ -3,8 +3,10 @@
 //! The facts are listed once, in [`of_server`] and [`of_client`]; both forms show the same list.
 
 use super::client::Client;
+use super::life::Life;
+use super::mirror::Mirror;
+use super::reactor::Reactor;
 use super::slot::Slot;
-use super::Server;
 use crate::command::StatusForm;
 use crate::migrate::{Plan, Progress};
 use std::fmt::{self, Write};
@@ -26,7 +28,7 @@ enum Value {
 type Facts = Vec<(&'static str, Value)>;
 
 /// The answer to `status`: one line.
-pub fn answer(server: &Server, form: StatusForm) -> String {
+pub fn answer(server: &Reactor, form: StatusForm) -> String {
     let mut facts = of_server(server);
     let records: Option<Vec<Facts>> = form.clients.then(|| {
         let mut clients: Vec<_> = server.slots.iter().filter_map(|(_, slot)| client(slot)).collect();
@@ -52,19 +54,19 @@ fn client(slot: &Slot) -> Option<&Client> {
     }
 }
 
-fn of_server(server: &Server) -> Facts {
+fn of_server(server: &Reactor) -> Facts {
     let sh = &server.shared;
-    let mut tally = sh.closed;
+    let mut tally = sh.admission.closed();
     server.slots.iter().filter_map(|(_, slot)| client(slot)).for_each(|client| tally += client.tally());
     let mut facts = Facts::new();
     let mut put = |name, value| facts.push((name, value));
     put("pid", Value::Number(std::process::id().into()));
-    put("is_mirroring", Value::Flag(server.mirror.is_some()));
-    put("has_control", Value::Flag(sh.inbound.is_none()));
+    put("is_mirroring", Value::Flag(matches!(sh.life, Life::Sending { .. })));
+    put("has_control", Value::Flag(!sh.life.awaits_image()));
     put("size", Value::Number(sh.disk.size()));
-    put("clients_allowed", Value::Flag(sh.clients < sh.clients_max()));
-    put("num_clients", Value::Number(sh.clients as u64));
-    if let (Some(Slot::Mirror(mirror)), Some(plan)) = (server.mirror.and_then(|key| server.slots.get(key)), &sh.plan) {
+    put("clients_allowed", Value::Flag(sh.admission.has_room(sh.life.awaits_image())));
+    put("num_clients", Value::Number(sh.admission.clients() as u64));
+    if let Some((mirror, plan)) = migration(server) {
         let progress = plan.progress();
         let duration_ms = sh.now_ms.saturating_sub(mirror.started_ms());
         let seconds_left = data_left(server, plan, &progress).checked_div(progress.bytes_per_s).unwrap_or(0);
@@ -106,6 +108,14 @@ fn of_server(server: &Server) -> Facts {
         put(name, Value::Text(address.clone()));
     }
     facts
+}
+
+fn migration(server: &Reactor) -> Option<(&Mirror, &Plan)> {
+    let Life::Sending { mirror, plan } = &server.shared.life else { return None };
+    match server.slots.get(*mirror)? {
+        Slot::Mirror(mirror) => Some((mirror, plan)),
+        _ => None,
+    }
 }
 
 fn of_client(client: &Client, now_ms: u64, unix_now: Duration) -> Facts {
@@ -172,7 +182,7 @@ fn json_member((name, value): &(&str, Value)) -> String {
 
 /// About how many bytes have to be sent yet. The first pass meets every hole of the file, and those cost next to nothing
 /// where the destination can make holes itself.
-fn data_left(server: &Server, plan: &Plan, progress: &Progress) -> u64 {
+fn data_left(server: &Reactor, plan: &Plan, progress: &Progress) -> u64 {
     if progress.pass == 1 && plan.sends_no_holes() {
         let data = server.shared.disk.allocated().saturating_sub(progress.sent_bytes);
         return progress.left_bytes.min(data);

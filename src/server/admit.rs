@@ -1,0 +1,89 @@
+//! Who is let in: the rules, and the counts they go by. Every connection that is accepted passes here once.
+
+use crate::acl::Acl;
+use crate::logging::Throttle;
+use crate::proto::server::Tally;
+use std::net::IpAddr;
+
+/// Control connections served at once; further ones wait in the backlog.
+pub const CONTROLS_MAX: usize = 64;
+
+/// How many clients that end badly are logged, one by one, in so many milliseconds; more are counted.
+const BAD_ENDS_LOGGED: u32 = 10;
+const BAD_ENDS_LOG_MS: u64 = 10_000;
+
+/// Who may connect, and who has.
+#[derive(Debug)]
+pub struct Admission {
+    /// The access control list.
+    pub acl: Acl,
+    /// How many clients may be connected when the server serves.
+    clients_max: usize,
+    clients: usize,
+    controls: usize,
+    /// What clients that are gone have had done.
+    closed: Tally,
+    /// Clients that end badly are logged, but not as fast as they can come.
+    pub bad_ends: Throttle,
+}
+
+impl Admission {
+    /// Nobody is connected yet.
+    pub fn new(acl: Acl, clients_max: usize) -> Self {
+        let bad_ends = Throttle::new(BAD_ENDS_LOG_MS, BAD_ENDS_LOGGED);
+        Self { acl, clients_max, clients: 0, controls: 0, closed: Tally::default(), bad_ends }
+    }
+
+    /// Counts a client in, or says why not. A listener that awaits an image takes one sender at a time.
+    pub fn admit_client(&mut self, ip: Option<IpAddr>, awaits_sender: bool) -> Result<(), &'static str> {
+        if ip.is_some_and(|ip| !self.acl.allows(ip)) {
+            return Err("the access control list does not allow it");
+        }
+        if !self.has_room(awaits_sender) {
+            return Err(if awaits_sender {
+                "another sender is connected"
+            } else {
+                "the last client --max-clients allows is connected"
+            });
+        }
+        self.clients += 1;
+        Ok(())
+    }
+
+    /// Counts a control connection in. Listeners accept no more of them than [`Admission::controls_left`].
+    pub fn admit_control(&mut self) {
+        debug_assert!(self.controls < CONTROLS_MAX, "the listener has looked");
+        self.controls += 1;
+    }
+
+    /// True when the counts leave room for one more client, whatever the list says.
+    pub fn has_room(&self, awaits_sender: bool) -> bool {
+        self.clients < if awaits_sender { 1 } else { self.clients_max }
+    }
+
+    /// How many clients are connected.
+    pub fn clients(&self) -> usize {
+        self.clients
+    }
+
+    /// How many more control connections may be accepted.
+    pub fn controls_left(&self) -> usize {
+        CONTROLS_MAX.saturating_sub(self.controls)
+    }
+
+    /// What clients that are gone have had done.
+    pub fn closed(&self) -> Tally {
+        self.closed
+    }
+
+    /// A client is gone, having had this much done.
+    pub fn client_left(&mut self, tally: Tally) {
+        self.closed += tally;
+        self.clients -= 1;
+    }
+
+    /// A control connection is gone.
+    pub fn control_left(&mut self) {
+        self.controls -= 1;
+    }
+}

@@ -1,0 +1,143 @@
+//! What effects do, at the end of a turn.
+
+use super::client::Client;
+use super::config::{Dialect, Fatal, Purpose};
+use super::control::Control;
+use super::effect::Effect;
+use super::life::Life;
+use super::reactor::Reactor;
+use super::reason::{Next, Reason};
+use super::slot::Slot;
+use super::socket::{Peer, Socket};
+use crate::command::Answer;
+use crate::event::slots::Key;
+use log::{info, warn};
+use std::fmt;
+use std::io;
+
+impl Reactor {
+    /// Does what one slot asked of others.
+    pub fn apply(&mut self, effect: Effect) -> Result<(), Fatal> {
+        match effect {
+            Effect::Accepted(listener, socket, peer, purpose) => self.admit(listener, socket, peer, purpose),
+            Effect::Command(key, command) => {
+                if let Some(answer) = self.execute(key, command) {
+                    self.answer(key, &answer);
+                }
+            }
+            Effect::Answer(key, answer) => self.answer(key, &answer),
+            Effect::AnswerWaiters(answer) => {
+                for key in self.keys_of(|slot| matches!(slot, Slot::Control(control) if control.awaits_end())) {
+                    self.answer(key, &answer);
+                }
+            }
+            Effect::PauseClients => {
+                for key in self.keys_of(|slot| matches!(slot, Slot::Client(_))) {
+                    if let Some(Slot::Client(client)) = self.slots.get_mut(key) {
+                        client.keep(self.shared.now_ms);
+                    }
+                }
+            }
+            // Each may have requests that no event will announce again.
+            Effect::ResumeClients => {
+                let clients = self.keys_of(|slot| matches!(slot, Slot::Client(_)));
+                self.run.extend(clients);
+            }
+            Effect::Run(key) => self.run.push(key),
+            Effect::Fail(why) => return Err(Fatal(why)),
+        }
+        Ok(())
+    }
+
+    /// What a sender has sent is durable, or cannot be made so.
+    pub fn sealed(&mut self, result: io::Result<()>) -> Result<(), Fatal> {
+        result.map_err(|error| Fatal(format!("cannot make the migrated image durable: {error}")))?;
+        let sh = &mut self.shared;
+        let Life::Sealing { sender, then_serve, stop } = sh.life else { return Ok(()) };
+        info!("the migration is complete: {} bytes are here and durable", sh.disk.size());
+        if then_serve {
+            // Downgrade the exclusive lock to a shared one; giving rights up cannot fail.
+            let _ = sh.disk.lock(false);
+            info!("serving {} on {}", sh.disk.path().display(), self.addresses.join(" and "));
+        }
+        sh.life = if then_serve && !stop { Life::Serving } else { Life::Over };
+        self.settle(sender, Some(Next::Close(Reason::Received)));
+        Ok(())
+    }
+
+    /// Gives a control connection its answer, and sends it if it can go at once: the program may end after this turn.
+    fn answer(&mut self, key: Key, answer: &Answer) {
+        let next = match self.slots.get_mut(key) {
+            Some(Slot::Control(control)) => {
+                control.answer(answer, key, &mut self.shared);
+                Some(control.write_step())
+            }
+            _ => None,
+        };
+        self.settle(key, next);
+    }
+
+    /// Serves a connection, or drops it, which closes it without a word.
+    fn admit(&mut self, listener: Key, socket: Socket, peer: Peer, purpose: Purpose) {
+        let Purpose::Nbd(dialect) = purpose else {
+            let added = self.add_control(socket);
+            added.unwrap_or_else(|error| warn!("lost a control connection before it was served: {error}"));
+            return;
+        };
+        if let Some((key, next)) = self.meets_itself(&socket) {
+            return self.settle(key, Some(next));
+        }
+        let sh = &mut self.shared;
+        let awaits_sender = sh.life.awaits_image();
+        if let Err(why) = sh.admission.admit_client(peer.ip(), awaits_sender) {
+            self.log_refused(listener, &format_args!("refused {peer}: {why}"));
+        } else if let Err(error) = self.add_client(socket, peer, dialect) {
+            self.shared.admission.client_left(crate::proto::server::Tally::default());
+            self.log_refused(listener, &format_args!("lost {peer} before it was served: {error}"));
+        }
+    }
+
+    /// A migration whose own connection comes back in, and what it wants next.
+    fn meets_itself(&mut self, socket: &Socket) -> Option<(Key, Next)> {
+        let key = self.shared.life.mirror()?;
+        match self.slots.get_mut(key) {
+            Some(Slot::Mirror(mirror)) if mirror.is_other_end(socket) => {
+                Some((key, mirror.met_itself(key, &mut self.shared)))
+            }
+            _ => None,
+        }
+    }
+
+    fn log_refused(&mut self, listener: Key, what: &dyn fmt::Display) {
+        if let Some(Slot::Listener(listener)) = self.slots.get_mut(listener) {
+            listener.log_refused(self.shared.now_ms, what);
+        }
+    }
+
+    fn add_client(&mut self, socket: Socket, peer: Peer, dialect: Dialect) -> io::Result<()> {
+        socket.set_options()?;
+        let mut client = Box::new(Client::new(self.take_id(), socket, peer, dialect, &self.shared));
+        let sh = &mut self.shared;
+        self.slots.try_insert_with(|key| -> io::Result<Slot> {
+            client.socket().register(&sh.registry, key.token())?;
+            client.opened(key, sh);
+            Ok(Slot::Client(client))
+        })?;
+        if let Life::Receiving { incoming, .. } = &mut self.shared.life {
+            incoming.begin();
+        }
+        Ok(())
+    }
+
+    fn add_control(&mut self, socket: Socket) -> io::Result<()> {
+        let id = self.take_id();
+        let sh = &mut self.shared;
+        self.slots.try_insert_with(|key| -> io::Result<Slot> {
+            let mut control = Box::new(Control::new(id, socket, key, sh));
+            control.socket().register(&sh.registry, key.token())?;
+            Ok(Slot::Control(control))
+        })?;
+        self.shared.admission.admit_control();
+        Ok(())
+    }
+}

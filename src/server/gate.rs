@@ -1,0 +1,56 @@
+//! Between clients and a migration: whether a client's request may pass now, and which clients wait for that.
+//!
+//! A migration closes the gate in two ways. Before its end nothing passes at all ([`Life::pauses_clients`]). While
+//! clients change the image faster than it can be sent, what changes the image waits, and the rest passes. Time in which
+//! a request is kept is not the client's: see [`super::client::Client`].
+
+use super::life::Life;
+use crate::event::ready::RunQueue;
+use crate::event::slots::Key;
+use crate::proto::server::Pass;
+use std::ops::Range;
+
+/// The clients that wait at the gate.
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// Clients whose next request changes the image and may not pass.
+    kept: RunQueue,
+}
+
+impl Gate {
+    /// What may pass now; `None` is nothing, and clients are not even read from.
+    pub fn pass(life: &mut Life, now_ms: u64) -> Option<Pass> {
+        if life.pauses_clients() {
+            return None;
+        }
+        let keeps_changes = life.plan().is_some_and(|plan| plan.keeps_changes_until(now_ms).is_some());
+        Some(if keeps_changes { Pass::Reads } else { Pass::Everything })
+    }
+
+    /// Counts what has passed, for what it will cost the migration to send it again.
+    pub fn passed(life: &mut Life, changes: Option<Range<u64>>) {
+        if let (Some(plan), Some(range)) = (life.plan(), changes) {
+            plan.note_submitted(&range);
+        }
+    }
+
+    /// A client's next request may not pass; it gets another turn when the gate opens.
+    pub fn keep(&mut self, key: Key) {
+        self.kept.push(key);
+    }
+
+    /// When the gate opens by itself, if a client waits for that.
+    pub fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
+        if self.kept.is_empty() {
+            return None;
+        }
+        life.plan()?.keeps_changes_until(now_ms)
+    }
+
+    /// Wakes the clients that wait, if the gate is open now.
+    pub fn wake(&mut self, life: &mut Life, now_ms: u64, run: &mut RunQueue) {
+        if !self.kept.is_empty() && !matches!(Self::pass(life, now_ms), Some(Pass::Reads)) {
+            run.append(&mut self.kept);
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! What a server is doing, and every question about that.
+//!
+//! ```text
+//!  serve:   Serving <──> Sending ──> Over
+//!  listen:  Receiving ──> Sealing ──> Over, or Serving
+//! ```
+
+use super::inbound::Incoming;
+use crate::event::slots::Key;
+use crate::migrate::Plan;
+
+/// Owner of the operation that makes a received image durable; no slot has this key.
+pub const SEAL: u64 = u64::MAX;
+
+/// What a server is doing.
+#[derive(Debug)]
+pub enum Life {
+    /// It serves the image.
+    Serving,
+    /// It serves the image and copies it to another server.
+    Sending {
+        /// The slot of the migration.
+        mirror: Key,
+        /// What the migration sends next.
+        plan: Box<Plan>,
+    },
+    /// It awaits an image from a sender, which may be connected.
+    Receiving {
+        /// What the sender has covered.
+        incoming: Incoming,
+        /// Go on as a server afterwards.
+        then_serve: bool,
+    },
+    /// The sender has written every byte and said so, and the image is being made durable.
+    Sealing {
+        /// The slot of the sender. Its connection stays until all is durable: its end tells the sender so.
+        sender: Key,
+        /// Go on as a server afterwards.
+        then_serve: bool,
+        /// A signal has come: end, when the image is durable. DISC was accepted, so it has to be before we exit.
+        stop: bool,
+    },
+    /// The work is done: the program ends after this turn, and nobody is served any more.
+    Over,
+}
+
+impl Life {
+    /// The outgoing migration's plan.
+    pub fn plan(&mut self) -> Option<&mut Plan> {
+        match self {
+            Self::Sending { plan, .. } => Some(plan),
+            Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Over => None,
+        }
+    }
+
+    /// The slot of the outgoing migration.
+    pub fn mirror(&self) -> Option<Key> {
+        match self {
+            Self::Sending { mirror, .. } => Some(*mirror),
+            Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Over => None,
+        }
+    }
+
+    /// The sender has written every byte and said DISC.
+    pub fn seal(&mut self, sender: Key) {
+        if let Self::Receiving { then_serve, .. } = self {
+            *self = Self::Sealing { sender, then_serve: *then_serve, stop: false };
+        }
+    }
+
+    /// True while it is there to take an image, and serves none.
+    pub fn awaits_image(&self) -> bool {
+        matches!(self, Self::Receiving { .. } | Self::Sealing { .. })
+    }
+
+    /// True when no request is taken: the migration is near its end, or past it, and what were done now would be lost.
+    pub fn pauses_clients(&self) -> bool {
+        match self {
+            Self::Serving | Self::Receiving { .. } => false,
+            Self::Sending { plan, .. } => plan.pauses_clients(),
+            Self::Sealing { .. } | Self::Over => true,
+        }
+    }
+}

@@ -1,0 +1,61 @@
+//! The slots of a server and the queues that say which of them has something to do.
+
+use super::reason::Next;
+use super::shared::Shared;
+use super::slot::Slot;
+use crate::event::ready::RunQueue;
+use crate::event::slots::{Key, Slots};
+use mio::Poll;
+
+/// The server: one loop, all of its connections.
+pub struct Reactor {
+    /// Readiness of every descriptor.
+    pub poll: Poll,
+    /// Listeners, connections, the signals.
+    pub slots: Slots<Slot>,
+    /// Slots that have something to do in the next turn.
+    pub run: RunQueue,
+    /// Slots that may have something to send in this turn.
+    pub out: RunQueue,
+    /// Slots that can go on when the disk has done something.
+    pub wait_disk: RunQueue,
+    /// What every slot is lent.
+    pub shared: Shared,
+    /// The slot that accepts control connections.
+    pub control_listener: Option<Key>,
+    /// Where clients connect: the oldstyle address, then those that negotiate.
+    pub addresses: Vec<String>,
+    /// Numbers connections in the order in which they came.
+    pub next_id: u64,
+}
+
+impl Reactor {
+    /// Does what a slot wants next.
+    pub fn settle(&mut self, key: Key, next: Option<Next>) {
+        match next {
+            None | Some(Next::Idle) => {}
+            Some(Next::Again) => self.run.push(key),
+            Some(Next::WaitDisk) => self.wait_disk.push(key),
+            Some(Next::Close(reason)) => {
+                let Some(slot) = self.slots.remove(key) else { return };
+                if let Slot::Control(_) = slot {
+                    // The listener may have stopped accepting for want of room.
+                    self.run.extend(self.control_listener);
+                }
+                slot.closed(&reason, &mut self.shared);
+            }
+        }
+    }
+
+    /// The slots for which this is true, now.
+    pub fn keys_of(&self, is_one: impl Fn(&Slot) -> bool) -> Vec<Key> {
+        self.slots.iter().filter(|(_, slot)| is_one(slot)).map(|(key, _)| key).collect()
+    }
+
+    /// The next number of a connection.
+    pub fn take_id(&mut self) -> u64 {
+        let id = self.next_id;
+        self.next_id += 1;
+        id
+    }
+}
