@@ -1,6 +1,7 @@
 //! The killswitch: from the first byte of a request to the last byte of its reply; never an idle client.
 
-use crate::support::{kind, request, Client, Server, SOON};
+use crate::support::peers::{listen, start_mirror, Worker};
+use crate::support::{kind, request, wait_for, Client, Server, SOON};
 use std::time::{Duration, Instant};
 
 /// Fails unless the server cuts the client no sooner than `limit` after `since`, and not much later.
@@ -37,7 +38,7 @@ fn stuck_clients_are_cut(option: &str, limit: Duration) {
     // What the sockets hold can still be read.
     let held = never_reads.read_to_close().len();
     assert!(held < 256 << 20, "a reply that nobody took was cut off");
-    crate::support::wait_for("the others gone", SOON, || (server.status().number("num_clients") == 2).then_some(()));
+    wait_for("the others gone", SOON, || (server.status().number("num_clients") == 2).then_some(()));
     let lines = server.log().lines().filter(|line| line.contains(":W:") && line.contains("killswitch")).count();
     assert_eq!(lines, 5, "{}", server.log());
     idle.expect_alive();
@@ -64,7 +65,7 @@ fn a_client_that_trickles_is_cut_too() {
     let since = Instant::now();
     client.send(&request(kind::WRITE, 0, 1, 0, 4096));
     // A byte now and then is progress, but the request still takes too long.
-    let error = crate::support::wait_for("the cut", SOON, || {
+    let error = wait_for("the cut", SOON, || {
         std::thread::sleep(Duration::from_millis(20));
         std::io::Write::write_all(&mut client.stream, &[1]).err()
     });
@@ -98,4 +99,36 @@ fn without_it_nobody_is_cut() {
     client.expect_silence(Duration::from_secs(1));
     client.send(&head[20..]);
     assert_eq!(client.read_reply(), (0, 1));
+}
+
+/// A migration over a slow link keeps writers waiting. That time is not theirs; everybody else's goes on.
+#[test]
+fn only_what_a_migration_keeps_waiting_is_excused() {
+    const SIZE: u64 = 4 << 20;
+    let limit = Duration::from_secs(1);
+    let source = Server::serve().size(SIZE).arg("--killswitch=1").start();
+    let worker = Worker::start(source.address(), 0..SIZE / 2);
+    let destination = listen(0).size(SIZE).start();
+    start_mirror(&source, destination.address(), "--max-speed 800000");
+    wait_for("writers to be slowed", SOON, || source.status().line().contains("migration_write_limit=").then_some(()));
+    let since = Instant::now();
+    let mut half_head = source.connect();
+    half_head.send(&request(kind::READ, 0, 1, 0, 512)[..27]);
+    let mut kept = source.connect();
+    let mut writes = Vec::new();
+    for number in 0..7 {
+        writes.extend(request(kind::WRITE, 0, number, SIZE / 2 + (number << 18), 1 << 18));
+        writes.extend(vec![7; 1 << 18]);
+    }
+    kept.send(&writes);
+    cut_after("half a head", &mut half_head, since, limit);
+    assert!(source.status().line().contains("migration_write_limit="), "{}", source.log());
+    for number in 0..7 {
+        assert_eq!(kept.read_reply(), (0, number), "a write that was kept for {:?}", since.elapsed());
+    }
+    let took = since.elapsed();
+    assert!(took > limit.mul_f32(1.5), "{took:?} are no test of a killswitch of {limit:?}");
+    worker.expect_progress();
+    let cut = source.log().lines().filter(|line| line.contains("killswitch")).count();
+    assert_eq!(cut, 1, "{}", source.log());
 }
