@@ -21,6 +21,41 @@
 //! ```
 //!
 //! What is marked PURE in its own docs sees no socket, no file and no clock, and is tested and fuzzed on bytes alone.
+//!
+//! # Words
+//!
+//! | word | means |
+//! |---|---|
+//! | image | the file or block device that is served |
+//! | export | what a client sees of the image: a size and transmission flags |
+//! | session | one end of an NBD conversation, as bytes in and out ([`proto`]) |
+//! | cookie | 8 bytes that name a request to the peer; the reply repeats them |
+//! | tag | names a request within its session, from the session to the disk and back |
+//! | operation | one thing the disk is asked to do: [`work::Op`], which becomes [`work::Done`] |
+//! | slice | the largest piece of a payload that is held in memory at once |
+//! | slot | a connection, a listener or the signals, as the loop takes turns with them |
+//! | key | names a slot, its token, its timers and its operations; a later slot at the same place has another one |
+//! | turn | one pass of the loop through the pipe |
+//! | effect | what one slot asks of another, done at the end of the turn |
+//! | gate | decides whether a client's request may pass now; a request that may not is kept |
+//! | migration | an image on its way to another server: one or more attempts, each of several passes |
+//! | pass | one way through the blocks that are dirty |
+//! | dirty | changed since it was last sent |
+//! | pause | the end of a migration, in which no client's request passes |
+//! | sender, listener | who brings an image, and the server that waits for it |
+//! | sealing | making a received image durable before the program says that it has arrived |
+//!
+//! # Where would it go?
+//!
+//! | a change of | goes to |
+//! |---|---|
+//! | what bytes mean, what is refused, what a reply looks like | `proto` |
+//! | how a request is done, in which order, what is durable when | `disk` |
+//! | what a migration sends next, when clients are paused | `migrate` |
+//! | when a slot gets a turn, who is let in, what closes it | `server` |
+//! | a control command: its words, what it does | `command`, then `server/commands.rs` |
+//! | an option or an exit code | `cli` |
+//! | a call of the C library | `sys`, and nowhere else |
 
 pub mod acl;
 pub mod bitmap;
