@@ -11,6 +11,8 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET_DIR)/release
 BINARY := $(RELEASE)/flexnbd
 ASSETS := $(RELEASE)/assets
+# The client of the benchmarks.
+LOAD := $(RELEASE)/examples/load
 SOURCES := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 
 # At a terminal the deadline must not put its child into a process group of its own, or Ctrl-C would not reach it.
@@ -26,6 +28,10 @@ all: $(BINARY) ## Build the release program (the default)
 # The touch keeps make's view right when cargo finds nothing to do, so that `make install` never has to ask cargo.
 $(BINARY): $(SOURCES)
 	$(call within,1800) $(CARGO) build --release --locked
+	touch $@
+
+$(LOAD): $(SOURCES) tests/bench/load.rs $(wildcard tests/bench/client/*.rs)
+	$(call within,1800) $(CARGO) build --release --locked --example load
 	touch $@
 
 check: ## Formatting, lints as errors, import directions
@@ -70,8 +76,9 @@ tools tools-kernel: ## Install the clients and servers the tests run against (De
 demo: $(BINARY) ## Show a migration under a client that goes on, in half a minute
 	FLEXNBD=$(BINARY) $(call within,120) bash tests/demo.sh
 
-bench: $(BINARY) tools ## Compare with other servers (QUICK=1, ROUNDS=5, SECONDS_PER_RUN=2, BENCH_DIR=/dev/shm)
-	FLEXNBD=$(BINARY) $(call within,7200) python3 tests/bench/bench.py
+# ROWS=regex runs some rows, BASE=binary compares with another flexnbd; all that can be set is in the script.
+bench: $(BINARY) $(LOAD) tools ## Compare with other servers (QUICK=1, ROWS=regex, ROUNDS=9, SECONDS_PER_RUN=2, BASE=binary)
+	FLEXNBD=$(BINARY) LOAD=$(LOAD) $(call within,10800) python3 tests/bench/bench.py
 
 bench-migration: $(BINARY) tools ## Migrate beside nbdcopy (QUICK=1, ROUNDS=5, SIZE_MIB=1024, BENCH_DIR=/var/tmp)
 	FLEXNBD=$(BINARY) $(call within,7200) python3 tests/bench/migration.py

@@ -1,20 +1,37 @@
 """Compares flexnbd with the other NBD servers that are installed. `make bench` runs it.
 
-Every server serves its own copy of the same image on the loopback, pinned to one core; the client is pinned to another.
-The servers take turns within each row of each round, so that what else the machine does meets all of them alike. The
-clients are the same for all, but flexnbd is spoken to in oldstyle and the others in newstyle:
+In a round each row is run once for each server, one server after the other, in an order that changes from round to
+round, so that what else the machine does meets all of them alike. For each run a server is started, on a core of its
+own; the client (tests/bench/load.rs, or nbdcopy) is on another. All are spoken to over TCP, newstyle, simple replies,
+and serve the same files of random bytes, which no server can take for holes:
 
-- fio (ioengine=nbd) for random and sequential transfers. Its engine has no FUA;
-- so writes with FUA are made by `qemu-img bench -t writethrough`, one process for each connection, which asks for FUA on
-  each write and goes through the image in strides of a prime number of blocks;
-- nbdcopy for whole images.
+- hot: on tmpfs, for what only costs processor time;
+- disk: on a disk, in the page cache, and clean when a run begins, for what waits for the disk to have it;
+- cold: on a disk, not in the page cache when a run begins, and larger than what a run reads.
 
-Environment: FLEXNBD (the binary), QUICK=1 (one short round), ROUNDS (5), SECONDS_PER_RUN (2), BENCH_DIR (/dev/shm).
+Printed are medians; the ratio to the best of the others, which is the one with the best median (the median of the
+ratios in each round, above 1 when ours is better, and their range); and processor time. That is the server's from when
+it was ready to its end, with its children and its kernel workers; what the kernel does elsewhere is not in it.
+
+Environment:
+  FLEXNBD, LOAD          the program and the client (target/release/...)
+  BASE                   another flexnbd, to compare with in the same run
+  FLEXNBD_OPTIONS, BASE_OPTIONS  more options of `serve`, for either
+  ROWS                   only rows whose name has a match of this regular expression, whatever the case
+  QUICK=1                one short round, which shows that it works and no more
+  ROUNDS (9), SECONDS_PER_RUN (2)
+  BENCH_DIR (/dev/shm)   for the hot image, 256 MiB
+  COLD_DIR (/var/tmp)    on a disk, for the others, 256 MiB and COLD_MIB (1536) MiB
 """
 
+import contextlib
+import ctypes
 import json
+import mmap
 import os
 import re
+import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -23,84 +40,43 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Callable, NamedTuple
 
 MIB = 1 << 20
-IMAGE_SIZE = 256 * MIB
-SERVER_CORE, CLIENT_CORE = "0", "1"
 QUICK = os.environ.get("QUICK", "") not in ("", "0")
-ROUNDS = int(os.environ.get("ROUNDS", 1 if QUICK else 5))
+ROUNDS = int(os.environ.get("ROUNDS", 1 if QUICK else 9))
 SECONDS = float(os.environ.get("SECONDS_PER_RUN", 0.5 if QUICK else 2))
+IMAGE_MIB, COLD_MIB = 256, int(os.environ.get("COLD_MIB", 512 if QUICK else 1536))
+LOAD = os.environ.get("LOAD", "target/release/examples/load")
+SERVER_CORE, CLIENT_CORE = "0", "1"
+READY_SECONDS, STOP_SECONDS = 20, 5
 # Far above what anything here takes: only a hang meets it.
-DEADLINE = 120
+RUN_SECONDS = 60 + 2 * SECONDS
+PR_SET_CHILD_SUBREAPER = 36
+libc = ctypes.CDLL(None, use_errno=True)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# ------------------------------------------------------------------------------------------------------------ servers
+
+class Contestant(NamedTuple):
+    """A server that takes part. `command` gives its words from the port, the image and a folder for its own files."""
+    name: str
+    version: str
+    command: Callable
+    export: str = ""
 
 
-def client(*words):
-    """Runs a client on its core and returns what it printed."""
-    command = ["taskset", "-c", CLIENT_CORE, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE, stdin=subprocess.DEVNULL)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
-    return done.stdout
+def flexnbd(program, options):
+    def command(port, image, _folder):
+        return [program, "serve", "--quiet", "--addr", "127.0.0.1", "--port", "0", "--newstyle-port", str(port),
+                "--file", image, *shlex.split(options)]
+    return command
 
 
-class Server:
-    """A running server. `command` gives its words from the port, the image and a directory for its own files."""
-
-    def __init__(self, name, version, command, folder, master, export=""):
-        self.name, self.version = name, version
-        self.pid_file = os.path.join(folder, f"{name}.pid")
-        port = free_port()
-        self.uri = f"nbd://127.0.0.1:{port}/{export}"
-        image = os.path.join(folder, f"{name}.img")
-        shutil.copyfile(master, image)
-        with open(os.path.join(folder, f"{name}.log"), "w") as log:
-            self.process = subprocess.Popen(
-                ["taskset", "-c", SERVER_CORE, *command(port, image, folder)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )
-        try:
-            self.wait_until_ready(port, log.name)
-        except BaseException:
-            self.stop()
-            raise
-
-    def wait_until_ready(self, port, log):
-        give_up = time.monotonic() + 20
-        # A server that goes into the background exits with 0 and leaves a file with the number of the other process.
-        while time.monotonic() < give_up and not self.process.poll():
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=5).close()
-                return
-            except ConnectionRefusedError:
-                time.sleep(0.05)
-        with open(log) as lines:
-            raise RuntimeError(f"{self.name} did not get ready: {lines.read()}")
-
-    def stop(self):
-        if os.path.exists(self.pid_file):
-            with open(self.pid_file) as file:
-                os.kill(int(file.read()), signal.SIGTERM)
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def flexnbd(port, image, _folder):
-    return [os.environ.get("FLEXNBD", "target/release/flexnbd"),
-            "serve", "--addr", "127.0.0.1", "--port", str(port), "--file", image]
-
-
-def nbdkit(port, image, _folder):
-    return ["nbdkit", "-f", "-i", "127.0.0.1", "-p", str(port), "file", image]
+def nbdkit(*threads):
+    def command(port, image, _folder):
+        return ["nbdkit", "-f", *threads, "-i", "127.0.0.1", "-p", str(port), "file", image]
+    return command
 
 
 def qemu_nbd(port, image, _folder):
@@ -113,150 +89,362 @@ def nbd_server(port, image, folder):
     with open(config, "w") as file:
         file.write(f"[generic]\nlistenaddr = 127.0.0.1\nport = {port}\n"
                    f"[image]\nexportname = {image}\nflush = true\nfua = true\n")
-    return ["nbd-server", "-C", config, "-p", os.path.join(folder, "nbd-server.pid")]
+    return ["nbd-server", "-C", config, "-p", os.path.join(folder, "pid")]
 
 
-def start_servers(folder, master):
-    """flexnbd first, then those of the others that are installed."""
-    servers = []
-    try:
-        servers.append(Server("flexnbd", version_of(flexnbd(0, "", "")[0]), flexnbd, folder, master))
-        for program, command, export in (
-            ("nbdkit", nbdkit, ""), ("qemu-nbd", qemu_nbd, ""), ("nbd-server", nbd_server, "image"),
-        ):
-            if shutil.which(program):
-                servers.append(Server(program, version_of(program), command, folder, master, export))
-            else:
-                print(f"{program} is not installed and left out")
-    except BaseException:
-        for server in servers:
-            server.stop()
-        raise
-    return servers
+def contestants():
+    """Ours first, then those of the others that are installed."""
+    env = os.environ.get
+    ours = [("flexnbd", env("FLEXNBD", "target/release/flexnbd"), env("FLEXNBD_OPTIONS", ""))]
+    if env("BASE"):
+        ours.append(("base", env("BASE"), env("BASE_OPTIONS", "")))
+    found = [Contestant(name, version_of(program), flexnbd(program, options)) for name, program, options in ours]
+    for name, command, export in (("nbdkit", nbdkit(), ""), ("nbdkit -t 1", nbdkit("-t", "1"), ""),
+                                  ("qemu-nbd", qemu_nbd, ""), ("nbd-server", nbd_server, "image")):
+        program = name.split()[0]
+        if shutil.which(program):
+            found.append(Contestant(name, version_of(program), command, export))
+        else:
+            print(f"{program} is not installed and left out")
+    return found
 
 
 def version_of(program):
-    said = subprocess.run([program, "-V"], capture_output=True, text=True, timeout=DEADLINE)
+    said = subprocess.run([program, "-V"], capture_output=True, text=True, timeout=RUN_SECONDS)
     return re.search(r"\d+\.\d+[\w.]*", said.stdout + said.stderr)[0]
 
 
-def fio(uri, *jobs):
-    """Runs jobs at the same time and returns fio's report on each; options before the first name are everybody's."""
-    words = ["fio", "--output-format=json", "--ioengine=nbd", f"--uri={uri}", "--thread", "--group_reporting",
-             f"--size={IMAGE_SIZE}", "--time_based", f"--runtime={round(SECONDS * 1000)}ms", "--randrepeat=0", "--norandommap"]
-    for name, job in enumerate(jobs):
-        words += [f"--name=job{name}", *job.split()]
-    said = client(*words)
-    return json.loads(said[said.index("{"):])["jobs"]
+class Server:
+    """A running server, for as long as the block takes that it is made for. Then `cpu_seconds` says what it took."""
+
+    def __init__(self, contestant, image, folder):
+        self.contestant, self.image, self.folder = contestant, image, folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"nbd://127.0.0.1:{self.port}/{contestant.export}"
+        self.log = os.path.join(folder, "log")
+        self.pid = None
+
+    def __enter__(self):
+        command = ["taskset", "-c", SERVER_CORE, *self.contestant.command(self.port, self.image, self.folder)]
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            self.wait_until_ready()
+            # The clock of the processor time of a process, as clock_getcpuclockid gives it.
+            self.cpu_before = time.clock_gettime(~self.pid << 3 | 2)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def find_pid(self):
+        """Who goes into the background exits with 0 and leaves a file with the number of the other process."""
+        if self.process.poll() is None:
+            return self.process.pid
+        with contextlib.suppress(FileNotFoundError, ValueError), open(os.path.join(self.folder, "pid")) as file:
+            return int(file.read())
+
+    def wait_until_ready(self):
+        give_up = time.monotonic() + READY_SECONDS
+        while time.monotonic() < give_up and not self.process.returncode:
+            self.pid = self.find_pid()
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", self.port), timeout=5).close()
+                self.pid = self.find_pid()
+                if self.pid:
+                    return
+            time.sleep(0.01)
+        with open(self.log) as lines:
+            raise RuntimeError(f"{self.contestant.name} did not get ready: {lines.read()}")
+
+    def __exit__(self, *_):
+        try:
+            # A child that it has waited for is in its processor time, and it waits when a client is gone.
+            self.wait(lambda: not self.children())
+        finally:
+            self.cpu_seconds = self.stop() - self.cpu_before
+
+    def children(self):
+        with open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
+            return file.read()
+
+    def stop(self):
+        """Ends it, and returns the processor time it has taken."""
+        if not self.pid:
+            return 0
+        for end in signal.SIGTERM, signal.SIGKILL:
+            os.kill(self.pid, end)
+            ended = self.wait(self.reap)
+            if ended:
+                return ended.ru_utime + ended.ru_stime
+        raise RuntimeError(f"{self.contestant.name} does not end")
+
+    def reap(self):
+        """What it has used, if it has ended."""
+        pid, status, used = os.wait4(self.pid, os.WNOHANG)
+        if pid == self.process.pid:
+            self.process.returncode = status
+        return used if pid else None
+
+    @staticmethod
+    def wait(condition):
+        give_up = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < give_up:
+            found = condition()
+            if found:
+                return found
+            time.sleep(0.005)
+        return None
 
 
-def fio_iops(rw, depth, connections):
-    def run(uri, _folder):
-        kind = "read" if rw == "randread" else "write"
-        report = fio(uri, f"--rw={rw} --bs=4k --iodepth={depth} --numjobs={connections}")
-        return report[0][kind]["iops"] / 1000
+# ------------------------------------------------------------------------------------------------------------- images
+
+def random_file(path, mib):
+    with open(path, "wb") as file:
+        for _ in range(mib):
+            file.write(os.urandom(MIB))
+        os.fsync(file.fileno())
+
+
+def prepare(kind, images):
+    """Brings an image to where a run begins."""
+    if kind == "hot":
+        return
+    for path in images.values():
+        # What other runs have left must not be written in this one.
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    with open(images[kind], "r+b", buffering=0) as file:
+        if kind == "disk":
+            while file.read(MIB):
+                pass
+            return
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        share = cached_share(file)
+        if share > 0.01:
+            raise RuntimeError(f"{share:.0%} of the cold image are still in memory: COLD_DIR must be on a disk")
+
+
+def cached_share(file):
+    """How much of a file is in the page cache."""
+    size = os.fstat(file.fileno()).st_size
+    with mmap.mmap(file.fileno(), size) as pages:
+        pin = ctypes.c_char.from_buffer(pages)
+        found = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(pin)), ctypes.c_size_t(size), found)
+        # The mapping cannot be closed while something points into it.
+        del pin
+        if failed:
+            raise OSError(ctypes.get_errno(), "mincore")
+    return sum(page & 1 for page in bytes(found)) / len(found)
+
+
+# ------------------------------------------------------------------------------------------------------------ clients
+
+def client(core, *words):
+    """Runs a client on a core and returns what it printed."""
+    command = ["taskset", "-c", core, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, stdin=subprocess.DEVNULL)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def load(*jobs, core=CLIENT_CORE):
+    """Runs these jobs at the same time; a report on each."""
+    def run(server, _master):
+        words = [f"127.0.0.1:{server.port}", f"export={server.contestant.export}", f"seconds={SECONDS}"]
+        for job in jobs:
+            words += ["--", *job.split()]
+        reports = [json.loads(line) for line in client(core, LOAD, *words).splitlines()]
+        if any(report["errors"] for report in reports):
+            raise RuntimeError(f"{server.contestant.name} answered {' '.join(words)} with errors: {reports}")
+        return reports
     return run
 
 
-def fio_sequential(rw):
-    def run(uri, _folder):
-        return fio(uri, f"--rw={rw} --bs=1m --iodepth=8")[0][rw]["bw_bytes"] / MIB
+def nbdcopy(to_server):
+    """Copies the image, and reports as if by requests of 1 MiB."""
+    def run(server, master):
+        ends = [master, server.uri] if to_server else [server.uri, "null:"]
+        began = time.monotonic()
+        client(CLIENT_CORE, "nbdcopy", *ends)
+        seconds = time.monotonic() - began
+        return [{"seconds": seconds, "bytes_per_s": IMAGE_MIB * MIB / seconds, "reads": IMAGE_MIB, "writes": 0}]
     return run
 
 
-def fio_reader_beside_writer(uri, _folder):
-    jobs = fio(uri, "--rw=randread --bs=4k --iodepth=1", "--new_group --rw=randwrite --bs=4k --iodepth=16 --fsync=1")
-    return jobs[0]["read"]["iops"] / 1000
+# --------------------------------------------------------------------------------------------------------------- rows
+
+class Figure(NamedTuple):
+    """What is read from the report on the first job."""
+    name: str
+    unit: str
+    key: str
+    scale: float
+    less_is_better: bool = False
 
 
-def qemu_fua_iops(depth, connections):
-    def attempt(uri, count):
-        word = ["taskset", "-c", CLIENT_CORE, "timeout", str(DEADLINE), "qemu-img", "bench", "-f", "raw", "-w",
-                "-t", "writethrough", "--pattern=85", "-s", "4096", "-S", str(4096 * 7919), "-d", str(depth),
-                "-c", str(count), uri]
-        clients = [subprocess.Popen(word, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-                   for _ in range(connections)]
-        said = [process.communicate()[0] for process in clients]
-        if any(process.returncode for process in clients):
-            raise RuntimeError(f"{' '.join(word)}: failed")
-        return max(float(re.search(r"completed in ([\d.]+) sec", text)[1]) for text in said)
-
-    def run(uri, _folder):
-        # How many writes take as long as the other runs is found by a short run.
-        count = 500
-        elapsed = max(attempt(uri, count), 0.001)
-        count = max(int(count * SECONDS / elapsed), depth)
-        return connections * count / attempt(uri, count) / 1000
-    return run
+class Row(NamedTuple):
+    name: str
+    image: str
+    run: Callable
+    figures: tuple
 
 
-def nbdcopy(from_server):
-    def run(uri, folder):
-        ends = [uri, "null:"] if from_server else [os.path.join(folder, "master.img"), uri]
-        started = time.monotonic()
-        client("nbdcopy", *ends)
-        return IMAGE_SIZE / MIB / (time.monotonic() - started)
-    return run
+RATE = (Figure("", "k/s", "ops_per_s", 1e3),)
+SPEED = (Figure("", "MiB/s", "bytes_per_s", MIB),)
 
 
 def rows():
-    """Name, unit, and the measurement of each."""
     table = []
     shapes = [(1, 1), (32, 1), (1, 16), (32, 16)]
-    for title, rw in (("reads", "randread"), ("writes", "randwrite")):
-        for depth, connections in shapes:
-            name = f"4 KiB random {title}, depth {depth}, {connections} conn."
-            table.append((name, "k/s", fio_iops(rw, depth, connections)))
-    for depth, connections in shapes:
-        table.append((f"4 KiB FUA writes, depth {depth}, {connections} conn.", "k/s", qemu_fua_iops(depth, connections)))
-    table.append(("1 MiB sequential reads, depth 8", "MiB/s", fio_sequential("read")))
-    table.append(("1 MiB sequential writes, depth 8", "MiB/s", fio_sequential("write")))
-    table.append(("nbdcopy from the server to null:", "MiB/s", nbdcopy(True)))
-    table.append(("nbdcopy from memory to the server", "MiB/s", nbdcopy(False)))
-    table.append(("4 KiB depth-1 reads beside flushed writes", "k/s", fio_reader_beside_writer))
+
+    def small(name, image, words, which):
+        for depth, connections in which:
+            job = f"depth={depth} connections={connections} {words}"
+            table.append(Row(f"4 KiB {name}, depth {depth}, {connections} conn.", image, load(job), RATE))
+
+    small("random reads", "hot", "", shapes)
+    small("random writes", "hot", "write=100", shapes)
+    table.append(Row("4 KiB random reads, depth 1, client and server on one core", "hot",
+                     load("depth=1", core=SERVER_CORE), RATE))
+    large = "block=1m order=sequential depth=4"
+    table.append(Row("1 MiB sequential reads, depth 4", "hot", load(large), SPEED))
+    table.append(Row("1 MiB sequential reads, depth 4, thrown away", "hot", load(f"{large} data=discard"), SPEED))
+    table.append(Row("1 MiB sequential writes, depth 4", "hot", load(f"{large} write=100"), SPEED))
+    table.append(Row("nbdcopy from the server to null:", "hot", nbdcopy(False), SPEED))
+    table.append(Row("nbdcopy from memory to the server", "hot", nbdcopy(True), SPEED))
+
+    table.append(Row("1 MiB sequential writes with FUA, depth 4", "disk", load(f"{large} write=100 fua=100"), SPEED))
+    small("FUA writes", "disk", "write=100 fua=100", shapes)
+    table.append(Row("4 KiB random 70 % reads, 30 % FUA writes, depth 32", "disk",
+                     load("depth=32 write=30 fua=100"), RATE))
+    half = IMAGE_MIB // 2
+    table.append(Row("4 KiB depth-1 reads beside 188 MiB/s of flushed writes", "disk",
+                     load(f"depth=1 size={half}m",
+                          f"from={half}m block=64k depth=16 write=100 pace=188m flush=16m"),
+                     (Figure(": longest", "ms", "longest_us", 1e3, True), Figure(": p99.9", "ms", "p999_us", 1e3, True),
+                      Figure(": reads", "k/s", "ops_per_s", 1e3))))
+
+    # No block is read twice.
+    cold_4k, cold_1m = f"depth=32 ops={COLD_MIB * 256}", f"{large} ops={COLD_MIB}"
+    table.append(Row("4 KiB cold random reads, depth 32, 1 conn.", "cold", load(cold_4k), RATE))
+    table.append(Row("4 KiB cold random reads, depth 32, 4 conn.", "cold", load(f"{cold_4k} connections=4"), RATE))
+    table.append(Row("1 MiB cold sequential reads, depth 4", "cold", load(cold_1m), SPEED))
     return table
 
 
-def print_table(servers, results):
+class Sample(NamedTuple):
+    """What a run gave: a value for each figure, the server's processor time, how busy the client's core was."""
+    values: list
+    cpu_us_per_op: float
+    client_busy: float
+
+
+def measure(row, contestant, images, folder):
+    with tempfile.TemporaryDirectory(dir=folder) as own, Server(contestant, images[row.image], own) as server:
+        prepare(row.image, images)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        reports = row.run(server, images["hot"])
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    client_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    ops = sum(report["reads"] + report["writes"] for report in reports)
+    return Sample([reports[0][figure.key] / figure.scale for figure in row.figures],
+                  server.cpu_seconds * 1e6 / ops, client_seconds / max(report["seconds"] for report in reports))
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+def number(value):
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def ratios_of(ours, other, less_is_better):
+    """In each round, how often ours is as good as the other."""
+    return [theirs / mine if less_is_better else mine / theirs for mine, theirs in zip(ours, other)]
+
+
+def print_table(head, lines):
+    print("\n| " + " | ".join(head) + " |")
+    print("|---|" + "---:|" * (len(head) - 1))
+    for line in lines:
+        print("| " + " | ".join(line) + " |")
+
+
+def print_results(names, results):
+    """`results` has for each row and name the samples of the rounds that are over."""
+    has_base, others = "base" in names, [name for name in names if name not in ("flexnbd", "base")]
+    head = ["", *names, *(["to the best of the others", "from, to"] if others else []),
+            *(["to base", "from, to"] if has_base else [])]
+    figures, costs = [], []
+    for row, samples in results.items():
+        for index, figure in enumerate(row.figures):
+            values = {name: [sample.values[index] for sample in samples[name]] for name in names}
+            medians = {name: statistics.median(values[name]) for name in names}
+            best = min if figure.less_is_better else max
+            line = [f"{row.name}{figure.name} ({figure.unit})", *(number(medians[name]) for name in names)]
+            for other in ([best(others, key=medians.get)] if others else []) + (["base"] if has_base else []):
+                ratios = ratios_of(values["flexnbd"], values[other], figure.less_is_better)
+                line += [f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}, {max(ratios):.2f}"]
+            figures.append(line)
+        costs.append([row.name,
+                      *(number(statistics.median(sample.cpu_us_per_op for sample in samples[name])) for name in names),
+                      f"{max(statistics.median(sample.client_busy for sample in samples[name]) for name in names):.0%}"])
+    print_table(head, figures)
+    print("\nProcessor time of the server, in microseconds for each request (nbdcopy: for each MiB), and how busy the\n"
+          "client's core was at most; where that is near 100 %, the client is what is measured.")
+    print_table(["", *names, "client"], costs)
+
+
+def bench(chosen, images, folder):
+    servers = contestants()
     names = [server.name for server in servers]
-    print("\n| " + " | ".join(["", *names, "to the best of the others"]) + " |")
-    print("|---|" + "---:|" * (len(names) + 1))
-    for (name, unit), measured in results.items():
-        medians = [statistics.median(measured[server]) for server in names]
-        cells = [f"{median:.0f}" if median >= 1000 else f"{median:.3g}" for median in medians]
-        ratio = f"{medians[0] / max(medians[1:]):.2f}" if len(medians) > 1 else "-"
-        print("| " + " | ".join([f"{name} ({unit})", *cells, ratio]) + " |")
-
-
-def bench(folder):
-    # Random bytes: no server may take a short cut over zeroes.
-    master = os.path.join(folder, "master.img")
-    with open(master, "wb") as file:
-        for _ in range(IMAGE_SIZE // MIB):
-            file.write(os.urandom(MIB))
-    servers = start_servers(folder, master)
+    print(", ".join(f"{server.name} {server.version}" for server in servers))
+    print(f"rounds: {ROUNDS}, seconds a run: {SECONDS}, Linux {os.uname().release}, load before: {os.getloadavg()[0]:.2f}; "
+          + ", ".join(f"{kind}: {os.stat(path).st_size // MIB} MiB in {os.path.dirname(os.path.dirname(path))}"
+                      for kind, path in images.items()), flush=True)
+    complete = {}
     try:
-        print(", ".join(f"{server.name} {server.version}" for server in servers))
-        print(f"rounds: {ROUNDS}, seconds a run: {SECONDS}, image: {IMAGE_SIZE // MIB} MiB in {os.path.dirname(folder)}, "
-              f"Linux {os.uname().release}, load before: {os.getloadavg()[0]:.2f}", flush=True)
-        results = {(name, unit): {server.name: [] for server in servers} for name, unit, _ in rows()}
-        for number in range(ROUNDS):
-            print(f"round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
-            for name, unit, measure in rows():
-                for server in servers:
-                    results[name, unit][server.name].append(measure(server.uri, folder))
-        print_table(servers, results)
+        for turn in range(ROUNDS):
+            print(f"round {turn + 1} of {ROUNDS}", file=sys.stderr, flush=True)
+            first = turn % len(servers)
+            for row in chosen:
+                samples = {server.name: measure(row, server, images, folder)
+                           for server in servers[first:] + servers[:first]}
+                for name in names:
+                    complete.setdefault(row, {}).setdefault(name, []).append(samples[name])
     finally:
-        for server in servers:
-            server.stop()
+        # Also what there is when it is interrupted.
+        if complete:
+            print_results(names, complete)
 
 
 def main():
     if os.cpu_count() < 2:
         sys.exit("bench: two cores are needed, one for the server and one for the client")
+    pattern = re.compile(os.environ.get("ROWS", ""), re.IGNORECASE)
+    chosen = [row for row in rows() if pattern.search(row.name)]
+    if not chosen:
+        sys.exit("bench: no row matches ROWS; there are:\n" + "\n".join(row.name for row in rows()))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(dir=os.environ.get("BENCH_DIR", "/dev/shm"), prefix="flexnbd-bench-") as folder:
-        bench(folder)
+    # So that a server that goes into the background is still a child, which can be waited for.
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with contextlib.ExitStack() as stack:
+        def folder_in(parent):
+            return stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix="flexnbd-bench-"))
+        memory = folder_in(os.environ.get("BENCH_DIR", "/dev/shm"))
+        disk = folder_in(os.environ.get("COLD_DIR", "/var/tmp"))
+        # nbdcopy copies the hot one.
+        needed = {"hot"} | {row.image for row in chosen}
+        images = {}
+        for kind, folder, mib in (("hot", memory, IMAGE_MIB), ("disk", disk, IMAGE_MIB), ("cold", disk, COLD_MIB)):
+            if kind in needed:
+                images[kind] = os.path.join(folder, f"{kind}.img")
+                random_file(images[kind], mib)
+        bench(chosen, images, memory)
 
 
 if __name__ == "__main__":
