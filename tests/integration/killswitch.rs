@@ -108,27 +108,28 @@ fn only_what_a_migration_keeps_waiting_is_excused() {
     let limit = Duration::from_secs(1);
     let source = Server::serve().size(SIZE).arg("--killswitch=1").start();
     let worker = Worker::start(source.address(), 0..SIZE / 2);
+    // The migration may come to its end before the test does.
+    worker.may_end();
     let destination = listen(0).size(SIZE).start();
-    start_mirror(&source, destination.address(), "--max-speed 800000");
+    start_mirror(&source, destination.address(), "--max-speed 400000");
     wait_for("writers to be slowed", SOON, || source.status().line().contains("migration_write_limit=").then_some(()));
     let since = Instant::now();
     let mut half_head = source.connect();
     half_head.send(&request(kind::READ, 0, 1, 0, 512)[..27]);
     let mut kept = source.connect();
     let mut writes = Vec::new();
-    for number in 0..7 {
+    for number in 0..4 {
         writes.extend(request(kind::WRITE, 0, number, SIZE / 2 + (number << 18), 1 << 18));
         writes.extend(vec![7; 1 << 18]);
     }
     kept.send(&writes);
     cut_after("half a head", &mut half_head, since, limit);
     assert!(source.status().line().contains("migration_write_limit="), "{}", source.log());
-    for number in 0..7 {
+    for number in 0..4 {
         assert_eq!(kept.read_reply(), (0, number), "a write that was kept for {:?}", since.elapsed());
     }
     let took = since.elapsed();
     assert!(took > limit.mul_f32(1.5), "{took:?} are no test of a killswitch of {limit:?}");
-    worker.expect_progress();
     let cut = source.log().lines().filter(|line| line.contains("killswitch")).count();
     assert_eq!(cut, 1, "{}", source.log());
 }
