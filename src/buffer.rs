@@ -66,6 +66,13 @@ impl Buffer {
         }
     }
 
+    /// Takes up to `n` filled bytes off the front.
+    pub fn take(&mut self, n: usize) -> &[u8] {
+        let (start, n) = (self.start, n.min(self.len()));
+        self.consume(n);
+        self.bytes.get(start..start.saturating_add(n)).unwrap_or_default()
+    }
+
     /// Appends as much of `bytes` as there is room for and says how much that was.
     pub fn append(&mut self, bytes: &[u8]) -> usize {
         let n = bytes.len().min(self.spare().len());
@@ -209,8 +216,10 @@ mod tests {
         assert_eq!(buffer.spare().len(), 5);
         assert_eq!(buffer.append(b"xy"), 2);
         assert_eq!(buffer.filled(), b"fghxy");
-        buffer.consume(5);
+        assert_eq!(buffer.take(2), b"fg");
+        assert_eq!(buffer.take(100), b"hxy");
         assert_eq!(buffer.spare().len(), 8);
+        assert!(buffer.take(1).is_empty());
     }
 
     #[test]

@@ -13,10 +13,10 @@ use crate::buffer::{Buffer, Pool, SLICE};
 use crate::command::{encode_command, parse_answer, Answer, Command, Reader};
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::error::Violation;
-use crate::proto::export::Export;
+use crate::proto::export::{Export, Offer};
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::{End, Pass, ServerSession, Step, BUFFERED_MAX, IN_FLIGHT_MAX};
-use crate::proto::wire::{kind, Greeting, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
+use crate::proto::wire::{kind, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
 use crate::work::{Action, Done};
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, IoSlice};
@@ -56,26 +56,57 @@ impl<'a> Choices<'a> {
     }
 }
 
+/// Takes what a client wants sent.
+fn take_sent<T>(client: &mut ClientSession<T>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while client.wants_send() {
+        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
+        let pieces = client.to_send(&mut slices);
+        let before = bytes.len();
+        slices.iter().take(pieces).for_each(|slice| bytes.extend_from_slice(slice));
+        client.sent(bytes.len() - before, &mut Pool::new(0));
+    }
+    bytes
+}
+
+/// Lets a client receive, and passes on what it understands.
+fn hear<T>(
+    client: &mut ClientSession<T>,
+    mut bytes: &[u8],
+    mut take: impl FnMut(Event<'_, T>),
+) -> Result<(), Violation> {
+    while !bytes.is_empty() {
+        let space = client.recv_space();
+        let (next, later) = bytes.split_at(bytes.len().min(space.len()));
+        assert!(!next.is_empty(), "it needs bytes and has no space");
+        space.iter_mut().zip(next).for_each(|(to, from)| *to = *from);
+        client.received(next.len());
+        bytes = later;
+        while let Some(event) = client.next_event()? {
+            take(event);
+        }
+    }
+    Ok(())
+}
+
 /// The client that [`session`] talks to: it knows what was asked, and so what may come back.
 struct Oracle {
-    client: ClientSession,
-    /// The request with the cookie 1, 2, ...
-    asked: Vec<RequestHead>,
+    /// Each request is noted with itself.
+    client: ClientSession<RequestHead>,
     /// All that it sends.
     stream: Vec<u8>,
     /// How the conversation should end.
     end: Result<End, Violation>,
-    unparsed: Vec<u8>,
-    /// Where the next byte of the READ is whose data comes, in the export, and the first byte behind it.
-    data: (u64, u64),
+    /// How much has come of the data of a READ, in bytes.
+    data_bytes: u64,
 }
 
 impl Oracle {
     /// Reads the requests of `input` as a server would and asks them with cookies of its own. A payload that is cut off
     /// is made up if `made_up`.
     fn new(mut input: &[u8], made_up: bool) -> Self {
-        let (client, end) = (ClientSession::default(), Ok(End::EndOfStream));
-        let mut this = Self { client, asked: Vec::new(), stream: Vec::new(), end, unparsed: Vec::new(), data: (0, 0) };
+        let client = ClientSession::new(String::new());
+        let mut this = Self { client, stream: Vec::new(), end: Ok(End::EndOfStream), data_bytes: 0 };
         let mut enough = ENOUGH;
         while let Some((bytes, rest)) = input.split_first_chunk::<REQUEST_LEN>() {
             let (magic, mut head) = RequestHead::parse(bytes);
@@ -83,10 +114,12 @@ impl Oracle {
             if broken {
                 head.kind = kind::FLUSH;
             }
-            let (bytes, cookie) = this.client.request(head.kind, head.flags, head.offset, head.length);
-            this.asked.push(RequestHead { cookie, ..head });
+            match head.kind {
+                kind::DISC => this.client.disconnect(),
+                _ => this.client.command(head.kind, head.flags, head.offset, head.length, head),
+            }
             this.stream.extend(magic.to_be_bytes());
-            this.stream.extend(bytes.iter().skip(4));
+            this.stream.extend(take_sent(&mut this.client).iter().skip(4));
             input = rest;
             if broken {
                 this.end = Ok(End::Violation(Violation::BadRequestMagic(magic)));
@@ -127,31 +160,20 @@ impl Oracle {
 
     /// Takes what the server sends.
     fn receive(&mut self, bytes: &[u8]) {
-        self.unparsed.extend(bytes);
-        let mut input = self.unparsed.as_slice();
-        loop {
-            let parsed = self.client.parse(input);
-            assert!(parsed.is_ok(), "{parsed:?}");
-            let Ok(Some((event, used))) = parsed else { break };
-            match event {
-                Event::Handshake => {}
-                Event::Greeting(Greeting { size, .. }) => assert_eq!(size, EXPORT),
-                Event::Reply { cookie, error } => {
-                    assert_eq!(self.data.0, self.data.1, "a reply inside the data of another");
-                    let head = self.asked.iter().find(|head| head.cookie == cookie);
-                    if let Some(head) = head.filter(|head| head.kind == kind::READ && error == 0) {
-                        self.data = (head.offset, head.end().unwrap_or(head.offset));
-                    }
-                }
-                Event::Data { bytes, .. } => {
-                    assert!(bytes.iter().zip(self.data.0..).all(|(&byte, at)| byte == content(at)), "other data");
-                    self.data.0 += bytes.len() as u64;
-                }
+        let data_bytes = &mut self.data_bytes;
+        let heard = hear(&mut self.client, bytes, |event| match event {
+            Event::Export(Offer { size, .. }) => assert_eq!(size, EXPORT),
+            Event::Data { note, bytes } => {
+                let offset = note.offset + *data_bytes;
+                assert!(bytes.iter().zip(offset..).all(|(&byte, at)| byte == content(at)), "other data");
+                *data_bytes += bytes.len() as u64;
             }
-            input = input.get(used..).unwrap_or_default();
-        }
-        let rest = input.len();
-        self.unparsed.drain(..self.unparsed.len() - rest);
+            Event::Reply { note, error } => {
+                let brings = if note.kind == kind::READ && error == 0 { note.length } else { 0 };
+                assert_eq!(std::mem::take(data_bytes), u64::from(brings), "all of the data comes with a good reply");
+            }
+        });
+        assert_eq!(heard, Ok(()));
     }
 }
 
@@ -297,8 +319,7 @@ pub fn session(data: &[u8]) {
         assert_eq!(end, oracle.end);
     }
     if end.is_ok() {
-        let left = oracle.client.unanswered() + oracle.unparsed.len();
-        assert_eq!((left, oracle.data.0), (0, oracle.data.1), "everything is answered to the end");
+        assert!(oracle.client.is_quiet(), "everything is answered to the end");
     }
 }
 
@@ -307,51 +328,38 @@ pub fn session(data: &[u8]) {
 struct Understood {
     /// What it has sent in the handshake.
     sent: Vec<u8>,
-    greeting: Option<Greeting>,
-    replies: Vec<(u64, u32)>,
+    export: Option<Offer>,
+    replies: Vec<(usize, u32)>,
     data: Vec<u8>,
     violation: Option<Violation>,
 }
 
 /// Asks what the choices say and takes `stream` for the answers, at most `piece()` bytes at once.
 fn listen(choices: &[u8], stream: &[u8], mut piece: impl FnMut(usize) -> usize) -> Understood {
-    let mut client = ClientSession::default();
+    let mut client = ClientSession::new(String::new());
     let mut most_data = 0;
-    for &choice in choices {
+    for (number, &choice) in choices.iter().enumerate() {
         let length = u32::from(choice >> 3) * 11;
-        let (_, _) = client.request(u16::from(choice & 7), 0, 0, length);
+        match u16::from(choice & 7) {
+            kind::DISC => client.disconnect(),
+            kind => client.command(kind, 0, 0, length, number),
+        }
         most_data += length as usize;
     }
+    take_sent(&mut client);
     let asked = client.unanswered();
     let mut understood = Understood::default();
-    let (mut unparsed, mut rest) = (Vec::new(), stream);
+    let mut rest = stream;
     while !rest.is_empty() && understood.violation.is_none() {
         let (next, later) = rest.split_at(piece(rest.len()));
-        unparsed.extend(next);
         rest = later;
-        loop {
-            let used = match client.parse(&unparsed) {
-                Ok(None) => break,
-                Err(violation) => {
-                    understood.violation = Some(violation);
-                    break;
-                }
-                Ok(Some((event, used))) => {
-                    match event {
-                        Event::Handshake => {}
-                        Event::Greeting(greeting) => {
-                            assert!(understood.greeting.replace(greeting).is_none(), "greeted twice");
-                        }
-                        Event::Reply { cookie, error } => understood.replies.push((cookie, error)),
-                        Event::Data { bytes, .. } => understood.data.extend(bytes),
-                    }
-                    understood.sent.extend(client.take_output());
-                    used
-                }
-            };
-            assert!(used > 0 && used <= unparsed.len());
-            unparsed.drain(..used);
-        }
+        let heard = hear(&mut client, next, |event| match event {
+            Event::Export(offer) => assert!(understood.export.replace(offer).is_none(), "greeted twice"),
+            Event::Reply { note, error } => understood.replies.push((note, error)),
+            Event::Data { bytes, .. } => understood.data.extend(bytes),
+        });
+        understood.violation = heard.err();
+        understood.sent.extend(take_sent(&mut client));
     }
     assert_eq!(client.unanswered() + understood.replies.len(), asked, "each reply answers one request");
     assert!(understood.data.len() <= most_data, "more data than was asked for");

@@ -25,6 +25,22 @@ impl Export {
     }
 }
 
+/// What a server offers: an export from the client's side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offer {
+    /// Size in bytes.
+    pub size: u64,
+    /// Transmission flags.
+    pub flags: u16,
+}
+
+impl Offer {
+    /// True when it has this transmission flag.
+    pub fn has(self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}
+
 /// The id of the only metadata context, `base:allocation`, in replies.
 pub const ALLOCATION_ID: u32 = 1;
 

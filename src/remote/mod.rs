@@ -5,18 +5,20 @@
 
 mod progress;
 
-use crate::buffer::Buffer;
+use crate::buffer::{Pool, SLICE};
 use crate::command::{encode_command, parse_answer, Answer};
 use crate::endpoint::Endpoint;
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::error::Errno;
-use crate::proto::wire::{command, kind, transmission, Greeting, RequestHead};
+use crate::proto::export::Offer;
+use crate::proto::outbox::PIECES_MAX;
+use crate::proto::wire::{command, kind, transmission, RequestHead};
 use crate::sys;
 pub use progress::Style;
 use progress::{Progress, Report};
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Seek, SeekFrom, Write};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -39,8 +41,6 @@ const LOOK_EVERY_MS: u64 = 250;
 const BACKLOG_RETRY: Duration = Duration::from_millis(20);
 /// The longest answer line that is read, in bytes: the status of more clients than a server lists.
 const MAX_ANSWER: usize = 4 << 20;
-/// How much is moved at once, in bytes.
-const PIECE: usize = 256 << 10;
 
 /// Why a mode failed: the text of its one line.
 #[derive(Debug)]
@@ -70,10 +70,9 @@ pub struct Target {
 /// Reads the range in one request and writes it to `out`.
 pub fn read(target: &Target, out: &mut impl Write) -> Result<(), Error> {
     let mut server = Connection::open(target)?;
-    let head = server.request(kind::READ, 0, target)?;
-    server.await_reply(&head, target.length, |bytes| {
-        out.write_all(bytes).map_err(|error| Error(format!("cannot write to stdout: {error}")))
-    })?;
+    server.request(kind::READ, 0, target)?;
+    server
+        .await_reply(|bytes| out.write_all(bytes).map_err(|error| Error(format!("cannot write to stdout: {error}"))))?;
     out.flush().map_err(|error| Error(format!("cannot write to stdout: {error}")))?;
     server.disconnect()
 }
@@ -84,21 +83,24 @@ pub fn read(target: &Target, out: &mut impl Write) -> Result<(), Error> {
 /// half written.
 pub fn write(target: &Target) -> Result<(), Error> {
     let mut server = Connection::open(target)?;
-    if server.greeting.flags & u32::from(transmission::READ_ONLY) != 0 {
+    if server.offer.has(transmission::READ_ONLY) {
         return Err(Error(format!("{}: the export is read-only; nothing was written", server.server)));
     }
     let mut input = whole_input(u64::from(target.length))?;
-    let fua = if server.greeting.flags & u32::from(transmission::SEND_FUA) == 0 { 0 } else { command::FUA };
-    let head = server.request(kind::WRITE, fua, target)?;
-    let mut piece = vec![0; PIECE];
+    let fua = if server.offer.has(transmission::SEND_FUA) { command::FUA } else { 0 };
+    server.request(kind::WRITE, fua, target)?;
     let mut left = target.length as usize;
     while left > 0 {
-        let piece = piece.get_mut(..left.min(PIECE)).unwrap_or_default();
-        input.read_exact(piece).map_err(|error| Error(format!("cannot read the input: {error}")))?;
-        server.send(piece)?;
-        left -= piece.len();
+        let n = left.min(SLICE);
+        let mut piece = server.pool.take_beyond(n);
+        let room = piece.spare().get_mut(..n).unwrap_or_default();
+        input.read_exact(room).map_err(|error| Error(format!("cannot read the input: {error}")))?;
+        piece.advance(n);
+        server.session.push_payload(piece);
+        server.send()?;
+        left -= n;
     }
-    server.await_reply(&head, 0, |_| Ok(()))?;
+    server.await_reply(|_| Ok(()))?;
     server.disconnect()
 }
 
@@ -201,9 +203,11 @@ fn receive_answer(path: &Path, mut stream: UnixStream) -> Result<Answer, Error> 
 /// A connection to an NBD server whose greeting has come.
 struct Connection {
     stream: File,
-    session: ClientSession,
-    input: Buffer,
-    greeting: Greeting,
+    /// Each request is noted with itself.
+    session: ClientSession<RequestHead>,
+    offer: Offer,
+    /// For what is written, one slice at a time.
+    pool: Pool,
     server: String,
 }
 
@@ -219,29 +223,29 @@ impl Connection {
         let mut connection = Self {
             stream: File::from(fd),
             session: ClientSession::new(target.export.clone()),
-            input: Buffer::with_capacity(PIECE),
-            greeting: Greeting { size: 0, flags: 0 },
+            offer: Offer { size: 0, flags: 0 },
+            pool: Pool::new(SLICE),
             server,
         };
         let give_up = Instant::now() + GREETING_LIMIT;
-        let mut greeting = None;
-        while greeting.is_none() {
+        let mut offer = None;
+        while offer.is_none() {
             // Each byte has its own limit; one now and then must not make a handshake endless.
             if Instant::now() >= give_up {
                 let limit_s = GREETING_LIMIT.as_secs();
                 return Err(Error(format!("{}: the handshake took longer than {limit_s} s", connection.server)));
             }
             connection.events(|event| {
-                if let Event::Greeting(found) = event {
-                    greeting = Some(found);
+                if let Event::Export(found) = event {
+                    offer = Some(found);
                 }
                 Ok(())
             })?;
         }
-        connection.greeting = greeting.unwrap_or(connection.greeting);
+        connection.offer = offer.unwrap_or(connection.offer);
         set_limits(&connection.stream.as_fd(), REQUEST_LIMIT)
             .map_err(|error| Error(format!("{}: cannot set a limit: {error}", connection.server)))?;
-        let size = connection.greeting.size;
+        let size = connection.offer.size;
         if target.offset.saturating_add(u64::from(target.length)) > size {
             return Err(Error(format!(
                 "{}: {} bytes at offset {} go beyond the end of the export, which has {size} bytes",
@@ -251,72 +255,62 @@ impl Connection {
         Ok(connection)
     }
 
-    fn request(&mut self, kind: u16, flags: u16, target: &Target) -> Result<RequestHead, Error> {
-        let (bytes, cookie) = self.session.request(kind, flags, target.offset, target.length);
-        self.send(&bytes)?;
-        Ok(RequestHead { flags, kind, cookie, offset: target.offset, length: target.length })
+    fn request(&mut self, kind: u16, flags: u16, target: &Target) -> Result<(), Error> {
+        let Target { offset, length, .. } = *target;
+        let head = RequestHead { flags, kind, cookie: 0, offset, length };
+        self.session.command(kind, flags, offset, length, head);
+        self.send()
     }
 
-    fn send(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        self.stream
-            .write_all(bytes)
-            .map_err(|error| Error(format!("{}: cannot send: {}", self.server, explain(&error))))
+    /// Sends all that waits.
+    fn send(&mut self) -> Result<(), Error> {
+        let failed = |error: io::Error| Error(format!("{}: cannot send: {}", self.server, explain(&error)));
+        while self.session.wants_send() {
+            let mut slices = [IoSlice::new(&[]); PIECES_MAX];
+            let pieces = self.session.to_send(&mut slices);
+            match self.stream.write_vectored(slices.get(..pieces).unwrap_or_default()) {
+                Ok(0) => return Err(failed(ErrorKind::WriteZero.into())),
+                Ok(n) => self.session.sent(n, &mut self.pool),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        Ok(())
     }
 
     /// Receives once, passes on what it means, and sends what the handshake answers.
-    fn events(&mut self, mut take: impl FnMut(Event<'_>) -> Result<(), Error>) -> Result<(), Error> {
-        self.input.compact();
-        match self.stream.read(self.input.spare()) {
+    fn events(&mut self, mut take: impl FnMut(Event<'_, RequestHead>) -> Result<(), Error>) -> Result<(), Error> {
+        match self.stream.read(self.session.recv_space()) {
             Ok(0) => return Err(Error(format!("{}: the server {}", self.server, self.session.explain_end()))),
-            Ok(n) => self.input.advance(n),
+            Ok(n) => self.session.received(n),
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => return Err(Error(format!("{}: cannot receive: {}", self.server, explain(&error)))),
         }
-        loop {
-            let found = self.session.parse(self.input.filled());
-            match found.map_err(|violation| Error(format!("{}: {violation}", self.server)))? {
-                None => return Ok(()),
-                Some((event, used)) => {
-                    take(event)?;
-                    self.input.consume(used);
-                    let output = self.session.take_output();
-                    self.send(&output)?;
-                }
-            }
+        let violated = |violation| Error(format!("{}: {violation}", self.server));
+        while let Some(event) = self.session.next_event().map_err(violated)? {
+            take(event)?;
         }
+        self.send()
     }
 
-    /// Waits for the reply to the only request there is, and the `left` bytes of data behind it.
-    fn await_reply(
-        &mut self,
-        head: &RequestHead,
-        mut left: u32,
-        mut data: impl FnMut(&[u8]) -> Result<(), Error>,
-    ) -> Result<(), Error> {
+    /// Waits for the reply to the only request there is, and passes on the data it brings.
+    fn await_reply(&mut self, mut data: impl FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Error> {
         let server = self.server.clone();
-        let mut answered = false;
-        while !answered || left > 0 {
+        while self.session.unanswered() > 0 {
             self.events(|event| match event {
-                Event::Reply { error: 0, .. } => {
-                    answered = true;
-                    Ok(())
-                }
-                Event::Reply { error, .. } => {
+                Event::Reply { error: 0, .. } | Event::Export(_) => Ok(()),
+                Event::Reply { note: head, error } => {
                     Err(Error(format!("{server}: the server refused {head}: {} ({error})", Errno::name(error))))
                 }
-                Event::Data { bytes, .. } => {
-                    left = left.saturating_sub(u32::try_from(bytes.len()).unwrap_or(left));
-                    data(bytes)
-                }
-                Event::Handshake | Event::Greeting(_) => Ok(()),
+                Event::Data { bytes, .. } => data(bytes),
             })?;
         }
         Ok(())
     }
 
     fn disconnect(mut self) -> Result<(), Error> {
-        let (bytes, _) = self.session.request(kind::DISC, 0, 0, 0);
-        self.send(&bytes)
+        self.session.disconnect();
+        self.send()
     }
 }
 

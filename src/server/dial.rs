@@ -6,15 +6,11 @@ use crate::buffer::Buffer;
 use crate::migrate::{Abilities, Plan};
 use crate::proto::client::ClientSession;
 use crate::proto::error::{Errno, Violation};
-use crate::proto::outbox::{Outbox, PIECES_MAX};
+use crate::proto::outbox::PIECES_MAX;
 use crate::proto::wire::{kind, option_reply};
-use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
-
-/// How much is received at once, in bytes: hundreds of replies.
-const RECEIVE: usize = 4 << 10;
 
 /// Why an attempt is over.
 #[derive(Debug)]
@@ -101,14 +97,10 @@ pub enum Stage {
 pub struct Link {
     pub(super) stage: Stage,
     pub(super) socket: Socket,
-    pub(super) session: ClientSession,
+    pub(super) session: ClientSession<Asked>,
     pub(super) can: Abilities,
-    pub(super) input: Buffer,
-    pub(super) outbox: Outbox,
-    /// Unanswered requests by their cookies, in the order of sending.
-    pub(super) asked: VecDeque<(u64, Asked)>,
-    /// Memory of data that the disk fills or that waits to be sent, in bytes.
-    pub(super) held: usize,
+    /// Memory of data that the disk fills, in bytes.
+    pub(super) reading: usize,
 }
 
 impl Link {
@@ -119,74 +111,49 @@ impl Link {
             socket,
             session: ClientSession::new(export),
             can: Abilities::default(),
-            input: Buffer::with_capacity(RECEIVE),
-            outbox: Outbox::default(),
-            asked: VecDeque::new(),
-            held: 0,
+            reading: 0,
         }
     }
 
-    /// Queues what the handshake answers, if it does.
-    pub fn send_handshake(&mut self, now_ms: u64) {
-        let output = self.session.take_output();
-        if !output.is_empty() {
-            self.outbox.push_text(output, now_ms);
-        }
+    /// Memory of data that the disk fills or that waits to be sent, in bytes.
+    pub fn buffered(&self) -> usize {
+        self.reading + self.session.buffered()
     }
 
     /// True when something that moves says that the destination is alive. A FLUSH that everything else has overtaken is
     /// waited for by itself.
     pub fn counts_progress(&self) -> bool {
-        !matches!(self.asked.front(), Some((_, Asked::Flush)))
+        !matches!(self.session.oldest(), Some(Asked::Flush))
     }
 
     /// Queues a request without a payload.
-    pub fn send_request(&mut self, kind: u16, asked: Asked, now_ms: u64) {
+    pub fn send_request(&mut self, kind: u16, asked: Asked) {
         let (offset, length) = match &asked {
             Asked::Range(range) => (range.start, u32::try_from(range.end - range.start).unwrap_or(u32::MAX)),
             Asked::Flush => (0, 0),
         };
-        let (head, cookie) = self.session.request(kind, 0, offset, length);
-        self.outbox.push_head(&head, now_ms);
-        self.asked.push_back((cookie, asked));
+        self.session.command(kind, 0, offset, length, asked);
     }
 
     /// Queues a WRITE of what is filled in `buffer`.
-    pub fn send_data(&mut self, range: Range<u64>, buffer: Buffer, now_ms: u64) {
-        self.send_request(kind::WRITE, Asked::Range(range), now_ms);
-        self.outbox.push_payload(buffer, now_ms);
+    pub fn send_data(&mut self, range: Range<u64>, buffer: Buffer) {
+        self.send_request(kind::WRITE, Asked::Range(range));
+        self.session.push_payload(buffer);
     }
 
     /// Sends once, as much as the socket takes; says how much that was.
     pub fn send(&mut self, sh: &mut Shared) -> io::Result<usize> {
         let mut slices = [IoSlice::new(&[]); PIECES_MAX];
-        let pieces = self.outbox.slices(&mut slices);
+        let pieces = self.session.to_send(&mut slices);
         let slices = slices.get(..pieces).unwrap_or_default();
         let sent = self.socket.send(slices)?;
-        self.held -= self.outbox.sent(sent, &mut sh.pool);
+        self.session.sent(sent, &mut sh.pool);
         Ok(sent)
-    }
-
-    /// Takes a reply.
-    pub fn answered(&mut self, cookie: u64, error: u32, plan: &mut Plan, now_ms: u64) -> Result<(), Failure> {
-        let at = self.asked.iter().position(|(asked, _)| *asked == cookie);
-        let Some((_, asked)) = at.and_then(|at| self.asked.remove(at)) else { return Ok(()) };
-        if error != 0 {
-            return Err(Failure::Broken(format!(
-                "the destination answered {asked} with {} ({error})",
-                Errno::name(error)
-            )));
-        }
-        match asked {
-            Asked::Range(range) => plan.acked(&range, now_ms),
-            Asked::Flush => plan.flushed(now_ms),
-        }
-        Ok(())
     }
 
     /// An error when the destination has closed, or when something is on its way although nothing should be.
     pub fn check_quiet(&mut self) -> Result<(), Failure> {
-        if !self.outbox.is_empty() || !self.input.is_empty() {
+        if !self.session.is_quiet() {
             return Err(Failure::Broken("the destination answered what it cannot have read yet".into()));
         }
         match self.socket.receive(&mut [IoSliceMut::new(&mut [0])]) {
@@ -195,6 +162,21 @@ impl Link {
             Ok(Received::Bytes(_)) => Err(Failure::Broken("the destination says something nobody asked for".into())),
             Err(error) => Err(Failure::Broken(format!("cannot receive: {error}"))),
         }
+    }
+}
+
+impl Asked {
+    /// Takes the reply.
+    pub fn answered(&self, error: u32, plan: &mut Plan, now_ms: u64) -> Result<(), Failure> {
+        match self {
+            _ if error != 0 => {
+                let why = format!("the destination answered {self} with {} ({error})", Errno::name(error));
+                return Err(Failure::Broken(why));
+            }
+            Self::Range(range) => plan.acked(range, now_ms),
+            Self::Flush => plan.flushed(now_ms),
+        }
+        Ok(())
     }
 }
 

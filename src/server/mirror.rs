@@ -21,14 +21,15 @@ use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::migrate::{Abilities, Plan, Progress, Step, DATA_MAX};
 use crate::proto::client;
-use crate::proto::wire::{kind, transmission, Greeting};
+use crate::proto::export::Offer;
+use crate::proto::wire::{kind, transmission};
 use crate::sys;
 use crate::work::{self, Done, Op};
 use log::{info, warn};
 use mio::event::Event;
 use mio::net::TcpStream;
 use std::fmt;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
@@ -41,7 +42,7 @@ const RETRY_MS: u64 = 1_000;
 /// How long the destination may take to close after DISC, in milliseconds. It has flushed before.
 const LEAVING_MS: u64 = 10_000;
 /// Memory for data between the disk and the socket, in bytes: four slices, as for a client.
-const MAX_HELD: usize = 4 * SLICE;
+const BUFFERED_MAX: usize = 4 * SLICE;
 /// Pieces of the image looked at in one turn: clients come first.
 const STEPS_PER_TURN: usize = 64;
 /// How many failed attempts are logged, one by one, in so many milliseconds; more are counted.
@@ -154,20 +155,20 @@ impl Mirror {
             sh.pool.give(buffer);
             return Next::Idle;
         };
+        link.reading -= buffer.capacity();
         if let Err(error) = done.result {
-            link.held -= buffer.capacity();
             sh.pool.give(buffer);
             let why = format!("cannot read the image at offset {}: {error}", range.start);
             return self.failed(&Failure::Broken(why), key, sh);
         }
-        link.send_data(range, buffer, sh.now_ms);
+        link.send_data(range, buffer);
         Next::Idle
     }
 
     /// Sends once.
     pub fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let Some(link) = &mut self.link else { return Next::Idle };
-        if link.stage == Stage::Connecting || link.outbox.is_empty() || !link.socket.writable() {
+        if link.stage == Stage::Connecting || !link.session.wants_send() || !link.socket.writable() {
             return Next::Idle;
         }
         match link.send(sh) {
@@ -313,11 +314,10 @@ impl Mirror {
     /// Receives once and takes what it means.
     fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
         let Some(link) = self.link.as_mut().filter(|link| link.socket.readable()) else { return Ok(Next::Idle) };
-        link.input.compact();
-        match link.socket.receive(&mut [IoSliceMut::new(link.input.spare())]) {
+        match link.socket.receive(&mut [IoSliceMut::new(link.session.recv_space())]) {
             Ok(Received::End) => return Err(Failure::Closed(link.session.explain_end())),
             Ok(Received::Nothing) => return Ok(Next::Idle),
-            Ok(Received::Bytes(n)) => link.input.advance(n),
+            Ok(Received::Bytes(n)) => link.session.received(n),
             Err(error) => return Err(Failure::Broken(format!("cannot receive: {error}"))),
         }
         self.deadline_ms = match link.stage {
@@ -327,43 +327,31 @@ impl Mirror {
         };
         loop {
             let Some(link) = &mut self.link else { return Ok(Next::Idle) };
-            match link.session.parse(link.input.filled())? {
+            match link.session.next_event()? {
                 None => return Ok(Next::Again),
-                Some((event, used)) => {
-                    let greeting = match event {
-                        client::Event::Greeting(greeting) => Some(greeting),
-                        client::Event::Reply { cookie, error } => {
-                            if let Some(plan) = sh.life.plan() {
-                                link.answered(cookie, error, plan, sh.now_ms)?;
-                            }
-                            None
-                        }
-                        client::Event::Handshake => {
-                            link.send_handshake(sh.now_ms);
-                            None
-                        }
-                        client::Event::Data { .. } => None,
-                    };
-                    link.input.consume(used);
-                    if let Some(greeting) = greeting {
-                        self.greeted(greeting, key, sh)?;
+                Some(client::Event::Export(offer)) => self.greeted(offer, key, sh)?,
+                Some(client::Event::Reply { note, error }) => {
+                    if let Some(plan) = sh.life.plan() {
+                        note.answered(error, plan, sh.now_ms)?;
                     }
                 }
+                // Nothing is read from the destination.
+                Some(client::Event::Data { .. }) => {}
             }
         }
     }
 
-    fn greeted(&mut self, greeting: Greeting, key: Key, sh: &mut Shared) -> Result<(), Failure> {
+    fn greeted(&mut self, offer: Offer, key: Key, sh: &mut Shared) -> Result<(), Failure> {
         let size = sh.disk.size();
-        if greeting.size != size {
-            return Err(Failure::Size { remote: greeting.size, local: size });
+        if offer.size != size {
+            return Err(Failure::Size { remote: offer.size, local: size });
         }
         let Some(link) = &mut self.link else { return Ok(()) };
-        let offers = |flag: u16| greeting.flags & u32::from(flag) != 0;
-        if offers(transmission::READ_ONLY) {
+        if offer.has(transmission::READ_ONLY) {
             return Err(Failure::ReadOnly);
         }
-        link.can = Abilities { zero: offers(transmission::SEND_WRITE_ZEROES), flush: offers(transmission::SEND_FLUSH) };
+        link.can =
+            Abilities { zero: offer.has(transmission::SEND_WRITE_ZEROES), flush: offer.has(transmission::SEND_FLUSH) };
         link.stage = Stage::Copying;
         self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
         if let Some(plan) = sh.life.plan() {
@@ -396,15 +384,15 @@ impl Mirror {
             if !sh.disk.has_room() {
                 return Ok(Next::WaitDisk);
             }
-            if link.held >= MAX_HELD {
+            if link.buffered() >= BUFFERED_MAX {
                 return Ok(Next::Idle);
             }
             // It has to be there before the plan is asked, because what the plan says is to be done has to be done.
-            let buffer = if link.held == 0 { Some(sh.pool.take_beyond(SLICE)) } else { sh.pool.take(SLICE) };
+            let buffer = if link.buffered() == 0 { Some(sh.pool.take_beyond(SLICE)) } else { sh.pool.take(SLICE) };
             let Some(mut buffer) = buffer else { return Ok(Next::Idle) };
             match plan.next(sh.now_ms) {
                 Step::Data(range) => {
-                    link.held += buffer.capacity();
+                    link.reading += buffer.capacity();
                     let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
                     let action = work::Action::Read { offset: range.start, length, skip_hole: false, buffer };
                     let taken = sh.disk.submit(Op { owner: key.to_u64(), tag: self.next_tag, action });
@@ -413,14 +401,13 @@ impl Mirror {
                     self.next_tag = self.next_tag.wrapping_add(1);
                 }
                 Step::Zero(range) if !link.can.zero => {
-                    link.held += buffer.capacity();
                     let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
                     debug_assert!(range.end - range.start <= DATA_MAX, "zeroes as data come in pieces of data");
                     if let Some(zeroes) = buffer.spare().get_mut(..length) {
                         zeroes.fill(0);
                     }
                     buffer.advance(length);
-                    link.send_data(range, buffer, sh.now_ms);
+                    link.send_data(range, buffer);
                 }
                 step => {
                     sh.pool.give(buffer);
@@ -429,10 +416,10 @@ impl Mirror {
                             let extent = sh.disk.extent(offset, u64::MAX);
                             plan.note_extent(extent.range, extent.is_hole);
                         }
-                        Step::Zero(range) => link.send_request(kind::WRITE_ZEROES, Asked::Range(range), sh.now_ms),
+                        Step::Zero(range) => link.send_request(kind::WRITE_ZEROES, Asked::Range(range)),
                         Step::Flush => {
                             self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
-                            link.send_request(kind::FLUSH, Asked::Flush, sh.now_ms);
+                            link.send_request(kind::FLUSH, Asked::Flush);
                         }
                         Step::Quiesce => {
                             info!("{self}: {} bytes left; pausing clients", plan.progress().left_bytes);
@@ -462,10 +449,10 @@ impl Mirror {
             let path = sh.disk.path().display();
             sh.disk.unlink().map_err(|error| Failure::Broken(format!("cannot unlink {path}: {error}")))?;
         }
-        let (disc, _) = link.session.request(kind::DISC, 0, 0, 0);
-        let sent = match link.socket.send(&[IoSlice::new(&disc)]) {
-            Ok(n) if n == disc.len() => Ok(()),
-            Ok(n) => Err(format!("sent {n} of {} bytes of DISC", disc.len())),
+        link.session.disconnect();
+        let sent = match link.send(sh) {
+            Ok(_) if !link.session.wants_send() => Ok(()),
+            Ok(n) => Err(format!("sent only {n} bytes of DISC")),
             Err(error) => Err(format!("cannot send DISC: {error}")),
         };
         match sent {
@@ -518,7 +505,7 @@ impl Mirror {
 
     fn drop_link(&mut self, sh: &mut Shared) {
         if let Some(mut link) = self.link.take() {
-            link.outbox.release(&mut sh.pool);
+            link.session.release(&mut sh.pool);
         }
         self.reads.iter_mut().for_each(|(_, range)| *range = None);
         self.wake_ms = None;

@@ -4,11 +4,11 @@ use crate::plan::{is_fua, Ask, Plan};
 use flexnbd::buffer::{Pool, SLICE};
 use flexnbd::proto::client::{ClientSession, Event};
 use flexnbd::proto::error::{Errno, Violation};
-use flexnbd::proto::export::{Export, Style};
+use flexnbd::proto::export::{Export, Offer, Style};
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::Request;
 use flexnbd::proto::server::{End, Failed, Pass, ServerSession, Step, Tally, BUFFERED_MAX, IN_FLIGHT_MAX};
-use flexnbd::proto::wire::{kind, Greeting, GREETING_LEN, REQUEST_LEN};
+use flexnbd::proto::wire::{kind, GREETING_LEN, REQUEST_LEN};
 use flexnbd::work::{Action, Done};
 use std::collections::HashSet;
 use std::io::{ErrorKind, IoSlice};
@@ -84,45 +84,38 @@ fn error(errno: Errno) -> ErrorKind {
 /// What the client has made of the bytes sent to it, and when it should have been served.
 struct Client<'a> {
     plan: &'a Plan,
-    session: ClientSession,
-    unparsed: Vec<u8>,
+    session: ClientSession<u64>,
     /// When the first byte of each request was received, until its reply is complete.
     since_ms: Vec<Option<u64>>,
     complete: Vec<bool>,
 }
 
 impl Client<'_> {
-    fn parse(&mut self, bytes: &[u8], outcome: &mut Outcome) {
+    fn receive(&mut self, mut bytes: &[u8], outcome: &mut Outcome) {
         outcome.wire.extend_from_slice(bytes);
-        self.unparsed.extend_from_slice(bytes);
-        let mut at = 0;
-        while let Some((event, used)) = self.session.parse(&self.unparsed[at..]).expect("the server speaks NBD") {
-            at += used;
-            let cookie = match event {
-                Event::Handshake => unreachable!("an oldstyle server does not haggle"),
-                Event::Greeting(greeting) => {
-                    let flags = u32::from(Export { size: 0 }.flags(Style::Oldstyle));
-                    assert_eq!(greeting, Greeting { size: self.plan.before.len() as u64, flags });
-                    continue;
+        while !bytes.is_empty() {
+            let n = std::io::Read::read(&mut bytes, self.session.recv_space()).unwrap();
+            assert!(n > 0, "it needs bytes and has no space");
+            self.session.received(n);
+            while let Some(event) = self.session.next_event().expect("the server speaks NBD") {
+                match event {
+                    Event::Export(offer) => {
+                        let export = Export { size: self.plan.before.len() as u64 };
+                        assert_eq!(offer, Offer { size: export.size, flags: export.flags(Style::Oldstyle) });
+                    }
+                    Event::Data { note: &cookie, bytes } => {
+                        outcome.replies[index(cookie)].get_or_insert_default().1.extend_from_slice(bytes);
+                    }
+                    Event::Reply { note: cookie, error } => {
+                        let reply = outcome.replies[index(cookie)].get_or_insert_default();
+                        assert!(reply.1.is_empty() || error == 0, "data of a READ that failed");
+                        reply.0 = error;
+                        self.since_ms[index(cookie)] = None;
+                        assert!(!std::mem::replace(&mut self.complete[index(cookie)], true), "answered twice");
+                    }
                 }
-                Event::Reply { cookie, error } => {
-                    let reply = &mut outcome.replies[index(cookie)];
-                    assert!(reply.replace((error, Vec::new())).is_none(), "answered twice");
-                    cookie
-                }
-                Event::Data { cookie, bytes } => {
-                    outcome.replies[index(cookie)].as_mut().unwrap().1.extend_from_slice(bytes);
-                    cookie
-                }
-            };
-            let (error, data) = outcome.replies[index(cookie)].as_ref().unwrap();
-            let head = self.plan.asks[index(cookie)].head;
-            if head.kind != kind::READ || *error != 0 || data.len() == head.length as usize {
-                self.since_ms[index(cookie)] = None;
-                self.complete[index(cookie)] = true;
             }
         }
-        self.unparsed.drain(..at);
     }
 
     fn note_received(&mut self, from: usize, to: usize, now_ms: u64) {
@@ -219,7 +212,6 @@ pub fn run(plan: &Plan, cap: usize, schedule: &mut dyn Schedule) -> Outcome {
         client: Client {
             plan,
             session: plan.client(),
-            unparsed: Vec::new(),
             since_ms: vec![None; requests],
             complete: vec![false; requests],
         },
@@ -337,7 +329,7 @@ impl Pair<'_> {
                 let mut left = n;
                 for slice in &slices[..pieces] {
                     let (piece, _) = slice.split_at(left.min(slice.len()));
-                    self.client.parse(piece, &mut self.outcome);
+                    self.client.receive(piece, &mut self.outcome);
                     left -= piece.len();
                 }
                 self.server.sent(n, &mut self.pool);

@@ -71,12 +71,14 @@ impl Plan {
         Self { after: before.clone(), before, asks: Vec::new(), stream: Vec::new(), end: Ok(End::EndOfStream) }
     }
 
-    /// The client's side of it, all requests asked.
-    pub fn client(&self) -> ClientSession {
-        let mut client = ClientSession::default();
+    /// The client's side of it, all requests asked and noted with their cookies.
+    pub fn client(&self) -> ClientSession<u64> {
+        let mut client = ClientSession::new(String::new());
         for Ask { head, .. } in &self.asks {
-            let (_, cookie) = client.request(head.kind, head.flags, head.offset, head.length);
-            assert_eq!(cookie, head.cookie);
+            match head.kind {
+                kind::DISC => client.disconnect(),
+                _ => client.command(head.kind, head.flags, head.offset, head.length, head.cookie),
+            }
         }
         client
     }

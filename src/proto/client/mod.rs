@@ -1,241 +1,276 @@
-//! The client's side of a conversation: what `read`, `write` and a migration speak. Requests in, bytes out; bytes in,
-//! events out. Never sees a socket, a file or a clock.
+//! One conversation with a server from the client's side: commands in, bytes out; bytes in, events out. What `read`,
+//! `write` and a migration speak.
+//!
+//! Owns what was received and not understood yet, what waits to be sent, and the commands that are not answered. Never
+//! sees a socket, a file or a clock.
 //!
 //! The greeting tells oldstyle from newstyle. Structured replies are never asked for, so every reply is a simple one.
 //!
 //! Specification: "Oldstyle negotiation", "Newstyle negotiation", "Request message", "Simple reply message".
 
 mod handshake;
+#[cfg(test)]
+mod tests;
+mod unanswered;
 
+use crate::buffer::{Buffer, Pool};
 use crate::proto::error::Violation;
+use crate::proto::export::Offer;
+use crate::proto::outbox::{Outbox, PIECES_MAX};
 use crate::proto::wire::{
-    kind, Fields, Greeting, RequestHead, SimpleReply, GREETING_LEN, IHAVEOPT, NBDMAGIC, NEWSTYLE_GREETING_LEN,
-    OLDSTYLE_MAGIC, REQUEST_LEN, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC,
+    kind, Fields, RequestHead, SimpleReply, GREETING_LEN, IHAVEOPT, NBDMAGIC, NEWSTYLE_GREETING_LEN, OLDSTYLE_MAGIC,
+    SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC,
 };
-use handshake::Haggle;
-use std::collections::VecDeque;
+use handshake::{Haggle, Haggled};
+use std::io::IoSlice;
+use unanswered::Unanswered;
+
+/// How much is received at once, in bytes: thousands of replies, or a piece of data.
+const RECEIVE: usize = 64 << 10;
+
+/// Commands do not age here: whoever asks keeps the deadlines.
+const AGELESS: u64 = 0;
 
 /// What the server said.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Event<'a> {
-    /// A part of a newstyle handshake; there may be something to send ([`ClientSession::take_output`]).
-    Handshake,
-    /// The export, before anything but [`Event::Handshake`]. From now on requests may be sent.
-    Greeting(Greeting),
-    /// The request with this cookie is answered: 0, or the error of the specification. Data of a READ follows.
-    Reply {
-        /// Of the request.
-        cookie: u64,
-        /// 0, or what went wrong.
-        error: u32,
-    },
-    /// The next bytes of the READ with this cookie.
+pub enum Event<'a, T> {
+    /// What the export is. It comes once and first; from now on commands may be given.
+    Export(Offer),
+    /// The next bytes that a READ brings, in their order.
     Data {
-        /// Of the READ.
-        cookie: u64,
-        /// What was read, in its order.
+        /// What was noted with the READ.
+        note: &'a T,
+        /// What was read.
         bytes: &'a [u8],
+    },
+    /// A command is answered, and its data has come.
+    Reply {
+        /// What was noted with the command.
+        note: T,
+        /// 0, or the error of the specification.
+        error: u32,
     },
 }
 
 #[derive(Debug)]
 enum State {
-    /// The export to ask for.
+    /// With the name of the export to ask for.
     Greeting(String),
-    Haggle(Haggle),
+    Handshake(Haggle),
     Reply,
+    /// Data of the READ with this cookie.
     Payload {
         cookie: u64,
         left: u32,
     },
 }
 
-/// One conversation with a server.
+/// One conversation with a server. Each command carries a note of the caller's, which comes back with its reply.
 #[derive(Debug)]
-pub struct ClientSession {
+pub struct ClientSession<T> {
     state: State,
-    next_cookie: u64,
-    /// Requests without a reply: their cookies, and how many bytes a good reply brings.
-    waiting: VecDeque<(u64, u32)>,
+    inbox: Buffer,
+    unanswered: Unanswered<T>,
+    outbox: Outbox,
+    /// Memory of the payloads that wait to be sent.
+    buffered: usize,
 }
 
-impl Default for ClientSession {
-    /// A conversation about the export without a name.
-    fn default() -> Self {
-        Self::new(String::new())
-    }
-}
-
-impl ClientSession {
+impl<T> ClientSession<T> {
     /// A conversation about the export of this name, which is at most 4096 bytes long; an empty one is the default
     /// export.
     pub fn new(export: String) -> Self {
-        Self { state: State::Greeting(export), next_cookie: 1, waiting: VecDeque::new() }
-    }
-
-    /// The bytes of a request, and the cookie its reply will carry. A WRITE's payload is the caller's to send behind it.
-    pub fn request(&mut self, kind: u16, flags: u16, offset: u64, length: u32) -> ([u8; REQUEST_LEN], u64) {
-        let cookie = self.next_cookie;
-        self.next_cookie = self.next_cookie.wrapping_add(1);
-        if kind != kind::DISC {
-            self.waiting.push_back((cookie, if kind == kind::READ { length } else { 0 }));
+        Self {
+            state: State::Greeting(export),
+            inbox: Buffer::with_capacity(RECEIVE),
+            unanswered: Unanswered::new(),
+            outbox: Outbox::default(),
+            buffered: 0,
         }
-        (RequestHead { flags, kind, cookie, offset, length }.encode(), cookie)
     }
 
-    /// How many requests have no reply yet.
+    /// Where to receive into. It is not empty when [`ClientSession::next_event`] has nothing more to say.
+    pub fn recv_space(&mut self) -> &mut [u8] {
+        self.inbox.compact();
+        self.inbox.spare()
+    }
+
+    /// Counts `n` bytes received into [`ClientSession::recv_space`].
+    pub fn received(&mut self, n: usize) {
+        self.inbox.advance(n);
+    }
+
+    /// What the server said next. To be called until there is nothing more: `None` needs more bytes. After a
+    /// [`Violation`] the connection has to be closed.
+    pub fn next_event(&mut self) -> Result<Option<Event<'_, T>>, Violation> {
+        loop {
+            match &mut self.state {
+                State::Greeting(_) => match self.take_greeting()? {
+                    Greeted::NeedBytes => return Ok(None),
+                    Greeted::Oldstyle(offer) => return Ok(Some(Event::Export(offer))),
+                    Greeted::Newstyle => {}
+                },
+                State::Handshake(haggle) => {
+                    let mut said = Vec::new();
+                    let Some((used, haggled)) = haggle.step(self.inbox.filled(), &mut said)? else { return Ok(None) };
+                    self.inbox.consume(used);
+                    self.say(said);
+                    if let Haggled::Transmission(offer) = haggled {
+                        self.state = State::Reply;
+                        return Ok(Some(Event::Export(offer)));
+                    }
+                }
+                State::Reply => {
+                    let Some(bytes) = self.inbox.filled().first_chunk::<SIMPLE_REPLY_LEN>() else { return Ok(None) };
+                    let (magic, SimpleReply { error, cookie }) = SimpleReply::parse(bytes);
+                    if magic != SIMPLE_REPLY_MAGIC {
+                        return Err(Violation::BadReplyMagic(magic));
+                    }
+                    self.inbox.consume(SIMPLE_REPLY_LEN);
+                    let (left, _) = self.unanswered.get(cookie).ok_or(Violation::UnknownCookie(cookie))?;
+                    if error != 0 || left == 0 {
+                        return self.answered(cookie, error).map(Some);
+                    }
+                    self.state = State::Payload { cookie, left };
+                }
+                &mut State::Payload { cookie, left: 0 } => {
+                    self.state = State::Reply;
+                    return self.answered(cookie, 0).map(Some);
+                }
+                State::Payload { .. } if self.inbox.is_empty() => return Ok(None),
+                State::Payload { cookie, left } => {
+                    let (_, note) = self.unanswered.get(*cookie).ok_or(Violation::UnknownCookie(*cookie))?;
+                    let bytes = self.inbox.take(*left as usize);
+                    *left = left.saturating_sub(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
+                    return Ok(Some(Event::Data { note, bytes }));
+                }
+            }
+        }
+    }
+
+    /// Gives a command. The payload of a WRITE has to follow before the next one ([`ClientSession::push_payload`]).
+    pub fn command(&mut self, kind: u16, flags: u16, offset: u64, length: u32, note: T) {
+        let cookie = self.unanswered.push(if kind == kind::READ { length } else { 0 }, note);
+        self.outbox.push_head(&RequestHead { flags, kind, cookie, offset, length }.encode(), AGELESS);
+    }
+
+    /// Hands over the payload of the last command, or the next piece of it.
+    pub fn push_payload(&mut self, payload: Buffer) {
+        self.buffered += payload.capacity();
+        self.outbox.push_payload(payload, AGELESS);
+    }
+
+    /// Says that nothing more will come. A server does not answer that, it closes the connection.
+    pub fn disconnect(&mut self) {
+        let head = RequestHead { flags: 0, kind: kind::DISC, cookie: 0, offset: 0, length: 0 };
+        self.outbox.push_head(&head.encode(), AGELESS);
+    }
+
+    /// The bytes to write next, for one vectored write; says how many slices it filled.
+    pub fn to_send<'a>(&'a self, slices: &mut [IoSlice<'a>; PIECES_MAX]) -> usize {
+        self.outbox.slices(slices)
+    }
+
+    /// The socket has taken the first `n` of those bytes.
+    pub fn sent(&mut self, n: usize, pool: &mut Pool) {
+        self.buffered -= self.outbox.sent(n, pool);
+    }
+
+    /// True while there are bytes to write.
+    pub fn wants_send(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    /// Memory of the payloads that wait to be sent, in bytes.
+    pub fn buffered(&self) -> usize {
+        self.buffered
+    }
+
+    /// How many commands are not answered.
     pub fn unanswered(&self) -> usize {
-        self.waiting.len()
+        self.unanswered.len()
     }
 
-    /// What the handshake wants sent, once; empty when it wants nothing.
-    pub fn take_output(&mut self) -> Vec<u8> {
-        match &mut self.state {
-            State::Haggle(haggle) => haggle.take_output(),
-            State::Greeting(_) | State::Reply | State::Payload { .. } => Vec::new(),
-        }
+    /// What was noted with the command that has waited longest for its answer.
+    pub fn oldest(&self) -> Option<&T> {
+        self.unanswered.oldest()
     }
 
-    /// What it means that the server ends the connection here, for people: how a sentence goes on that begins with the
-    /// server.
+    /// True when nothing is under way: every command has left and is answered, and not a byte has come that nobody
+    /// asked for.
+    pub fn is_quiet(&self) -> bool {
+        self.outbox.is_empty() && self.unanswered.len() == 0 && self.inbox.is_empty()
+    }
+
+    /// Completes a sentence "the server …" that says what closing at this point means.
     pub fn explain_end(&self) -> &'static str {
         match &self.state {
             State::Greeting(_) => {
                 "closed the connection before its greeting: its access control list may refuse this address, or it has \
                  no room for a client"
             }
-            State::Haggle(haggle) if haggle.asked_by_name() => {
+            State::Handshake(haggle) if haggle.asked_by_name() => {
                 "closed the connection when asked for the export, as a server does that has none of this name"
             }
-            State::Haggle(_) => "closed the connection in the middle of the negotiation",
+            State::Handshake(_) => "closed the connection in the middle of the negotiation",
             State::Reply | State::Payload { .. } => "closed the connection half-way",
         }
     }
 
-    /// Looks at what was received: the next event and how many bytes it took, or `None` when it needs more: never more
-    /// than [`GREETING_LEN`].
-    pub fn parse<'a>(&mut self, input: &'a [u8]) -> Result<Option<(Event<'a>, usize)>, Violation> {
-        match &mut self.state {
-            State::Greeting(_) => self.greeting(input),
-            State::Haggle(haggle) => Ok(haggle.step(input)?.map(|(used, export)| match export {
-                None => (Event::Handshake, used),
-                Some(export) => {
-                    self.state = State::Reply;
-                    (Event::Greeting(export), used)
-                }
-            })),
-            State::Reply => {
-                let Some(bytes) = input.first_chunk::<SIMPLE_REPLY_LEN>() else { return Ok(None) };
-                let (magic, SimpleReply { error, cookie }) = SimpleReply::parse(bytes);
-                if magic != SIMPLE_REPLY_MAGIC {
-                    return Err(Violation::BadReplyMagic(magic));
-                }
-                let found = self.waiting.iter().position(|&(waiting, _)| waiting == cookie);
-                let (_, length) =
-                    found.and_then(|at| self.waiting.remove(at)).ok_or(Violation::UnknownCookie(cookie))?;
-                if error == 0 && length > 0 {
-                    self.state = State::Payload { cookie, left: length };
-                }
-                Ok(Some((Event::Reply { cookie, error }, SIMPLE_REPLY_LEN)))
-            }
-            State::Payload { .. } if input.is_empty() => Ok(None),
-            &mut State::Payload { cookie, left } => {
-                let bytes = input.get(..left as usize).unwrap_or(input);
-                let left = left.saturating_sub(u32::try_from(bytes.len()).unwrap_or(left));
-                self.state = if left == 0 { State::Reply } else { State::Payload { cookie, left } };
-                Ok(Some((Event::Data { cookie, bytes }, bytes.len())))
-            }
-        }
+    /// Gives back all memory of the pool: the connection is gone.
+    pub fn release(&mut self, pool: &mut Pool) {
+        self.outbox.release(pool);
+        self.buffered = 0;
     }
 
     /// The first 16 bytes tell what the server speaks. They are judged as soon as they are there, because something else
     /// than an NBD server often says less than a greeting and then waits.
-    fn greeting<'a>(&mut self, input: &'a [u8]) -> Result<Option<(Event<'a>, usize)>, Violation> {
-        let State::Greeting(export) = &mut self.state else { return Ok(None) };
-        let mut fields = Fields(input);
+    fn take_greeting(&mut self) -> Result<Greeted, Violation> {
+        let State::Greeting(export) = &mut self.state else { return Ok(Greeted::NeedBytes) };
+        let mut fields = Fields(self.inbox.filled());
         match fields.u64().zip(fields.u64()) {
-            None => Ok(None),
+            None => Ok(Greeted::NeedBytes),
             Some((NBDMAGIC, OLDSTYLE_MAGIC)) if !export.is_empty() => Err(Violation::NoExportNames),
             Some((NBDMAGIC, OLDSTYLE_MAGIC)) => {
-                let (Some(size), Some(flags), true) = (fields.u64(), fields.u32(), input.len() >= GREETING_LEN) else {
-                    return Ok(None);
+                // Oldstyle has room for 32 bits of flags, of which the lower 16 mean something.
+                let (Some(size), Some(_), Some(flags)) = (fields.u64(), fields.u16(), fields.u16()) else {
+                    return Ok(Greeted::NeedBytes);
                 };
+                if self.inbox.len() < GREETING_LEN {
+                    return Ok(Greeted::NeedBytes);
+                }
+                self.inbox.consume(GREETING_LEN);
                 self.state = State::Reply;
-                Ok(Some((Event::Greeting(Greeting { size, flags }), GREETING_LEN)))
+                Ok(Greeted::Oldstyle(Offer { size, flags }))
             }
             Some((NBDMAGIC, IHAVEOPT)) => {
-                let Some(offered) = fields.u16() else { return Ok(None) };
-                self.state = State::Haggle(Haggle::begin(std::mem::take(export), offered));
-                Ok(Some((Event::Handshake, NEWSTYLE_GREETING_LEN)))
+                let Some(offered) = fields.u16() else { return Ok(Greeted::NeedBytes) };
+                self.inbox.consume(NEWSTYLE_GREETING_LEN);
+                let (haggle, said) = Haggle::begin(std::mem::take(export), offered);
+                self.state = State::Handshake(haggle);
+                self.say(said);
+                Ok(Greeted::Newstyle)
             }
             Some((first, second)) => Err(Violation::NotNbd(first, second)),
         }
     }
+
+    /// Queues a part of the handshake.
+    fn say(&mut self, bytes: Vec<u8>) {
+        if !bytes.is_empty() {
+            self.outbox.push_text(bytes, AGELESS);
+        }
+    }
+
+    fn answered(&mut self, cookie: u64, error: u32) -> Result<Event<'_, T>, Violation> {
+        let note = self.unanswered.take(cookie).ok_or(Violation::UnknownCookie(cookie))?;
+        Ok(Event::Reply { note, error })
+    }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::proto::wire::command;
-
-    /// Feeds the stream in pieces of `step` bytes and collects what comes out, data joined.
-    fn run(session: &mut ClientSession, stream: &[u8], step: usize) -> Result<(Vec<String>, Vec<u8>), Violation> {
-        let (mut events, mut data, mut input) = (Vec::new(), Vec::new(), Vec::new());
-        for piece in stream.chunks(step) {
-            input.extend_from_slice(piece);
-            while let Some((event, used)) = session.parse(&input)? {
-                match event {
-                    Event::Data { bytes, .. } => data.extend_from_slice(bytes),
-                    other => events.push(format!("{other:?}")),
-                }
-                input.drain(..used);
-            }
-        }
-        Ok((events, data))
-    }
-
-    fn reply(error: u32, cookie: u64) -> Vec<u8> {
-        SimpleReply { error, cookie }.encode().to_vec()
-    }
-
-    #[test]
-    fn replies_in_any_order_and_any_pieces() {
-        let mut stream = Greeting { size: 4096, flags: 13 }.encode().to_vec();
-        stream.extend(reply(0, 2));
-        stream.extend(reply(0, 1));
-        stream.extend(b"0123456789");
-        stream.extend(reply(28, 3));
-        for step in 1..=stream.len() {
-            let mut session = ClientSession::default();
-            assert_eq!(session.request(kind::READ, 0, 0, 10).1, 1);
-            assert_eq!(session.request(kind::FLUSH, 0, 0, 0).1, 2);
-            assert_eq!(session.request(kind::WRITE, command::FUA, 0, 99).1, 3);
-            session.request(kind::DISC, 0, 0, 0);
-            assert_eq!(session.unanswered(), 3);
-            let (events, data) = run(&mut session, &stream, step).unwrap();
-            assert_eq!(data, b"0123456789");
-            assert_eq!(
-                events,
-                [
-                    "Greeting(Greeting { size: 4096, flags: 13 })",
-                    "Reply { cookie: 2, error: 0 }",
-                    "Reply { cookie: 1, error: 0 }",
-                    "Reply { cookie: 3, error: 28 }"
-                ]
-            );
-            assert_eq!(session.unanswered(), 0);
-        }
-    }
-
-    #[test]
-    fn garbage_ends_the_conversation() {
-        let ssh = b"SSH-2.0-Something";
-        assert!(matches!(run(&mut ClientSession::default(), ssh, 1), Err(Violation::NotNbd(..))));
-        let mut stream = Greeting { size: 4096, flags: 13 }.encode().to_vec();
-        stream.extend(reply(0, 77));
-        assert_eq!(run(&mut ClientSession::default(), &stream, 1), Err(Violation::UnknownCookie(77)));
-        let mut stream = Greeting { size: 4096, flags: 13 }.encode().to_vec();
-        stream.extend([0; 16]);
-        assert_eq!(run(&mut ClientSession::default(), &stream, 5), Err(Violation::BadReplyMagic(0)));
-    }
+/// What a greeting led to.
+enum Greeted {
+    NeedBytes,
+    Oldstyle(Offer),
+    Newstyle,
 }
