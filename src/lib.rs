@@ -17,7 +17,7 @@
 //!  disk      the image
 //!  work      what may be asked of an image
 //!  buffer    memory for payloads             bitmap    ranges of a file sys      libc, the only unsafe code
-//!  endpoint  where a server is               fuzzing   ways in for fuzzers; nothing of the program uses it
+//!  endpoint  where a server is
 //! ```
 //!
 //! What is marked PURE in its own docs sees no socket, no file and no clock, and is tested and fuzzed on bytes alone.
@@ -65,7 +65,6 @@ pub mod command;
 pub mod disk;
 pub mod endpoint;
 pub mod event;
-pub mod fuzzing;
 pub mod logging;
 pub mod migrate;
 pub mod proto;

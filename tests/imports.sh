@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../src"
 layers=(
     "main"
     "cli"
-    "server remote fuzzing"
+    "server remote"
     "proto command acl migrate disk event logging endpoint"
     "work"
     "bitmap buffer sys"

@@ -1,4 +1,4 @@
 //! Fuzzes access control list entries and addresses.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| flexnbd::fuzzing::acl(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| oracles::acl(data));

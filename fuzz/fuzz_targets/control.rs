@@ -1,4 +1,4 @@
 //! Fuzzes control commands.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| flexnbd::fuzzing::control(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| oracles::control(data));

@@ -1,4 +1,4 @@
 //! Fuzzes the client's half of a newstyle negotiation.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| flexnbd::fuzzing::haggling(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| oracles::haggling(data));

@@ -1,4 +1,4 @@
 //! Fuzzes a whole newstyle session: haggling, then requests.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| flexnbd::fuzzing::newstyle_session(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| oracles::newstyle_session(data));

@@ -1,4 +1,4 @@
 //! Fuzzes the request stream of a session.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| flexnbd::fuzzing::session(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| oracles::session(data));

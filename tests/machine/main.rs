@@ -11,6 +11,8 @@
 mod client;
 mod kept;
 mod newstyle;
+#[path = "../../fuzz/src/lib.rs"]
+mod oracles;
 mod pair;
 mod plan;
 mod scripts;

@@ -4,10 +4,10 @@
 //! What a fuzzer finds is added to their folder by hand, under another name, and replayed like the rest.
 
 use crate::newstyle::{contexts, everything, option, Talk};
+use crate::oracles::{acl, client, control, haggling, newstyle_session, session, CHOICES};
 use crate::plan::{head, Plan};
 use crate::scripts::short;
 use flexnbd::buffer::SLICE;
-use flexnbd::fuzzing::{acl, client, control, haggling, newstyle_session, session, CHOICES};
 use flexnbd::proto::wire::{kind, option as opt, Greeting, SimpleReply};
 use std::fs;
 use std::path::PathBuf;

@@ -1,18 +1,18 @@
-//! PURE: the newstyle entry points of the fuzzers: haggling alone, and a whole session.
+//! PURE: the newstyle oracles: haggling alone, and a whole session.
 
 use super::{converse, done, Choices, ENOUGH, EXPORT, POOLS};
-use crate::buffer::SLICE;
-use crate::proto::error::{Errno, Violation};
-use crate::proto::export::{Agreed, Export, Style};
-use crate::proto::server::handshake::{Haggle, Haggled, OPTION_MAX};
-use crate::proto::server::request::refuse;
-use crate::proto::server::{End, ServerSession};
-use crate::proto::wire::{
+use flexnbd::buffer::SLICE;
+use flexnbd::proto::error::{Errno, Violation};
+use flexnbd::proto::export::{Agreed, Export, Style};
+use flexnbd::proto::server::handshake::{Haggle, Haggled, OPTION_MAX};
+use flexnbd::proto::server::request::refuse;
+use flexnbd::proto::server::{End, ServerSession};
+use flexnbd::proto::wire::{
     chunk, command, extent, kind, option, option_reply, Fields, RequestHead, CHUNK_LEN, IHAVEOPT,
     NEWSTYLE_GREETING_LEN, OPTION_HEAD_LEN, OPTION_REPLY_HEAD_LEN, OPTION_REPLY_MAGIC, REQUEST_LEN, REQUEST_MAGIC,
     SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
-use crate::work::{Action, Done, Extent};
+use flexnbd::work::{Action, Done, Extent};
 
 /// The most that one option may make a server say, in bytes.
 const MOST_SAID: usize = 256;

@@ -1,6 +1,7 @@
-//! PURE: the entry points of the fuzzers, each a function from bytes to nothing that panics when a promise is broken.
+//! PURE: the oracles of the fuzzers, each a function from bytes to nothing that panics when a promise is broken.
 //!
-//! They live in the crate so that an ordinary test replays the seeds under `fuzz/seeds`; the program calls none of them.
+//! This is a library of the fuzz targets and a module of `tests/machine`, which replays the seeds under `fuzz/seeds`
+//! without a fuzzer; it therefore names `flexnbd` and its own modules alone.
 //! The first [`CHOICES`] bytes of an input decide what a peer does not: how its bytes are cut up, in which order work is
 //! done, what fails. The rest is what the peer sends.
 
@@ -8,16 +9,16 @@ mod newstyle;
 
 pub use newstyle::{haggling, newstyle_session};
 
-use crate::acl::{parse_ip, Acl, AddressError, Entry};
-use crate::buffer::{Buffer, Pool, SLICE};
-use crate::command::{encode_command, parse_answer, Answer, Command, Reader};
-use crate::proto::client::{ClientSession, Event};
-use crate::proto::error::Violation;
-use crate::proto::export::{Export, Offer};
-use crate::proto::outbox::PIECES_MAX;
-use crate::proto::server::{End, Pass, ServerSession, Step, BUFFERED_MAX, IN_FLIGHT_MAX};
-use crate::proto::wire::{kind, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
-use crate::work::{Action, Done};
+use flexnbd::acl::{parse_ip, Acl, AddressError, Entry};
+use flexnbd::buffer::{Buffer, Pool, SLICE};
+use flexnbd::command::{encode_command, parse_answer, Answer, Command, Reader};
+use flexnbd::proto::client::{ClientSession, Event};
+use flexnbd::proto::error::Violation;
+use flexnbd::proto::export::{Export, Offer};
+use flexnbd::proto::outbox::PIECES_MAX;
+use flexnbd::proto::server::{End, Pass, ServerSession, Step, BUFFERED_MAX, IN_FLIGHT_MAX};
+use flexnbd::proto::wire::{kind, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
+use flexnbd::work::{Action, Done};
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, IoSlice};
 use std::net::IpAddr;
