@@ -7,6 +7,7 @@ use super::life::{Life, SEAL};
 use super::reason::{Next, Reason};
 use super::shared::Shared;
 use super::socket::{Peer, Received, Socket};
+use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::proto::export::{Agreed, Export, Style};
@@ -45,8 +46,7 @@ pub struct Client {
     kept_since_ms: Option<u64>,
     /// For how long the gate has kept it from its negotiation or its first write, in milliseconds.
     kept_ms: u64,
-    /// The earliest wheel entry of this client.
-    armed_ms: u64,
+    alarm: Alarm,
     failed: Throttle,
 }
 
@@ -67,7 +67,7 @@ impl Client {
             stalled: false,
             kept_since_ms: None,
             kept_ms: 0,
-            armed_ms: u64::MAX,
+            alarm: Alarm::default(),
             failed: Throttle::new(FAILED_LOG_MS, 1),
         };
         info!("{client}: connected");
@@ -243,11 +243,9 @@ impl Client {
 
     /// A wheel entry has fired: the true deadline is looked at.
     pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
-        if self.armed_ms > sh.now_ms {
-            // An entry that an earlier one has overtaken.
+        if !self.alarm.fired(sh.now_ms) {
             return Next::Idle;
         }
-        self.armed_ms = u64::MAX;
         self.excuse(sh.now_ms);
         if let Some((due_ms, reason)) = self.first_step_due(sh) {
             if due_ms <= sh.now_ms {
@@ -292,11 +290,7 @@ impl Client {
     /// Makes sure that the wheel looks at this client at `at_ms`. Armed at most [`ARM_MS`] ahead, so that entries of closed
     /// connections expire soon.
     fn arm(&mut self, at_ms: u64, key: Key, sh: &mut Shared) {
-        let at_ms = at_ms.min(sh.now_ms.saturating_add(ARM_MS));
-        if at_ms < self.armed_ms {
-            sh.wheel.arm(at_ms, key);
-            self.armed_ms = at_ms;
-        }
+        self.alarm.arm(at_ms.min(sh.now_ms.saturating_add(ARM_MS)), key, &mut sh.wheel);
     }
 
     /// Says why it went and gives its memory back.

@@ -5,7 +5,7 @@
 //! a request is kept is not the client's: see [`super::client::Client`].
 
 use super::life::Life;
-use crate::event::ready::RunQueue;
+use crate::event::run_queue::RunQueue;
 use crate::event::slots::Key;
 use crate::proto::server::Pass;
 use std::ops::Range;

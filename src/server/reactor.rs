@@ -3,7 +3,7 @@
 use super::reason::Next;
 use super::shared::Shared;
 use super::slot::Slot;
-use crate::event::ready::RunQueue;
+use crate::event::run_queue::RunQueue;
 use crate::event::slots::{Key, Slots};
 use mio::Poll;
 

@@ -12,7 +12,7 @@ use super::shared::{Limits, Shared};
 use super::slot::Slot;
 use crate::buffer::Pool;
 use crate::disk::Disk;
-use crate::event::ready::RunQueue;
+use crate::event::run_queue::RunQueue;
 use crate::event::slots::Slots;
 use crate::event::wheel::Wheel;
 use crate::sys::{self, SignalFd};
