@@ -61,7 +61,7 @@ pub struct Mirror {
     /// The destination's port, never 0.
     pub port: u16,
     /// What to do once the destination has everything.
-    pub action: Action,
+    pub ending: Ending,
     /// The local address to connect from, as written and not checked yet. `None` if there was none, or `0`, which
     /// leaves the choice to the system.
     pub bind: Option<String>,
@@ -75,7 +75,7 @@ pub struct Mirror {
 
 /// What the source does once the destination has everything.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Action {
+pub enum Ending {
     /// `exit`: end, with success.
     #[default]
     Exit,
@@ -268,18 +268,18 @@ fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, 
     let port = port.ok_or_else(|| Answer::failed("bad IP port number"))?;
     let (keywords, places): (Vec<_>, Vec<_>) = arguments.partition(|argument| argument.contains('='));
     let mut places = places.into_iter();
-    let action = match places.next().as_deref() {
-        None => Action::default(),
-        Some("exit") => Action::Exit,
-        Some("unlink") => Action::Unlink,
-        Some("nothing") => Action::Nothing,
+    let ending = match places.next().as_deref() {
+        None => Ending::default(),
+        Some("exit") => Ending::Exit,
+        Some("unlink") => Ending::Unlink,
+        Some("nothing") => Ending::Nothing,
         Some(_) => return Err(Answer::failed("bad action")),
     };
     let bind = places.next().filter(|bind| bind != "0");
     let max_bytes_per_s = places.next().map_or(Ok(None), |speed| parse_speed(&speed))?;
     end_of(places)?;
     let (max_pause_ms, export) = (None, String::new());
-    let mut mirror = Mirror { addr, port, action, bind, max_bytes_per_s, max_pause_ms, export };
+    let mut mirror = Mirror { addr, port, ending, bind, max_bytes_per_s, max_pause_ms, export };
     for keyword in keywords {
         let bad = || Answer::bad_argument(&keyword);
         match keyword.split_once('=') {
@@ -352,13 +352,13 @@ mod tests {
         words.iter().map(|&word| word.into()).collect()
     }
 
-    fn mirror(action: Action, bind: Option<&str>, max_bytes_per_s: Option<u64>) -> Command {
+    fn mirror(ending: Ending, bind: Option<&str>, max_bytes_per_s: Option<u64>) -> Command {
         let bind = bind.map(str::to_owned);
         let (max_pause_ms, export) = (None, String::new());
         Command::Mirror(Mirror {
             addr: "10.0.0.1".into(),
             port: 4777,
-            action,
+            ending,
             bind,
             max_bytes_per_s,
             max_pause_ms,
@@ -387,24 +387,24 @@ mod tests {
 
     #[test]
     fn mirror_takes_its_arguments_in_order() {
-        assert_eq!(parse(b"mirror\n10.0.0.1\n4777\n\n"), Ok(mirror(Action::Exit, None, None)));
-        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit\n\n"), Ok(mirror(Action::Exit, None, None)));
-        assert_eq!(parse(b"mirror\n10.0.0.1\n4777\nunlink\n\n"), Ok(mirror(Action::Unlink, None, None)));
-        assert_eq!(parse(b"mirror 10.0.0.1 4777 nothing ::1\n\n"), Ok(mirror(Action::Nothing, Some("::1"), None)));
-        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit 0 5\n\n"), Ok(mirror(Action::Exit, None, Some(5))));
-        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit ::1 0\n\n"), Ok(mirror(Action::Exit, Some("::1"), None)));
+        assert_eq!(parse(b"mirror\n10.0.0.1\n4777\n\n"), Ok(mirror(Ending::Exit, None, None)));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit\n\n"), Ok(mirror(Ending::Exit, None, None)));
+        assert_eq!(parse(b"mirror\n10.0.0.1\n4777\nunlink\n\n"), Ok(mirror(Ending::Unlink, None, None)));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 nothing ::1\n\n"), Ok(mirror(Ending::Nothing, Some("::1"), None)));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit 0 5\n\n"), Ok(mirror(Ending::Exit, None, Some(5))));
+        assert_eq!(parse(b"mirror 10.0.0.1 4777 exit ::1 0\n\n"), Ok(mirror(Ending::Exit, Some("::1"), None)));
     }
 
     #[test]
     fn a_keyword_of_mirror_stands_anywhere_after_the_port() {
-        for (text, action, bind, pause_ms) in [
-            ("mirror\n10.0.0.1\n4777\nmax_pause_ms=0\n\n", Action::Exit, None, 0),
-            ("mirror 10.0.0.1 4777 max_pause_ms=60000 nothing ::1\n\n", Action::Nothing, Some("::1"), 60_000),
-            ("mirror 10.0.0.1 4777 unlink max_pause_ms=7 ::1\n\n", Action::Unlink, Some("::1"), 7),
-            ("mirror 10.0.0.1 4777 exit 0 0 max_pause_ms=7\n\n", Action::Exit, None, 7),
-            ("mirror 10.0.0.1 4777 max_pause_ms=7 max_pause_ms=8\n\n", Action::Exit, None, 8),
+        for (text, ending, bind, pause_ms) in [
+            ("mirror\n10.0.0.1\n4777\nmax_pause_ms=0\n\n", Ending::Exit, None, 0),
+            ("mirror 10.0.0.1 4777 max_pause_ms=60000 nothing ::1\n\n", Ending::Nothing, Some("::1"), 60_000),
+            ("mirror 10.0.0.1 4777 unlink max_pause_ms=7 ::1\n\n", Ending::Unlink, Some("::1"), 7),
+            ("mirror 10.0.0.1 4777 exit 0 0 max_pause_ms=7\n\n", Ending::Exit, None, 7),
+            ("mirror 10.0.0.1 4777 max_pause_ms=7 max_pause_ms=8\n\n", Ending::Exit, None, 8),
         ] {
-            let Command::Mirror(mut expected) = mirror(action, bind, None) else { unreachable!() };
+            let Command::Mirror(mut expected) = mirror(ending, bind, None) else { unreachable!() };
             expected.max_pause_ms = Some(pause_ms);
             assert_eq!(parse(text.as_bytes()), Ok(Command::Mirror(expected)), "{text:?}");
         }
@@ -418,7 +418,7 @@ mod tests {
             ("export=a=b c/\u{e9}", "a=b c/\u{e9}"),
             ("export=first\nexport=\\x3d ", "\\x3d"),
         ] {
-            let Command::Mirror(mut expected) = mirror(Action::Unlink, None, None) else { unreachable!() };
+            let Command::Mirror(mut expected) = mirror(Ending::Unlink, None, None) else { unreachable!() };
             expected.export = name.into();
             let text = format!("mirror 10.0.0.1 4777 unlink\n{line}\n\n");
             assert_eq!(parse(text.as_bytes()), Ok(Command::Mirror(expected)), "{text:?}");
@@ -582,7 +582,7 @@ mod tests {
     fn encoded_commands_parse_as_what_they_say() {
         let words = ["mirror", "10.0.0.1", "4777", "unlink", "0", "7"];
         assert_eq!(encode_command(&words), b"mirror\n10.0.0.1\n4777\nunlink\n0\n7\n\n");
-        assert_eq!(parse(&encode_command(&words)), Ok(mirror(Action::Unlink, None, Some(7))));
+        assert_eq!(parse(&encode_command(&words)), Ok(mirror(Ending::Unlink, None, Some(7))));
         assert_eq!(parse(&encode_command(&["status"])), Ok(Command::Status(StatusForm::default())));
     }
 }

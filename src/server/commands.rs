@@ -1,6 +1,7 @@
 //! What control commands do to the server, and how a migration begins and ends.
 
 use super::admit::CONTROLS_MAX;
+use super::dial::Destination;
 use super::life::Life;
 use super::mirror::{self, Mirror};
 use super::reactor::Reactor;
@@ -9,7 +10,7 @@ use super::reason::Reason;
 use super::slot::Slot;
 use super::status;
 use crate::acl::{parse_ip, Entry};
-use crate::command::{Action, Answer, Command};
+use crate::command::{Answer, Command, Ending};
 use crate::event::slots::Key;
 use crate::migrate::Plan;
 use log::info;
@@ -77,22 +78,20 @@ impl Reactor {
         if size < mirror::SIZE_MIN {
             return Err(format!("files smaller than {} bytes cannot be mirrored", mirror::SIZE_MIN));
         }
-        if wanted.action == Action::Unlink && tail > 0 {
+        if wanted.ending == Ending::Unlink && tail > 0 {
             return Err(format!(
                 "not unlinking: the last {tail} bytes of the file are no whole sector and would be lost"
             ));
         }
-        if wanted.action == Action::Unlink && sh.disk.is_device() {
+        if wanted.ending == Ending::Unlink && sh.disk.is_device() {
             return Err("not unlinking: this is a block device".into());
         }
-        if wanted.action == Action::Unlink {
+        if wanted.ending == Ending::Unlink {
             sh.disk.named_path().map_err(|error| format!("not unlinking: {}: {error}", sh.disk.path().display()))?;
         }
         let settings = mirror::Settings {
-            to: SocketAddr::new(ip, wanted.port),
-            bind,
-            export: wanted.export.clone(),
-            action: wanted.action,
+            destination: Destination { to: SocketAddr::new(ip, wanted.port), bind, export: wanted.export.clone() },
+            ending: wanted.ending,
             request_limit_ms: sh.limits.request_limit_ms,
         };
         let mirror = self.slots.try_insert_with(|key| {

@@ -1,53 +1,84 @@
-//! One connection of a migration to its destination: what is asked, what waits to be sent, and how it can fail.
+//! An outgoing connection to an NBD server: how it is made, how long that may take, and how it can fail. What is done over
+//! it is its owner's business.
+//!
+//! ```text
+//!  Connecting ─> Greeting ─> Open
+//! ```
 
 use super::shared::Shared;
-use super::socket::{Received, Socket};
-use crate::buffer::Buffer;
-use crate::migrate::{Abilities, Plan};
-use crate::proto::client::ClientSession;
-use crate::proto::error::{Errno, Violation};
+use super::socket::{Received, Socket, Stream};
+use crate::buffer::Pool;
+use crate::event::slots::Key;
+use crate::proto::client::{ClientSession, Event};
+use crate::proto::error::Violation;
 use crate::proto::outbox::PIECES_MAX;
-use crate::proto::wire::{kind, option_reply};
+use crate::proto::wire::option_reply;
+use crate::sys;
+use mio::net::TcpStream;
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::ops::Range;
+use std::net::{IpAddr, SocketAddr};
 
-/// Why an attempt is over.
+/// How long a connection may take to be made, in milliseconds.
+const CONNECT_MS: u64 = 15_000;
+/// How long the server may take to greet, in milliseconds.
+const GREETING_MS: u64 = 5_000;
+
+/// Where to connect to, and from where.
+#[derive(Debug, Clone)]
+pub struct Destination {
+    /// The server.
+    pub to: SocketAddr,
+    /// The local address to connect from.
+    pub bind: Option<IpAddr>,
+    /// The name of the export; empty for the default one.
+    pub export: String,
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.to)?;
+        if !self.export.is_empty() {
+            write!(f, " export {:?}", self.export)?;
+        }
+        Ok(())
+    }
+}
+
+/// Why a connection is of no use.
 #[derive(Debug)]
 pub enum Failure {
-    /// There was no connection.
+    /// There was none.
     Connect(String),
     /// There was no greeting in time.
     NoGreeting,
-    /// The destination is not as large as the image.
+    /// The export is not as large as it has to be.
     Size {
         /// What its greeting says, in bytes.
         remote: u64,
-        /// The image, in bytes.
+        /// What is needed, in bytes.
         local: u64,
     },
-    /// The destination has no export of the name that was asked for.
+    /// There is no export of the name that was asked for.
     NoExport(Violation),
-    /// The export at the destination cannot be written.
+    /// The export cannot be written.
     ReadOnly,
-    /// The destination closed the connection; what that means, as [`ClientSession::explain_end`] says it.
+    /// The server closed the connection; what that means, as [`ClientSession::explain_end`] says it.
     Closed(&'static str),
-    /// The destination is this server.
+    /// The server is this one.
     Itself,
-    /// Anything else, in words.
+    /// What else went wrong, as a sentence.
     Broken(String),
 }
 
 impl Failure {
-    /// What the one who asked for the migration is told when this keeps it from starting.
+    /// What a `mirror` that did not start is told.
     pub fn answer(&self) -> &'static str {
         match self {
             Self::Connect(_) => "Mirror failed to connect",
             Self::NoGreeting => "Remote server failed to respond",
             Self::Size { .. } => "Remote size does not match local size",
-            Self::NoExport(_) => "Remote export does not exist",
-            Self::ReadOnly => "Remote export is read-only",
-            Self::Closed(_) | Self::Broken(_) => "Mirror was rejected",
+            Self::NoExport(_) | Self::ReadOnly | Self::Closed(_) | Self::Broken(_) => "Mirror was rejected",
             Self::Itself => "Mirror was rejected: the destination is this server itself",
         }
     }
@@ -77,81 +108,117 @@ impl fmt::Display for Failure {
     }
 }
 
-/// What an unanswered request was for.
-#[derive(Debug)]
-pub enum Asked {
-    Range(Range<u64>),
-    Flush,
-}
-
+/// Where a connection stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+enum Stage {
     Connecting,
     Greeting,
-    Copying,
-    Leaving,
+    Open,
 }
 
-/// A connection to the destination: one attempt.
+/// A connection, from the first attempt to reach the server on. Commands carry a note of the owner's.
 #[derive(Debug)]
-pub struct Link {
-    pub(super) stage: Stage,
-    pub(super) socket: Socket,
-    pub(super) session: ClientSession<Asked>,
-    pub(super) can: Abilities,
-    /// Memory of data that the disk fills, in bytes.
-    pub(super) reading: usize,
+pub struct Dial<T> {
+    stage: Stage,
+    socket: Socket,
+    /// The conversation; commands may be given once its export has been named.
+    pub session: ClientSession<T>,
+    /// When the current stage has failed.
+    deadline_ms: u64,
 }
 
-impl Link {
-    /// A connection that is being made, to the export of this name.
-    pub fn new(socket: Socket, export: String) -> Self {
-        Self {
+impl<T> Dial<T> {
+    /// Begins to connect, as the socket of the slot `key`.
+    pub fn start(destination: &Destination, key: Key, sh: &Shared) -> Result<Self, Failure> {
+        let failed = |error: io::Error| Failure::Connect(error.to_string());
+        let stream = sys::connect_tcp(destination.bind, destination.to).map_err(failed)?;
+        let mut socket = Socket::new(Stream::Tcp(TcpStream::from_std(stream)));
+        socket.set_options().map_err(failed)?;
+        socket.register(&sh.registry, key.token()).map_err(failed)?;
+        Ok(Self {
             stage: Stage::Connecting,
             socket,
-            session: ClientSession::new(export),
-            can: Abilities::default(),
-            reading: 0,
+            session: ClientSession::new(destination.export.clone()),
+            deadline_ms: sh.now_ms.saturating_add(CONNECT_MS),
+        })
+    }
+
+    /// Notes what an event says of the socket.
+    pub fn note(&mut self, event: &mio::event::Event) {
+        self.socket.note(event);
+    }
+
+    /// When it has failed, unless it is open by then.
+    pub fn deadline_ms(&self) -> Option<u64> {
+        (self.stage != Stage::Open).then_some(self.deadline_ms)
+    }
+
+    /// Fails when the deadline has passed.
+    pub fn check_deadline(&self, now_ms: u64) -> Result<(), Failure> {
+        match self.stage {
+            Stage::Connecting if now_ms >= self.deadline_ms => {
+                Err(Failure::Connect(format!("no answer in {CONNECT_MS} ms")))
+            }
+            Stage::Greeting if now_ms >= self.deadline_ms => Err(Failure::NoGreeting),
+            Stage::Connecting | Stage::Greeting | Stage::Open => Ok(()),
         }
     }
 
-    /// Memory of data that the disk fills or that waits to be sent, in bytes.
-    pub fn buffered(&self) -> usize {
-        self.reading + self.session.buffered()
+    /// Finds out whether it is connected, or receives once. False: nothing came, and an event will say when.
+    pub fn receive(&mut self, now_ms: u64) -> Result<bool, Failure> {
+        if self.stage == Stage::Connecting {
+            if !self.socket.writable() {
+                return Ok(false);
+            }
+            self.socket.check_connected().map_err(|error| Failure::Connect(error.to_string()))?;
+            // One deadline for all of the greeting: one byte at a time does not put it off.
+            (self.stage, self.deadline_ms) = (Stage::Greeting, now_ms.saturating_add(GREETING_MS));
+            return Ok(true);
+        }
+        if !self.socket.readable() {
+            return Ok(false);
+        }
+        match self.socket.receive(&mut [IoSliceMut::new(self.session.recv_space())]) {
+            Ok(Received::Bytes(n)) => {
+                self.session.received(n);
+                Ok(true)
+            }
+            Ok(Received::Nothing) => Ok(false),
+            Ok(Received::End) => Err(Failure::Closed(self.session.explain_end())),
+            Err(error) => Err(Failure::Broken(format!("cannot receive: {error}"))),
+        }
     }
 
-    /// True when something that moves says that the destination is alive. A FLUSH that everything else has overtaken is
-    /// waited for by itself.
-    pub fn counts_progress(&self) -> bool {
-        !matches!(self.session.oldest(), Some(Asked::Flush))
+    /// What the server said next; `None` when more has to be received.
+    pub fn next_event(&mut self) -> Result<Option<Event<'_, T>>, Failure> {
+        let event = self.session.next_event()?;
+        if let Some(Event::Export(_)) = event {
+            self.stage = Stage::Open;
+        }
+        Ok(event)
     }
 
-    /// Queues a request without a payload.
-    pub fn send_request(&mut self, kind: u16, asked: Asked) {
-        let (offset, length) = match &asked {
-            Asked::Range(range) => (range.start, u32::try_from(range.end - range.start).unwrap_or(u32::MAX)),
-            Asked::Flush => (0, 0),
-        };
-        self.session.command(kind, 0, offset, length, asked);
-    }
-
-    /// Queues a WRITE of what is filled in `buffer`.
-    pub fn send_data(&mut self, range: Range<u64>, buffer: Buffer) {
-        self.send_request(kind::WRITE, Asked::Range(range));
-        self.session.push_payload(buffer);
+    /// True when something waits to be sent and the socket may take it.
+    pub fn can_send(&self) -> bool {
+        self.stage != Stage::Connecting && self.session.wants_send() && self.socket.writable()
     }
 
     /// Sends once, as much as the socket takes; says how much that was.
-    pub fn send(&mut self, sh: &mut Shared) -> io::Result<usize> {
+    pub fn send(&mut self, pool: &mut Pool) -> io::Result<usize> {
         let mut slices = [IoSlice::new(&[]); PIECES_MAX];
         let pieces = self.session.to_send(&mut slices);
-        let slices = slices.get(..pieces).unwrap_or_default();
-        let sent = self.socket.send(slices)?;
-        self.session.sent(sent, &mut sh.pool);
+        let sent = self.socket.send(slices.get(..pieces).unwrap_or_default())?;
+        self.session.sent(sent, pool);
         Ok(sent)
     }
 
-    /// An error when the destination has closed, or when something is on its way although nothing should be.
+    /// True when `socket` is the other end of this connection: both addresses are the same, the other way round.
+    pub fn is_other_end(&self, socket: &Socket) -> bool {
+        let own = self.socket.ends();
+        own.is_some() && own == socket.ends().map(|(near, far)| (far, near))
+    }
+
+    /// Fails when the server has closed, or when something is on its way although nothing should be.
     pub fn check_quiet(&mut self) -> Result<(), Failure> {
         if !self.session.is_quiet() {
             return Err(Failure::Broken("the destination answered what it cannot have read yet".into()));
@@ -161,30 +228,6 @@ impl Link {
             Ok(Received::End) => Err(Failure::Closed(self.session.explain_end())),
             Ok(Received::Bytes(_)) => Err(Failure::Broken("the destination says something nobody asked for".into())),
             Err(error) => Err(Failure::Broken(format!("cannot receive: {error}"))),
-        }
-    }
-}
-
-impl Asked {
-    /// Takes the reply.
-    pub fn answered(&self, error: u32, plan: &mut Plan, now_ms: u64) -> Result<(), Failure> {
-        match self {
-            _ if error != 0 => {
-                let why = format!("the destination answered {self} with {} ({error})", Errno::name(error));
-                return Err(Failure::Broken(why));
-            }
-            Self::Range(range) => plan.acked(range, now_ms),
-            Self::Flush => plan.flushed(now_ms),
-        }
-        Ok(())
-    }
-}
-
-impl fmt::Display for Asked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Range(range) => write!(f, "a write of {} bytes at offset {}", range.end - range.start, range.start),
-            Self::Flush => f.write_str("FLUSH"),
         }
     }
 }

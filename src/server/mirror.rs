@@ -1,49 +1,41 @@
-//! The outgoing migration: one more slot of the loop. The [`Plan`] decides what goes next; this file connects, reads
-//! from the disk, sends, receives, keeps the deadlines, and tells clients to pause and to go on.
+//! The outgoing migration: one more slot of the loop. The [`Plan`] decides what goes next; this file reads from the disk,
+//! sends, takes answers, keeps the deadlines, and tells clients to pause and to go on.
 //!
 //! ```text
-//!  Connecting ─> Greeting ─> Copying ─> Leaving ─> done
-//!      ^            │           │          └ DISC has gone: there is no way back
-//!      │            v           v
-//!      └── 1 s ── Retrying <────┘  once started; a failure before that is answered and ends it
+//!  Dialling ─> Copying ─> Committing ─> Leaving ─> done
+//!     ^           │            │           └ DISC has gone: there is no way back
+//!     │           v            v
+//!     └── 1 s ─ no attempt <───┘  once started; a failure before that is answered and ends it
 //! ```
 
-use super::dial::{Asked, Failure, Link, Stage};
+use super::dial::{Destination, Dial, Failure};
 use super::effect::Effect;
 use super::life::Life;
-use super::reason::Next;
-use super::reason::Reason;
+use super::reason::{Next, Reason};
 use super::shared::Shared;
-use super::socket::{Received, Socket, Stream};
-use crate::buffer::SLICE;
-use crate::command::{Action, Answer};
+use super::socket::Socket;
+use crate::buffer::{Buffer, SLICE};
+use crate::command::{Answer, Ending};
+use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
 use crate::logging::Throttle;
 use crate::migrate::{Abilities, Plan, Progress, Step, DATA_MAX};
-use crate::proto::client;
+use crate::proto::client::Event;
+use crate::proto::error::Errno;
 use crate::proto::export::Offer;
 use crate::proto::wire::{kind, transmission};
-use crate::sys;
-use crate::work::{self, Done, Op};
+use crate::work::{Action, Done, Extent, Op};
 use log::{info, warn};
-use mio::event::Event;
-use mio::net::TcpStream;
 use std::fmt;
-use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, SocketAddr};
 use std::ops::Range;
 
-/// How long a connection may take to be made, in milliseconds.
-const CONNECT_MS: u64 = 15_000;
-/// How long the destination may take to greet, in milliseconds.
-const GREETING_MS: u64 = 5_000;
 /// How long after a failure the next attempt begins, in milliseconds.
 const RETRY_MS: u64 = 1_000;
 /// How long the destination may take to close after DISC, in milliseconds. It has flushed before.
 const LEAVING_MS: u64 = 10_000;
 /// Memory for data between the disk and the socket, in bytes: four slices, as for a client.
 const BUFFERED_MAX: usize = 4 * SLICE;
-/// Pieces of the image looked at in one turn: clients come first.
+/// Steps of the plan in one turn: clients come first.
 const STEPS_PER_TURN: usize = 64;
 /// How many failed attempts are logged, one by one, in so many milliseconds; more are counted.
 const FAILURES_LOGGED: u32 = 3;
@@ -54,16 +46,85 @@ pub const SIZE_MIN: u64 = 4096;
 /// Where to migrate to, and how.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// The destination.
-    pub to: SocketAddr,
-    /// The local address to connect from.
-    pub bind: Option<IpAddr>,
-    /// The name of the export to write to; empty for the default one.
-    pub export: String,
+    /// The server that takes the image.
+    pub destination: Destination,
     /// What to do once the destination has everything.
-    pub action: Action,
+    pub ending: Ending,
     /// How long a request may go without progress, in milliseconds.
     pub request_limit_ms: u64,
+}
+
+/// What an unanswered request was for.
+#[derive(Debug)]
+enum Asked {
+    Range(Range<u64>),
+    Flush,
+}
+
+/// Where an attempt stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Dialling,
+    Copying,
+    /// DISC is on its way to the socket. Where the file is gone, the copy at the destination counts already.
+    Committing {
+        unlinked: bool,
+    },
+    /// DISC has gone, and the destination has to close.
+    Leaving,
+}
+
+/// What an operation of the disk is for.
+#[derive(Debug)]
+enum Task {
+    /// Data of this range.
+    Read(Range<u64>),
+    /// The answer to a [`Step::Look`] at this offset.
+    Look(u64),
+}
+
+/// One connection to the destination, and what is under way on its behalf.
+#[derive(Debug)]
+struct Attempt {
+    dial: Dial<Asked>,
+    stage: Stage,
+    can: Abilities,
+    /// Operations the disk has, by their tags.
+    tasks: Vec<(u32, Task)>,
+    /// Memory of data that the disk fills, in bytes.
+    reading: usize,
+}
+
+impl Attempt {
+    /// Memory of data that the disk fills or that waits to be sent, in bytes.
+    fn buffered(&self) -> usize {
+        self.reading + self.dial.session.buffered()
+    }
+
+    /// True when something that moves says that the destination is alive. A FLUSH that everything else has overtaken is
+    /// waited for by itself.
+    fn counts_progress(&self) -> bool {
+        self.stage == Stage::Copying && !matches!(self.dial.session.oldest(), Some(Asked::Flush))
+    }
+
+    /// Queues a request without a payload.
+    fn send_request(&mut self, kind: u16, range: Range<u64>) {
+        let length = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
+        self.dial.session.command(kind, 0, range.start, length, Asked::Range(range));
+    }
+
+    /// Queues a WRITE of what is filled in `buffer`.
+    fn send_data(&mut self, range: Range<u64>, buffer: Buffer) {
+        self.send_request(kind::WRITE, range);
+        self.dial.session.push_payload(buffer);
+    }
+
+    /// Hands an operation to the disk, which has room for it.
+    fn submit(&mut self, action: Action, task: Task, tag: u32, key: Key, sh: &mut Shared) {
+        let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
+        debug_assert!(taken.is_ok(), "it had room");
+        self.tasks.push((tag, task));
+    }
 }
 
 /// The migration.
@@ -71,20 +132,18 @@ pub struct Settings {
 pub struct Mirror {
     settings: Settings,
     /// `None` between two attempts.
-    link: Option<Link>,
+    attempt: Option<Attempt>,
     /// Who waits to hear that it has started; `None` once it has.
     starter: Option<Key>,
     attempts: u32,
     last_error: Option<String>,
     started_ms: u64,
-    /// When the current stage has failed.
+    /// When the current stage has failed; between two attempts, when the next one begins.
     deadline_ms: u64,
     /// When the plan wants to be asked again.
     wake_ms: Option<u64>,
-    /// The earliest wheel entry of this slot.
-    armed_ms: u64,
-    /// Reads the disk has: their tags and ranges; without a range, of an attempt that is over.
-    reads: Vec<(u32, Option<Range<u64>>)>,
+    alarm: Alarm,
+    /// Of the next operation, so that those of an attempt that is over are told apart.
     next_tag: u32,
     failures: Throttle,
 }
@@ -94,89 +153,104 @@ impl Mirror {
     pub fn start(settings: Settings, starter: Key, key: Key, sh: &mut Shared) -> Result<Self, &'static str> {
         let mut mirror = Self {
             settings,
-            link: None,
+            attempt: None,
             starter: Some(starter),
             attempts: 0,
             last_error: None,
             started_ms: sh.now_ms,
-            deadline_ms: 0,
+            deadline_ms: u64::MAX,
             wake_ms: None,
-            armed_ms: u64::MAX,
-            reads: Vec::new(),
+            alarm: Alarm::default(),
             next_tag: 0,
             failures: Throttle::new(FAILURES_LOG_MS, FAILURES_LOGGED),
         };
-        mirror.connect(key, sh).map_err(|error| Failure::Connect(error.to_string()).answer())?;
+        mirror.connect(key, sh).map_err(|failure| failure.answer())?;
         Ok(mirror)
     }
 
-    fn connect(&mut self, key: Key, sh: &mut Shared) -> io::Result<()> {
+    fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
         self.attempts += 1;
-        let stream = sys::connect_tcp(self.settings.bind, self.settings.to)?;
-        let mut socket = Socket::new(Stream::Tcp(TcpStream::from_std(stream)));
-        socket.set_options()?;
-        socket.register(&sh.registry, key.token())?;
-        self.link = Some(Link::new(socket, self.settings.export.clone()));
-        self.deadline_ms = sh.now_ms.saturating_add(CONNECT_MS);
+        let dial = Dial::start(&self.settings.destination, key, sh)?;
+        let can = Abilities::default();
+        self.attempt = Some(Attempt { dial, stage: Stage::Dialling, can, tasks: Vec::new(), reading: 0 });
         self.arm(key, sh);
-        Ok(())
+        Ok(Next::Idle)
     }
 
     /// Notes what an event says of its socket.
-    pub fn note(&mut self, event: &Event) {
-        if let Some(link) = &mut self.link {
-            link.socket.note(event);
+    pub fn note(&mut self, event: &mio::event::Event) {
+        if let Some(attempt) = &mut self.attempt {
+            attempt.dial.note(event);
         }
     }
 
-    /// Receives answers, then asks the plan what goes next.
+    /// Receives answers, then asks the plan what goes next; between two attempts, begins the next when it is time.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
-        let outcome = match self.link.as_ref().map(|link| link.stage) {
-            None if sh.now_ms < self.deadline_ms => return Next::Idle,
-            None => self.connect(key, sh).map(|()| Next::Idle).map_err(|error| Failure::Connect(error.to_string())),
-            Some(Stage::Connecting) => self.connected(sh),
-            Some(Stage::Copying) => self.receive(key, sh).and_then(|next| match next {
-                Next::Close(reason) => Ok(Next::Close(reason)),
-                next => self.copy(key, sh).map(|more| if matches!(more, Next::Idle) { next } else { more }),
+        let outcome = match &self.attempt {
+            Some(_) => self.receive(key, sh).and_then(|came| {
+                let next = self.copy(key, sh)?;
+                Ok(if came && matches!(next, Next::Idle) { Next::Again } else { next })
             }),
-            Some(Stage::Greeting | Stage::Leaving) => self.receive(key, sh),
+            None if sh.now_ms >= self.deadline_ms => self.connect(key, sh),
+            None => Ok(Next::Idle),
         };
         let next = outcome.unwrap_or_else(|why| self.failed(&why, key, sh));
-        self.arm_for(key, sh);
+        self.arm(key, sh);
         next
     }
 
-    /// Data that was read goes out in the write step of the same turn.
+    /// Takes what the disk has done. Data goes out in the write step of the same turn.
     pub fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
-        let at = self.reads.iter().position(|(tag, _)| *tag == done.tag);
-        let range = at.and_then(|at| self.reads.swap_remove(at).1);
-        let Some(buffer) = done.buffer else { return Next::Idle };
-        let (Some(range), Some(link)) = (range, &mut self.link) else {
-            sh.pool.give(buffer);
-            return Next::Idle;
+        let Some(attempt) = &mut self.attempt else { return Self::give_back(done, sh) };
+        let Some(at) = attempt.tasks.iter().position(|(tag, _)| *tag == done.tag) else {
+            return Self::give_back(done, sh);
         };
-        link.reading -= buffer.capacity();
-        if let Err(error) = done.result {
-            sh.pool.give(buffer);
-            let why = format!("cannot read the image at offset {}: {error}", range.start);
-            return self.failed(&Failure::Broken(why), key, sh);
+        match (attempt.tasks.swap_remove(at).1, done.buffer) {
+            (Task::Read(range), Some(buffer)) => {
+                attempt.reading -= buffer.capacity();
+                if let Err(error) = done.result {
+                    sh.pool.give(buffer);
+                    let why = format!("cannot read the image at offset {}: {error}", range.start);
+                    return self.failed(&Failure::Broken(why), key, sh);
+                }
+                attempt.send_data(range, buffer);
+                Next::Idle
+            }
+            (Task::Look(offset), _) => {
+                // What the disk cannot tell counts as data.
+                let found = done.extents.into_iter().next();
+                if let Some(plan) = sh.life.plan() {
+                    let found = found.unwrap_or(Extent { range: offset..u64::MAX, is_hole: false });
+                    plan.note_extent(found.range, found.is_hole);
+                }
+                Next::Again
+            }
+            (Task::Read(_), None) => {
+                debug_assert!(false, "a read has a buffer");
+                Next::Idle
+            }
         }
-        link.send_data(range, buffer);
+    }
+
+    /// Takes the memory of an operation that belongs to an attempt that is over.
+    fn give_back(done: Done, sh: &mut Shared) -> Next {
+        done.buffer.into_iter().for_each(|buffer| sh.pool.give(buffer));
         Next::Idle
     }
 
     /// Sends once.
     pub fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
-        let Some(link) = &mut self.link else { return Next::Idle };
-        if link.stage == Stage::Connecting || !link.session.wants_send() || !link.socket.writable() {
-            return Next::Idle;
-        }
-        match link.send(sh) {
+        let Some(attempt) = self.attempt.as_mut().filter(|attempt| attempt.dial.can_send()) else { return Next::Idle };
+        match attempt.dial.send(&mut sh.pool) {
             Ok(0) => Next::Idle,
-            // Sending is no sign of life while we wait for the greeting or a FLUSH reply: keep the deadline.
-            Ok(_) if link.stage == Stage::Greeting || !link.counts_progress() => Next::Again,
             Ok(_) => {
-                self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+                if matches!(attempt.stage, Stage::Committing { .. }) && !attempt.dial.session.wants_send() {
+                    attempt.stage = Stage::Leaving;
+                }
+                // Sending is no sign of life while we wait for the greeting or a FLUSH reply: keep the deadline.
+                if attempt.counts_progress() {
+                    self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+                }
                 Next::Again
             }
             Err(error) => self.failed(&Failure::Broken(format!("cannot send: {error}")), key, sh),
@@ -185,47 +259,56 @@ impl Mirror {
 
     /// A wheel entry has fired: something may be due.
     pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
-        if self.armed_ms > sh.now_ms {
-            // An entry that an earlier one has overtaken.
+        if !self.alarm.fired(sh.now_ms) {
             return Next::Idle;
         }
-        (self.armed_ms, self.wake_ms) = (u64::MAX, None);
-        if let Some(plan) = sh.life.plan().filter(|plan| plan.pause_ends_ms().is_some_and(|end_ms| end_ms <= sh.now_ms))
-        {
-            let paused_ms = sh.now_ms.saturating_sub(plan.paused_at_ms());
-            warn!("{self}: the destination did not take the rest within {paused_ms} ms; clients go on");
-            plan.give_up_pause();
-            sh.effects.push_back(Effect::ResumeClients);
-        }
-        let late = sh.now_ms >= self.deadline_ms;
-        let next = match &self.link {
-            Some(link) if late => match link.stage {
-                Stage::Connecting => self.failed(&Failure::Connect(format!("no answer in {CONNECT_MS} ms")), key, sh),
-                Stage::Greeting => self.failed(&Failure::NoGreeting, key, sh),
-                Stage::Copying if link.session.unanswered() > 0 => {
-                    let limit_ms = self.settings.request_limit_ms;
-                    self.failed(&Failure::Broken(format!("no progress in {limit_ms} ms")), key, sh)
-                }
-                Stage::Copying => {
-                    self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
-                    Next::Again
-                }
-                Stage::Leaving => {
-                    warn!("{self}: the destination has everything and does not close; not waiting any longer");
-                    Next::Close(Reason::Migrated)
-                }
-            },
-            // Without a link, the read step begins the next attempt.
-            _ => Next::Again,
+        self.wake_ms = None;
+        self.end_pause(sh);
+        let next = match self.check_deadline(sh.now_ms) {
+            Ok(next) => next,
+            Err(why) => self.failed(&why, key, sh),
         };
-        self.arm_for(key, sh);
+        self.arm(key, sh);
         next
     }
 
-    /// True when `socket` is the other end of its own connection: both addresses are the same, the other way round.
+    /// Lets clients go on when the destination takes too long to take the rest.
+    fn end_pause(&mut self, sh: &mut Shared) {
+        let Some(plan) = sh.life.plan() else { return };
+        if plan.pause_ends_ms().is_none_or(|end_ms| end_ms > sh.now_ms) {
+            return;
+        }
+        let paused_ms = sh.now_ms.saturating_sub(plan.paused_at_ms());
+        warn!("{self}: the destination did not take the rest within {paused_ms} ms; clients go on");
+        plan.give_up_pause();
+        sh.effects.push_back(Effect::ResumeClients);
+    }
+
+    fn check_deadline(&mut self, now_ms: u64) -> Result<Next, Failure> {
+        let Some(attempt) = &self.attempt else { return Ok(Next::Again) };
+        attempt.dial.check_deadline(now_ms)?;
+        if attempt.stage == Stage::Dialling || now_ms < self.deadline_ms {
+            return Ok(Next::Again);
+        }
+        let limit_ms = self.settings.request_limit_ms;
+        match attempt.stage {
+            Stage::Leaving => {
+                warn!("{self}: the destination has everything and does not close; not waiting any longer");
+                Ok(Next::Close(Reason::Migrated))
+            }
+            Stage::Copying if attempt.dial.session.unanswered() == 0 => {
+                self.deadline_ms = now_ms.saturating_add(limit_ms);
+                Ok(Next::Again)
+            }
+            Stage::Dialling | Stage::Copying | Stage::Committing { .. } => {
+                Err(Failure::Broken(format!("no progress in {limit_ms} ms")))
+            }
+        }
+    }
+
+    /// True when `socket` is the other end of its own connection.
     pub fn is_other_end(&self, socket: &Socket) -> bool {
-        let own = self.link.as_ref().and_then(|link| link.socket.ends());
-        own.is_some() && own == socket.ends().map(|(near, far)| (far, near))
+        self.attempt.as_ref().is_some_and(|attempt| attempt.dial.is_other_end(socket))
     }
 
     /// The destination is this server: fail, because the copy would dirty itself for ever.
@@ -235,12 +318,239 @@ impl Mirror {
 
     /// True as long as it can be stopped, wherever it is.
     pub fn may_stop(&self) -> bool {
-        self.link.as_ref().is_none_or(|link| link.stage != Stage::Leaving)
+        let stage = self.attempt.as_ref().map(|attempt| attempt.stage);
+        !matches!(stage, Some(Stage::Leaving | Stage::Committing { unlinked: true }))
+    }
+
+    /// What it is doing, in one word.
+    pub fn phase(&self, plan: &Plan) -> &'static str {
+        match self.attempt.as_ref().map(|attempt| attempt.stage) {
+            None => "retrying",
+            Some(Stage::Dialling) => "connecting",
+            Some(Stage::Committing { .. } | Stage::Leaving) => "finishing",
+            Some(Stage::Copying) if plan.pauses_clients() => "paused",
+            Some(Stage::Copying) if plan.progress().pass > 1 => "converging",
+            Some(Stage::Copying) => "copying",
+        }
+    }
+
+    /// True when the destination keeps to itself how durable what it has is: it offers no FLUSH.
+    pub fn lacks_flush(&self) -> bool {
+        self.attempt.as_ref().is_some_and(|attempt| attempt.stage != Stage::Dialling && !attempt.can.flush)
+    }
+
+    /// Attempts begun.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// Why the last attempt failed, if one has.
+    pub fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+
+    /// When it was asked for.
+    pub fn started_ms(&self) -> u64 {
+        self.started_ms
+    }
+
+    /// Receives once and takes what it means. False: nothing came.
+    fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<bool, Failure> {
+        let Some(attempt) = &mut self.attempt else { return Ok(false) };
+        if !attempt.dial.receive(sh.now_ms)? {
+            return Ok(false);
+        }
+        if attempt.counts_progress() {
+            self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+        }
+        loop {
+            let Some(attempt) = &mut self.attempt else { return Ok(true) };
+            match attempt.dial.next_event()? {
+                None => return Ok(true),
+                Some(Event::Export(offer)) => self.greeted(offer, key, sh)?,
+                Some(Event::Reply { note, error }) => answered(&note, error, sh)?,
+                // Nothing is read from the destination.
+                Some(Event::Data { .. }) => {}
+            }
+        }
+    }
+
+    fn greeted(&mut self, offer: Offer, key: Key, sh: &mut Shared) -> Result<(), Failure> {
+        let size = sh.disk.size();
+        if offer.size != size {
+            return Err(Failure::Size { remote: offer.size, local: size });
+        }
+        if offer.has(transmission::READ_ONLY) {
+            return Err(Failure::ReadOnly);
+        }
+        let (Some(attempt), Some(plan)) = (&mut self.attempt, sh.life.plan()) else { return Ok(()) };
+        let can =
+            Abilities { zero: offer.has(transmission::SEND_WRITE_ZEROES), flush: offer.has(transmission::SEND_FLUSH) };
+        (attempt.can, attempt.stage) = (can, Stage::Copying);
+        self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+        plan.begin(can, sh.now_ms);
+        if !can.flush {
+            warn!("{self}: the destination offers no FLUSH; how durable the copy is, is its own affair");
+        }
+        info!("{self}: attempt {}: copying {size} bytes", self.attempts);
+        if let Some(starter) = self.starter.take() {
+            sh.effects.push_back(Effect::Answer(starter, Answer::ok("Mirror started")));
+        }
+        // The plan wants to be asked, and no event will say so.
+        sh.effects.push_back(Effect::Run(key));
+        Ok(())
+    }
+
+    /// Does what the plan says, as far as memory and this turn's share go.
+    fn copy(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
+        let (Some(attempt), Some(plan)) = (&mut self.attempt, sh.life.plan()) else { return Ok(Next::Idle) };
+        if attempt.stage != Stage::Copying {
+            return Ok(Next::Idle);
+        }
+        self.wake_ms = None;
+        if plan.is_quiescing() {
+            if sh.disk.in_flight() > attempt.tasks.len() {
+                return Ok(Next::WaitDisk);
+            }
+            plan.quiesced();
+        }
+        for _ in 0..STEPS_PER_TURN {
+            if !sh.disk.has_room() {
+                return Ok(Next::WaitDisk);
+            }
+            let buffered = attempt.buffered();
+            if buffered >= BUFFERED_MAX {
+                return Ok(Next::Idle);
+            }
+            // It has to be there before the plan is asked, because what the plan says is to be done has to be done.
+            let buffer = if buffered == 0 { Some(sh.pool.take_beyond(SLICE)) } else { sh.pool.take(SLICE) };
+            let Some(mut buffer) = buffer else { return Ok(Next::Idle) };
+            let Some(plan) = sh.life.plan() else { return Ok(Next::Idle) };
+            let step = plan.next(sh.now_ms);
+            match step {
+                Step::Data(range) => {
+                    attempt.reading += buffer.capacity();
+                    let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
+                    let action = Action::Read { offset: range.start, length, skip_hole: false, buffer };
+                    attempt.submit(action, Task::Read(range), self.next_tag, key, sh);
+                    self.next_tag = self.next_tag.wrapping_add(1);
+                    continue;
+                }
+                Step::Zero(range) if !attempt.can.zero => {
+                    debug_assert!(range.end - range.start <= DATA_MAX, "zeroes as data come in pieces of data");
+                    let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
+                    if let Some(zeroes) = buffer.spare().get_mut(..length) {
+                        zeroes.fill(0);
+                    }
+                    buffer.advance(length);
+                    attempt.send_data(range, buffer);
+                    continue;
+                }
+                _ => sh.pool.give(buffer),
+            }
+            match step {
+                Step::Look(offset) => {
+                    let length = sh.disk.size().saturating_sub(offset);
+                    let action = Action::Map { offset, length, most: 1 };
+                    attempt.submit(action, Task::Look(offset), self.next_tag, key, sh);
+                    self.next_tag = self.next_tag.wrapping_add(1);
+                    return Ok(Next::Idle);
+                }
+                Step::Zero(range) => attempt.send_request(kind::WRITE_ZEROES, range),
+                Step::Flush => {
+                    self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
+                    attempt.dial.session.command(kind::FLUSH, 0, 0, 0, Asked::Flush);
+                }
+                Step::Quiesce => {
+                    let left_bytes = plan.progress().left_bytes;
+                    info!("{self}: {left_bytes} bytes left; pausing clients");
+                    sh.effects.push_back(Effect::PauseClients);
+                    return Ok(Next::Again);
+                }
+                Step::WaitUntil(at_ms) => {
+                    self.wake_ms = Some(at_ms);
+                    return Ok(Next::Idle);
+                }
+                Step::Commit => return self.commit(sh),
+                Step::Data(_) | Step::Wait => return Ok(Next::Idle),
+            }
+        }
+        Ok(Next::Again)
+    }
+
+    /// Everything is at the destination and durable there: the file goes, if asked, and DISC says that the copy counts.
+    /// When DISC has gone there is no way back; where the file goes, from that on.
+    fn commit(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
+        let Some(attempt) = &mut self.attempt else { return Ok(Next::Idle) };
+        attempt.dial.check_quiet()?;
+        let unlinked = self.settings.ending == Ending::Unlink;
+        if unlinked {
+            let path = sh.disk.path().display();
+            sh.disk.unlink().map_err(|error| Failure::Broken(format!("cannot unlink {path}: {error}")))?;
+        }
+        attempt.dial.session.disconnect();
+        attempt.stage = Stage::Committing { unlinked };
+        self.deadline_ms = sh.now_ms.saturating_add(LEAVING_MS);
+        Ok(Next::Idle)
+    }
+
+    /// An attempt is over. Before the start, that is the answer; after it, there is another attempt, unless the
+    /// destination's copy counts already.
+    fn failed(&mut self, why: &Failure, key: Key, sh: &mut Shared) -> Next {
+        match self.attempt.as_ref().map(|attempt| attempt.stage) {
+            // It has everything and has been told so: how it goes does not matter.
+            Some(Stage::Leaving) => return Next::Close(Reason::Migrated),
+            Some(Stage::Committing { unlinked: true }) => {
+                warn!("{self}: {why}; it has everything, and the file here is gone, so that its copy counts");
+                return Next::Close(Reason::Migrated);
+            }
+            Some(Stage::Dialling | Stage::Copying | Stage::Committing { unlinked: false }) | None => {}
+        }
+        if self.starter.is_some() {
+            warn!("{self}: not started: {why}");
+            return Next::Close(Reason::NotStarted(why.answer().into()));
+        }
+        let attempts = self.attempts;
+        match self.failures.pass(sh.now_ms) {
+            None => {}
+            Some(0) => {
+                warn!("{self}: attempt {attempts} failed: {why}; clients go on, the next begins in {RETRY_MS} ms");
+            }
+            Some(before) => {
+                warn!("{self}: attempt {attempts} failed: {why} ({before} more failed since the last line)");
+            }
+        }
+        self.last_error = Some(why.to_string());
+        self.drop_attempt(sh);
+        if let Some(plan) = sh.life.plan() {
+            plan.lost(sh.now_ms);
+        }
+        sh.effects.push_back(Effect::ResumeClients);
+        self.deadline_ms = sh.now_ms.saturating_add(RETRY_MS);
+        self.arm(key, sh);
+        Next::Idle
+    }
+
+    fn drop_attempt(&mut self, sh: &mut Shared) {
+        if let Some(mut attempt) = self.attempt.take() {
+            attempt.dial.session.release(&mut sh.pool);
+        }
+        self.wake_ms = None;
+    }
+
+    /// Makes sure that this slot is woken when the first of its times comes.
+    fn arm(&mut self, key: Key, sh: &mut Shared) {
+        let dialling_ms = self.attempt.as_ref().and_then(|attempt| attempt.dial.deadline_ms());
+        let pause_ends_ms = sh.life.plan().and_then(|plan| plan.pause_ends_ms());
+        let times = [dialling_ms.or(Some(self.deadline_ms)), self.wake_ms, pause_ends_ms];
+        if let Some(at_ms) = times.into_iter().flatten().min() {
+            self.alarm.arm(at_ms, key, &mut sh.wheel);
+        }
     }
 
     /// The migration is over, one way or the other: everybody who waits for it hears so, and clients go on or are done.
     pub fn closed(&mut self, reason: &Reason, sh: &mut Shared) {
-        self.drop_link(sh);
+        self.drop_attempt(sh);
         if let Some(starter) = self.starter.take() {
             sh.effects.push_back(Effect::Answer(starter, Answer::failed(reason.to_string())));
         }
@@ -262,277 +572,41 @@ impl Mirror {
             let answer = if migrated { Answer::ok("migrated") } else { Answer::failed(reason.to_string()) };
             sh.effects.push_back(Effect::AnswerWaiters(answer));
         }
-        if migrated && self.settings.action != Action::Nothing {
+        if migrated && self.settings.ending != Ending::Nothing {
             sh.life = Life::Over;
         } else {
             sh.life = Life::Serving;
             sh.effects.push_back(Effect::ResumeClients);
         }
     }
+}
 
-    /// What it is doing, in one word.
-    pub fn phase(&self, plan: &Plan) -> &'static str {
-        match self.link.as_ref().map(|link| link.stage) {
-            None => "retrying",
-            Some(Stage::Connecting | Stage::Greeting) => "connecting",
-            Some(Stage::Leaving) => "finishing",
-            Some(Stage::Copying) if plan.pauses_clients() => "paused",
-            Some(Stage::Copying) if plan.progress().pass > 1 => "converging",
-            Some(Stage::Copying) => "copying",
+/// Takes the reply to a request.
+fn answered(asked: &Asked, error: u32, sh: &mut Shared) -> Result<(), Failure> {
+    if error != 0 {
+        let name = Errno::name(error);
+        return Err(Failure::Broken(format!("the destination answered {asked} with {name} ({error})")));
+    }
+    if let Some(plan) = sh.life.plan() {
+        match asked {
+            Asked::Range(range) => plan.acked(range, sh.now_ms),
+            Asked::Flush => plan.flushed(sh.now_ms),
         }
     }
+    Ok(())
+}
 
-    /// True when the destination keeps to itself how durable what it has is: it offers no FLUSH.
-    pub fn lacks_flush(&self) -> bool {
-        let greeted = self.link.as_ref().filter(|link| matches!(link.stage, Stage::Copying | Stage::Leaving));
-        greeted.is_some_and(|link| !link.can.flush)
-    }
-
-    /// Attempts begun.
-    pub fn attempts(&self) -> u32 {
-        self.attempts
-    }
-
-    /// Why the last attempt failed, if one has.
-    pub fn last_error(&self) -> Option<&str> {
-        self.last_error.as_deref()
-    }
-
-    /// When it was asked for.
-    pub fn started_ms(&self) -> u64 {
-        self.started_ms
-    }
-
-    fn connected(&mut self, sh: &Shared) -> Result<Next, Failure> {
-        let Some(link) = self.link.as_mut().filter(|link| link.socket.writable()) else { return Ok(Next::Idle) };
-        link.socket.check_connected().map_err(|error| Failure::Connect(error.to_string()))?;
-        link.stage = Stage::Greeting;
-        self.deadline_ms = sh.now_ms.saturating_add(GREETING_MS);
-        Ok(Next::Again)
-    }
-
-    /// Receives once and takes what it means.
-    fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
-        let Some(link) = self.link.as_mut().filter(|link| link.socket.readable()) else { return Ok(Next::Idle) };
-        match link.socket.receive(&mut [IoSliceMut::new(link.session.recv_space())]) {
-            Ok(Received::End) => return Err(Failure::Closed(link.session.explain_end())),
-            Ok(Received::Nothing) => return Ok(Next::Idle),
-            Ok(Received::Bytes(n)) => link.session.received(n),
-            Err(error) => return Err(Failure::Broken(format!("cannot receive: {error}"))),
-        }
-        self.deadline_ms = match link.stage {
-            Stage::Copying if link.counts_progress() => sh.now_ms.saturating_add(self.settings.request_limit_ms),
-            // One byte at a time does not make a greeting or an end later.
-            Stage::Connecting | Stage::Greeting | Stage::Copying | Stage::Leaving => self.deadline_ms,
-        };
-        loop {
-            let Some(link) = &mut self.link else { return Ok(Next::Idle) };
-            match link.session.next_event()? {
-                None => return Ok(Next::Again),
-                Some(client::Event::Export(offer)) => self.greeted(offer, key, sh)?,
-                Some(client::Event::Reply { note, error }) => {
-                    if let Some(plan) = sh.life.plan() {
-                        note.answered(error, plan, sh.now_ms)?;
-                    }
-                }
-                // Nothing is read from the destination.
-                Some(client::Event::Data { .. }) => {}
-            }
-        }
-    }
-
-    fn greeted(&mut self, offer: Offer, key: Key, sh: &mut Shared) -> Result<(), Failure> {
-        let size = sh.disk.size();
-        if offer.size != size {
-            return Err(Failure::Size { remote: offer.size, local: size });
-        }
-        let Some(link) = &mut self.link else { return Ok(()) };
-        if offer.has(transmission::READ_ONLY) {
-            return Err(Failure::ReadOnly);
-        }
-        link.can =
-            Abilities { zero: offer.has(transmission::SEND_WRITE_ZEROES), flush: offer.has(transmission::SEND_FLUSH) };
-        link.stage = Stage::Copying;
-        self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
-        if let Some(plan) = sh.life.plan() {
-            plan.begin(link.can, sh.now_ms);
-        }
-        if !link.can.flush {
-            warn!("{self}: the destination offers no FLUSH; how durable the copy is, is its own affair");
-        }
-        info!("{self}: attempt {}: copying {size} bytes", self.attempts);
-        if let Some(starter) = self.starter.take() {
-            sh.effects.push_back(Effect::Answer(starter, Answer::ok("Mirror started")));
-        }
-        // The plan wants to be asked, and no event will say so.
-        sh.effects.push_back(Effect::Run(key));
-        Ok(())
-    }
-
-    /// Does what the plan says, as far as memory and this turn's share go.
-    fn copy(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
-        self.wake_ms = None;
-        let Some(plan) = sh.life.plan() else { return Ok(Next::Idle) };
-        if plan.is_quiescing() && sh.disk.in_flight() > self.reads.len() {
-            return Ok(Next::WaitDisk);
-        }
-        if plan.is_quiescing() {
-            plan.quiesced();
-        }
-        for _ in 0..STEPS_PER_TURN {
-            let Some(link) = &mut self.link else { return Ok(Next::Idle) };
-            if !sh.disk.has_room() {
-                return Ok(Next::WaitDisk);
-            }
-            if link.buffered() >= BUFFERED_MAX {
-                return Ok(Next::Idle);
-            }
-            // It has to be there before the plan is asked, because what the plan says is to be done has to be done.
-            let buffer = if link.buffered() == 0 { Some(sh.pool.take_beyond(SLICE)) } else { sh.pool.take(SLICE) };
-            let Some(mut buffer) = buffer else { return Ok(Next::Idle) };
-            match plan.next(sh.now_ms) {
-                Step::Data(range) => {
-                    link.reading += buffer.capacity();
-                    let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
-                    let action = work::Action::Read { offset: range.start, length, skip_hole: false, buffer };
-                    let taken = sh.disk.submit(Op { owner: key.to_u64(), tag: self.next_tag, action });
-                    debug_assert!(taken.is_ok(), "it had room");
-                    self.reads.push((self.next_tag, Some(range)));
-                    self.next_tag = self.next_tag.wrapping_add(1);
-                }
-                Step::Zero(range) if !link.can.zero => {
-                    let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
-                    debug_assert!(range.end - range.start <= DATA_MAX, "zeroes as data come in pieces of data");
-                    if let Some(zeroes) = buffer.spare().get_mut(..length) {
-                        zeroes.fill(0);
-                    }
-                    buffer.advance(length);
-                    link.send_data(range, buffer);
-                }
-                step => {
-                    sh.pool.give(buffer);
-                    match step {
-                        Step::Look(offset) => {
-                            let extent = sh.disk.extent(offset, u64::MAX);
-                            plan.note_extent(extent.range, extent.is_hole);
-                        }
-                        Step::Zero(range) => link.send_request(kind::WRITE_ZEROES, Asked::Range(range)),
-                        Step::Flush => {
-                            self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
-                            link.send_request(kind::FLUSH, Asked::Flush);
-                        }
-                        Step::Quiesce => {
-                            info!("{self}: {} bytes left; pausing clients", plan.progress().left_bytes);
-                            sh.effects.push_back(Effect::PauseClients);
-                            return Ok(Next::Again);
-                        }
-                        Step::WaitUntil(at_ms) => {
-                            self.wake_ms = Some(at_ms);
-                            return Ok(Next::Idle);
-                        }
-                        Step::Commit => return self.commit(sh),
-                        Step::Data(_) | Step::Wait => return Ok(Next::Idle),
-                    }
-                }
-            }
-        }
-        Ok(Next::Again)
-    }
-
-    /// Everything is at the destination and durable there. What happens here happens at once: the file goes, if asked,
-    /// and DISC says that the copy counts. From then on there is no way back; where the file goes, from that on.
-    fn commit(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
-        let Some(link) = &mut self.link else { return Ok(Next::Idle) };
-        link.check_quiet()?;
-        let unlinks = self.settings.action == Action::Unlink;
-        if unlinks {
-            let path = sh.disk.path().display();
-            sh.disk.unlink().map_err(|error| Failure::Broken(format!("cannot unlink {path}: {error}")))?;
-        }
-        link.session.disconnect();
-        let sent = match link.send(sh) {
-            Ok(_) if !link.session.wants_send() => Ok(()),
-            Ok(n) => Err(format!("sent only {n} bytes of DISC")),
-            Err(error) => Err(format!("cannot send DISC: {error}")),
-        };
-        match sent {
-            Err(why) if !unlinks => return Err(Failure::Broken(why)),
-            Err(why) => warn!("{self}: {why}; it has everything, and the file here is gone, so that its copy counts"),
-            Ok(()) => {}
-        }
-        if let Some(link) = &mut self.link {
-            link.stage = Stage::Leaving;
-        }
-        self.deadline_ms = sh.now_ms.saturating_add(LEAVING_MS);
-        Ok(Next::Again)
-    }
-
-    /// An attempt is over. Before the start, that is the answer; after it, there is another attempt, unless the
-    /// destination has been told that its copy counts.
-    fn failed(&mut self, why: &Failure, key: Key, sh: &mut Shared) -> Next {
-        if !self.may_stop() {
-            // It has everything and has been told so: how it goes does not matter.
-            return Next::Close(Reason::Migrated);
-        }
-        if self.starter.is_some() {
-            warn!("{self}: not started: {why}");
-            return Next::Close(Reason::NotStarted(why.answer().into()));
-        }
-        if let Some(plan) = sh.life.plan() {
-            plan.lost(sh.now_ms);
-        }
-        sh.effects.push_back(Effect::ResumeClients);
-        self.retry(why, key, sh);
-        Next::Idle
-    }
-
-    fn retry(&mut self, why: &Failure, key: Key, sh: &mut Shared) {
-        let attempts = self.attempts;
-        match self.failures.pass(sh.now_ms) {
-            None => {}
-            Some(0) => {
-                warn!("{self}: attempt {attempts} failed: {why}; clients go on, the next begins in {RETRY_MS} ms");
-            }
-            Some(before) => {
-                warn!("{self}: attempt {attempts} failed: {why} ({before} more failed since the last line)");
-            }
-        }
-        self.last_error = Some(why.to_string());
-        self.drop_link(sh);
-        self.deadline_ms = sh.now_ms.saturating_add(RETRY_MS);
-        self.arm(key, sh);
-    }
-
-    fn drop_link(&mut self, sh: &mut Shared) {
-        if let Some(mut link) = self.link.take() {
-            link.session.release(&mut sh.pool);
-        }
-        self.reads.iter_mut().for_each(|(_, range)| *range = None);
-        self.wake_ms = None;
-    }
-
-    /// Makes sure that this slot is woken when the first of its times comes.
-    fn arm_for(&mut self, key: Key, sh: &mut Shared) {
-        let pause_ends_ms = sh.life.plan().and_then(|plan| plan.pause_ends_ms());
-        self.wake_ms = self.wake_ms.into_iter().chain(pause_ends_ms).min();
-        self.arm(key, sh);
-    }
-
-    fn arm(&mut self, key: Key, sh: &mut Shared) {
-        let at_ms = self.wake_ms.map_or(self.deadline_ms, |wake_ms| wake_ms.min(self.deadline_ms));
-        if at_ms < self.armed_ms {
-            sh.wheel.arm(at_ms, key);
-            self.armed_ms = at_ms;
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Range(range) => write!(f, "a write of {} bytes at offset {}", range.end - range.start, range.start),
+            Self::Flush => f.write_str("FLUSH"),
         }
     }
 }
 
 impl fmt::Display for Mirror {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "migration to {}", self.settings.to)?;
-        if !self.settings.export.is_empty() {
-            write!(f, " export {:?}", self.settings.export)?;
-        }
-        Ok(())
+        write!(f, "migration to {}", self.settings.destination)
     }
 }
