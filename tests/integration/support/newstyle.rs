@@ -1,7 +1,7 @@
 //! A raw client of the newstyle protocol: haggling byte for byte, then requests, with every rule that holds for all
 //! replies checked on the way. And how a server gets a newstyle listener.
 
-use crate::support::{kind, request, Builder, Client, Server, SOON};
+use super::{kind, request, Builder, Client, Server, SOON};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
