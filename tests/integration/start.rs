@@ -1,6 +1,8 @@
 //! What `serve` does before it serves: addresses, files, sockets, limits, and the errors of all of them.
 
-use crate::support::{greeting, run, run_command, wait_for, Process, Server, TempDir, BIN, SOON};
+use crate::support::{
+    greeting, has, must, program, run, run_command, wait_for, Need, Process, Server, TempDir, BIN, SOON,
+};
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -57,7 +59,8 @@ fn files_that_cannot_be_served() {
 fn a_file_without_permission_cannot_be_served() {
     let dir = TempDir::new();
     let program = dir.join("flexnbd");
-    fs::copy(BIN, &program).unwrap();
+    // By a process of its own: what this one writes, a child of another test may hold open, and then it does not start.
+    must("cp", &[BIN, program.to_str().unwrap()]);
     fs::set_permissions(dir.join(""), fs::Permissions::from_mode(0o777)).unwrap();
     let sock = dir.join("control");
     for (mode, why) in [(0o444, "writ"), (0o000, "read")] {
@@ -326,15 +329,14 @@ fn a_signal_ends_the_wait_for_an_address() {
 /// In a network of its own, to which the address is added later.
 #[test]
 fn an_address_that_is_on_its_way_is_waited_for() {
-    let possible = Command::new("unshare").args(["-n", "ip", "link"]).stdout(Stdio::null()).status();
-    if !possible.is_ok_and(|status| status.success()) {
-        crate::support::not_tested("a late address takes root, unshare and ip");
+    let programs = ["unshare", "nsenter", "ip"].map(Need::Program);
+    if !has(&[&[Need::Root], &programs[..], &[Need::Kernel("unshare -n true")]].concat()) {
         return;
     }
     let dir = TempDir::new();
     let (image, sock, log) = (dir.join("image"), dir.join("control"), dir.join("log"));
     fs::write(&image, [0; 512]).unwrap();
-    let mut command = Command::new("unshare");
+    let mut command = program("unshare");
     // A network whose loopback was never up takes every address.
     command.args(["-n", "sh", "-c", "ip link set lo up && exec \"$@\"", "sh", BIN]);
     command.args(["serve", "-l", "10.77.0.1", "-p", "4777", "-f"]).arg(&image).arg("-s").arg(&sock);
@@ -342,11 +344,7 @@ fn an_address_that_is_on_its_way_is_waited_for() {
     wait_for("the warning", SOON, || fs::read_to_string(&log).unwrap().contains(":W:").then_some(()));
     assert!(!sock.exists());
     let pid = process.0.id().to_string();
-    let added = Command::new("nsenter")
-        .args(["-n", "-t", &pid, "ip", "address", "add", "10.77.0.1/32", "dev", "lo"])
-        .status()
-        .unwrap();
-    assert!(added.success());
+    must("nsenter", &["-n", "-t", &pid, "ip", "address", "add", "10.77.0.1/32", "dev", "lo"]);
     wait_for("the control socket", SOON, || sock.exists().then_some(()));
 }
 

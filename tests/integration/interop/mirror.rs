@@ -3,7 +3,7 @@
 
 use crate::support::newstyle::{address, PORT};
 use crate::support::peers::{expect_migrated, expect_same, listen, mirror, start_mirror, tell, Worker};
-use crate::support::{pattern, run_command, wait_for, Process, Server, TempDir, SOON};
+use crate::support::{pattern, program, run_command, wait_for, Process, Server, TempDir, SOON};
 use std::fs::{self, File};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
@@ -23,18 +23,21 @@ struct Destination {
 impl Destination {
     /// Starts a program; `args` gets the directory, the image and the port.
     #[track_caller]
-    fn start(program: &str, args: impl FnOnce(&TempDir, &str, u16) -> Vec<String>) -> Self {
+    fn start(name: &str, args: impl FnOnce(&TempDir, &str, u16) -> Vec<String>) -> Self {
         let dir = TempDir::new();
         let image = dir.join("image");
         File::create(&image).unwrap().set_len(SIZE).unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
-        let mut command = Command::new(program);
-        command.args(args(&dir, image.to_str().unwrap(), port)).env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
-        command.current_dir(dir.join("")).stdin(Stdio::null()).stdout(Stdio::null());
+        let mut command = program(name);
+        command
+            .args(args(&dir, image.to_str().unwrap(), port))
+            .current_dir(dir.join(""))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
         command.stderr(File::create(dir.join("stderr")).unwrap());
         let mut process = Process::spawn(&mut command);
-        wait_for(format_args!("{program} to listen"), SOON, || {
+        wait_for(format_args!("{name} to listen"), SOON, || {
             let failed = process.0.try_wait().unwrap().is_some_and(|status| !status.success());
             assert!(!failed, "{command:?}: {}", fs::read_to_string(dir.join("stderr")).unwrap_or_default());
             TcpStream::connect(address).ok()
@@ -94,7 +97,7 @@ fn to_nbdkit_memory_and_back() {
     });
     let mut source = source();
     migrate(&mut source, destination.address, "");
-    let mut command = Command::new("nbdcopy");
+    let mut command = program("nbdcopy");
     command.arg(format!("nbd://{}", destination.address)).arg(&destination.image);
     let copied = run_command(&mut command, &[]);
     assert_eq!(copied.code, Some(0), "{}", copied.stderr);
@@ -202,7 +205,7 @@ fn a_destination_that_dies_is_tried_again() {
     first.process.signal("KILL");
     first.process.wait(SOON);
     wait_for("another attempt", SOON, || (source.status().number("migration_attempts") > 1).then_some(()));
-    let mut command = Command::new("nbdkit");
+    let mut command = program("nbdkit");
     let port = first.address.port().to_string();
     command.args(["-f", "-p", &port, "-i", "127.0.0.1", "file"]).arg(&first.image);
     let _second = Process::spawn(command.stdin(Stdio::null()));

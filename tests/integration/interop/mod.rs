@@ -4,8 +4,7 @@ mod mirror;
 mod newstyle;
 mod oldstyle;
 
-use crate::support::{run_within, Output, TempDir};
-use std::process::Command;
+use crate::support::{program, run_within, Output, TempDir};
 use std::time::Duration;
 
 /// How long one run of a client may take; only a hang takes that long.
@@ -13,12 +12,10 @@ const DEADLINE: Duration = Duration::from_secs(120);
 
 /// Runs a client that must succeed, in a directory it may leave files in.
 #[track_caller]
-pub fn client(dir: &TempDir, program: &str, args: &[&str]) -> String {
-    let mut command = Command::new(program);
-    // nbdsh runs the first python3 of the path, and only Debian's has its module.
-    command.args(args).current_dir(dir.join("")).env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
-    let Output { code, stdout, stderr } = run_within(&mut command, &[], DEADLINE);
+pub fn client(dir: &TempDir, name: &str, args: &[&str]) -> String {
+    let mut command = program(name);
+    let Output { code, stdout, stderr } = run_within(command.args(args).current_dir(dir.join("")), &[], DEADLINE);
     let stdout = String::from_utf8_lossy(&stdout).into_owned();
-    assert_eq!(code, Some(0), "{program} {args:?}\n{stdout}\n{stderr}");
+    assert_eq!(code, Some(0), "{name} {args:?}\n{stdout}\n{stderr}");
     stdout
 }

@@ -1,8 +1,7 @@
 //! Migrations over a link of a known speed, between two network namespaces.
 
 use crate::support::peers::{expect_migrated, listen_after, start_mirror};
-use crate::support::{pattern, wait_for, Server, SOON};
-use std::process::{Command, Stdio};
+use crate::support::{has, must, pattern, program, wait_for, Need, Server, SOON};
 use std::time::Instant;
 
 /// The speed of the link, in bytes per second.
@@ -15,34 +14,30 @@ struct Link {
     names: [String; 2],
 }
 
-fn tool(line: &str) -> bool {
-    let mut words = line.split_whitespace();
-    let mut command = Command::new(words.next().unwrap());
-    command.args(words).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.status().is_ok_and(|status| status.success())
-}
-
 impl Link {
-    /// `None` where the machine does not allow it.
+    /// `None` where the machine does not allow it; that has been told then.
     fn new(test: &str) -> Option<Self> {
+        const SHAPES: &str = "exec unshare -n sh -ec 'ip link add veth0 type veth peer name veth1; \
+                              tc qdisc add dev veth0 root tbf rate 1mbit burst 32kb latency 50ms'";
+        let programs = ["ip", "tc", "unshare"].map(Need::Program);
+        if !has(&[&[Need::Root], &programs[..], &[Need::Kernel(SHAPES)]].concat()) {
+            return None;
+        }
+        let ip = |line: String| must("ip", &line.split_whitespace().collect::<Vec<_>>());
         let names = ["a", "b"].map(|end| format!("flexnbd-{}-{test}-{end}", std::process::id()));
         let link = Self { names };
         let [a, b] = &link.names;
-        let made = tool(&format!("ip netns add {a}"))
-            && tool(&format!("ip netns add {b}"))
-            && tool(&format!("ip -n {a} link add veth0 type veth peer name veth0 netns {b}"));
-        let ends = [(a, "10.77.0.1/24"), (b, "10.77.0.2/24")];
-        let ready = made
-            && ends.iter().all(|(name, address)| {
-                tool(&format!("ip -n {name} address add {address} dev veth0"))
-                    && tool(&format!("ip -n {name} link set veth0 up"))
-                    && tool(&format!("ip -n {name} link set lo up"))
-                    && tool(&format!(
-                        "tc -n {name} qdisc add dev veth0 root tbf rate {}bit burst 256kb latency 50ms",
-                        LINK * 8
-                    ))
-            });
-        ready.then_some(link)
+        ip(format!("netns add {a}"));
+        ip(format!("netns add {b}"));
+        ip(format!("-n {a} link add veth0 type veth peer name veth0 netns {b}"));
+        for (name, address) in [(a, "10.77.0.1/24"), (b, "10.77.0.2/24")] {
+            ip(format!("-n {name} address add {address} dev veth0"));
+            ip(format!("-n {name} link set veth0 up"));
+            ip(format!("-n {name} link set lo up"));
+            let shape = format!("-n {name} qdisc add dev veth0 root tbf rate {}bit burst 256kb latency 50ms", LINK * 8);
+            must("tc", &shape.split_whitespace().collect::<Vec<_>>());
+        }
+        Some(link)
     }
 
     fn inside(&self, end: usize) -> [&str; 4] {
@@ -53,7 +48,7 @@ impl Link {
 impl Drop for Link {
     fn drop(&mut self) {
         for name in &self.names {
-            tool(&format!("ip netns delete {name}"));
+            let _ = program("ip").args(["netns", "delete", name]).output();
         }
     }
 }
@@ -61,10 +56,7 @@ impl Drop for Link {
 /// Bytes per second of a migration over the link, in the middle of it: how it begins, and how long the disk of the
 /// destination takes to flush, says nothing about the link.
 fn speed(test: &str, options: &str) -> Option<u64> {
-    let Some(link) = Link::new(test) else {
-        eprintln!("not tested: a limited link takes root, network namespaces and tc");
-        return None;
-    };
+    let link = Link::new(test)?;
     let source = Server::serve().through(&link.inside(0)).addr("10.77.0.1").content(&pattern(1, SIZE as usize));
     let mut source = source.start();
     let command = format!("exec {}", link.inside(1).join(" "));

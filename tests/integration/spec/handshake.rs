@@ -4,7 +4,7 @@ use crate::support::newstyle::{
     address, allocation_context, context_data, ends, export_info, info_data, opt, option, option_head, rep, serve,
     serve_content, string, try_send, Haggler, Structured, BLOCK_STATUS, FLAGS, FLAG_DF,
 };
-use crate::support::{errno, greeting, kind, pattern, request, wait_for, Client, SOON};
+use crate::support::{errno, greeting, kind, pattern, request, uninterrupted, wait_for, Client, SOON};
 use std::net::TcpStream;
 use std::time::Duration;
 
@@ -345,7 +345,7 @@ fn point_18_options_may_not_be_repeated_for_ever() {
     let answered = (0..1000)
         .take_while(|_| {
             try_send(&mut haggler.client, &option(99, &[]))
-                && haggler.client.stream.peek(&mut [0]).is_ok_and(|n| n > 0)
+                && uninterrupted(|| haggler.client.stream.peek(&mut [0])).is_ok_and(|n| n > 0)
                 && {
                     haggler.reply(99);
                     true

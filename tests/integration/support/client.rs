@@ -2,7 +2,7 @@
 //! script.
 
 use super::SOON;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::thread;
@@ -58,6 +58,17 @@ pub fn reply(error: u32, cookie: u64) -> Vec<u8> {
     bytes.extend(error.to_be_bytes());
     bytes.extend(cookie.to_be_bytes());
     bytes
+}
+
+/// Repeats a call that a signal interrupted. A program that ends while its thread starts another one has its SIGCHLD
+/// handed to any other thread, and a wait for a socket with a deadline does not go on by itself after that.
+pub fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
 }
 
 /// A raw client of the oldstyle protocol. Every read and write has a deadline of [`SOON`].
@@ -169,7 +180,7 @@ impl Client {
     #[track_caller]
     pub fn expect_silence(&mut self, time: Duration) {
         self.stream.set_read_timeout(Some(time)).unwrap();
-        let outcome = self.stream.peek(&mut [0]);
+        let outcome = uninterrupted(|| self.stream.peek(&mut [0]));
         let error = outcome.expect_err("bytes or a close where there should be silence");
         assert!(matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut), "{error}");
         self.stream.set_read_timeout(Some(SOON)).unwrap();

@@ -7,14 +7,15 @@ pub mod peers;
 mod client;
 mod process;
 mod server;
+mod system;
 
-pub use client::{errno, flag, greeting, kind, reply, request, Client, Scripted, GREETING_MAGICS};
+pub use client::{errno, flag, greeting, kind, reply, request, uninterrupted, Client, Scripted, GREETING_MAGICS};
 pub use process::{run, run_command, run_within, Output, Process, TempDir};
 pub use server::{Builder, Server};
+pub use system::{has, must, not_tested, program, Loop, Mount, Need};
 
 use std::fmt::Display;
 use std::fs;
-use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::thread;
@@ -38,11 +39,6 @@ pub fn wait_for<T>(what: impl Display, deadline: Duration, mut probe: impl FnMut
         assert!(Instant::now() < give_up, "{what}: not within {deadline:?}");
         thread::sleep(POLL);
     }
-}
-
-/// Says what this machine cannot test, past the capture of what a test prints.
-pub fn not_tested(what: impl Display) {
-    let _ = writeln!(std::io::stderr(), "not tested: {what}");
 }
 
 /// Bytes a file takes on its file system; holes take none.

@@ -1,7 +1,7 @@
 //! A raw client of the newstyle protocol: haggling byte for byte, then requests, with every rule that holds for all
 //! replies checked on the way. And how a server gets a newstyle listener.
 
-use super::{kind, request, Builder, Client, Server, SOON};
+use super::{kind, request, uninterrupted, Builder, Client, Server, SOON};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
@@ -311,7 +311,7 @@ impl Structured {
     /// Receives the chunks of a READ that was sent.
     #[track_caller]
     pub fn collect(&mut self, cookie: u64, offset: u64, length: u32) -> Result<(Vec<u8>, Vec<Content>), u32> {
-        let mut data = vec![0xdd; length as usize];
+        let mut data = Vec::new();
         let mut found: Vec<Content> = Vec::new();
         let mut error = None;
         loop {
@@ -332,7 +332,10 @@ impl Structured {
                     assert!(at >= offset && at + bytes <= offset + u64::from(length), "inside the request");
                     let overlaps = |other: &Content| at < other.offset + other.length && other.offset < at + bytes;
                     assert!(!found.iter().any(overlaps), "the same bytes twice");
-                    let place = &mut data[(at - offset) as usize..][..bytes as usize];
+                    let start = (at - offset) as usize;
+                    let end = start + bytes as usize;
+                    data.resize(data.len().max(end), 0);
+                    let place = &mut data[start..end];
                     if is_hole {
                         place.fill(0);
                     } else {
@@ -386,7 +389,7 @@ pub fn ends(client: &mut Client) -> bool {
     client.stream.set_read_timeout(Some(SOON)).unwrap();
     let mut bytes = [0; 4096];
     loop {
-        match client.stream.read(&mut bytes) {
+        match uninterrupted(|| client.stream.read(&mut bytes)) {
             Ok(0) => return true,
             Ok(_) => {}
             Err(error) => return error.kind() == std::io::ErrorKind::ConnectionReset,

@@ -1,6 +1,6 @@
 //! A server of the real binary, with everything it needs in a directory that goes with the test.
 
-use super::{wait_for, Client, Process, TempDir, BIN, GREETING_MAGICS, SOON};
+use super::{program, wait_for, Client, Process, TempDir, BIN, GREETING_MAGICS, SOON};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -8,7 +8,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{ExitStatus, Stdio};
 
 /// How a server is to be started. The image is sparse unless there is content for it.
 pub struct Builder {
@@ -91,7 +91,7 @@ impl Builder {
         let log = self.dir.join("log");
         let mut words = self.wrapper;
         words.push(BIN.into());
-        let mut command = Command::new(&words[0]);
+        let mut command = program(&words[0]);
         command.args(&words[1..]).arg(self.mode).args(["--addr", &self.addr]).arg("--file").arg(&image);
         if !self.addr.starts_with('/') {
             command.args(["--port", "0"]);

@@ -1,7 +1,7 @@
 //! A destination that follows a script: what it offers, how slow it is, and what it does wrong, and when.
 
 use super::{offer, Worker};
-use crate::support::{flag, kind, pattern, reply, wait_for, GREETING_MAGICS, SOON};
+use crate::support::{flag, kind, pattern, reply, uninterrupted, wait_for, GREETING_MAGICS, SOON};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -177,7 +177,7 @@ impl Script {
             // The last byte stays unread until it is known whether it is to be read at all.
             let mut head = [0; 28];
             stream.read_exact(&mut head[..27])?;
-            stream.peek(&mut head[27..])?;
+            uninterrupted(|| stream.peek(&mut head[27..]))?;
             assert_eq!(head[..4], 0x2560_9513_u32.to_be_bytes(), "the magic of a request");
             let flags = u16::from_be_bytes(head[4..6].try_into().unwrap());
             let asked = u16::from_be_bytes(head[6..8].try_into().unwrap());

@@ -1,0 +1,179 @@
+//! What tests use of the system: its programs, devices and file systems. Where something is missing, the test is left
+//! out, and that is told with the reason; what is there has to work.
+
+use super::{run_command, TempDir};
+use std::env;
+use std::ffi::OsStr;
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+
+/// Where programs of the system are; a user's path may leave out half of them.
+const FOLDERS: [&str; 4] = ["/usr/bin", "/bin", "/usr/sbin", "/sbin"];
+
+/// A program of the system, found whatever the path of whoever runs the tests.
+pub fn program(name: impl AsRef<OsStr>) -> Command {
+    // The folders of the system come first: nbdsh runs the first python3, and only the system's has its module.
+    let users = env::var_os("PATH").unwrap_or_default();
+    let path = env::join_paths(FOLDERS.iter().map(PathBuf::from).chain(env::split_paths(&users)));
+    let mut command = Command::new(name);
+    command.env("PATH", path.unwrap());
+    command
+}
+
+/// Runs a program that has to succeed; returns what it printed.
+#[track_caller]
+pub fn must(name: &str, args: &[&str]) -> String {
+    let output = run_command(program(name).args(args), &[]);
+    assert_eq!(output.code, Some(0), "{name} {args:?}: {}", output.stderr);
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What a test needs and not every machine has.
+#[derive(Clone, Copy)]
+pub enum Need<'a> {
+    /// Rights over devices, mounts and networks: not every user is root, nor root of a container all of root.
+    Root,
+    /// A program.
+    Program(&'a str),
+    /// A file system in the kernel.
+    FileSystem(&'a str),
+    /// A script that the kernel lets run; it needs root.
+    Kernel(&'a str),
+}
+
+impl Need<'_> {
+    /// Why the machine cannot satisfy it, if it cannot.
+    fn lack(&self) -> Option<String> {
+        match *self {
+            Self::Root => {
+                const NET_ADMIN: u64 = 1 << 12;
+                const SYS_ADMIN: u64 = 1 << 21;
+                let status = fs::read_to_string("/proc/self/status").unwrap();
+                let rights = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+                let rights = u64::from_str_radix(rights.trim(), 16).unwrap();
+                (rights & NET_ADMIN == 0 || rights & SYS_ADMIN == 0).then(|| "this user is not root".into())
+            }
+            Self::Program(name) => {
+                let found = FOLDERS.iter().any(|folder| Path::new(folder).join(name).exists());
+                (!found).then(|| format!("there is no program {name}"))
+            }
+            Self::FileSystem(kind) => {
+                let known = || {
+                    let all = fs::read_to_string("/proc/filesystems").unwrap();
+                    all.lines().any(|line| line.split_whitespace().next_back() == Some(kind))
+                };
+                // The kernel may have it as a module.
+                let found = known() || (program("modprobe").arg(kind).output().is_ok() && known());
+                (!found).then(|| format!("the kernel has no {kind}"))
+            }
+            Self::Kernel(script) => {
+                let output = run_command(program("sh").args(["-c", script]), &[]);
+                (output.code != Some(0)).then(|| format!("the kernel refuses `{script}`: {}", output.stderr.trim()))
+            }
+        }
+    }
+}
+
+/// True when the machine has all that a test needs. Otherwise the test is to return, and `make test` lists it.
+pub fn has(needs: &[Need]) -> bool {
+    match needs.iter().find_map(Need::lack) {
+        Some(why) => {
+            not_tested(why);
+            false
+        }
+        None => true,
+    }
+}
+
+/// Tells that the test that runs here is left out, and why: for the list at the end of `make test`, or on stderr, past
+/// the capture of what a test prints.
+pub fn not_tested(why: impl Display) {
+    let line = format!("{}: {why}\n", thread::current().name().unwrap_or("a thread of a test"));
+    match env::var_os("FLEXNBD_NOT_TESTED") {
+        Some(list) => File::options().append(true).create(true).open(list).unwrap().write_all(line.as_bytes()).unwrap(),
+        None => drop(std::io::stderr().write_all(format!("not tested: {line}").as_bytes())),
+    }
+}
+
+/// A loop device over a file, detached when dropped.
+pub struct Loop(String);
+
+impl Loop {
+    /// `None` where the machine has none to give; that has been told then.
+    #[track_caller]
+    pub fn attach(file: &Path) -> Option<Self> {
+        let needs = [Need::Root, Need::Program("losetup"), Need::Kernel("losetup --find")];
+        has(&needs).then(|| Self(must("losetup", &["--find", "--show", file.to_str().unwrap()]).trim().to_owned()))
+    }
+
+    /// The device.
+    pub fn path(&self) -> &Path {
+        Path::new(&self.0)
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = program("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// A mounted file system, unmounted when dropped.
+pub struct Mount {
+    point: PathBuf,
+    // In this order: unmounted, then detached, then removed.
+    _loop: Option<Loop>,
+    _dir: TempDir,
+}
+
+impl Mount {
+    /// A tmpfs of this size. `None` where the machine does not allow it; that has been told then.
+    #[track_caller]
+    pub fn tmpfs(size: &str) -> Option<Self> {
+        if !has(&[Need::Root, Need::Program("mount"), Need::FileSystem("tmpfs")]) {
+            return None;
+        }
+        let dir = TempDir::new();
+        let size = format!("size={size}");
+        Some(Self::on(dir, None, &["-t", "tmpfs", "-o", &size, "flexnbd-test"]))
+    }
+
+    /// A new file system of this kind, on a loop device. `None` as in [`Mount::tmpfs`].
+    #[track_caller]
+    pub fn make(kind: &str) -> Option<Self> {
+        let mkfs = format!("mkfs.{kind}");
+        if !has(&[Need::Root, Need::Program("mount"), Need::Program(&mkfs), Need::FileSystem(kind)]) {
+            return None;
+        }
+        let dir = TempDir::new();
+        let disk = dir.join("disk");
+        File::create(&disk).unwrap().set_len(512 << 20).unwrap();
+        let device = Loop::attach(&disk)?;
+        must(&mkfs, &[&device.0]);
+        let path = device.0.clone();
+        Some(Self::on(dir, Some(device), &["-t", kind, &path]))
+    }
+
+    #[track_caller]
+    fn on(dir: TempDir, device: Option<Loop>, what: &[&str]) -> Self {
+        let point = dir.join("mount");
+        fs::create_dir(&point).unwrap();
+        must("mount", &[what, &[point.to_str().unwrap()]].concat());
+        Self { point, _loop: device, _dir: dir }
+    }
+
+    /// A path in it.
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.point.join(name)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = program("umount").arg(&self.point).status();
+    }
+}
