@@ -9,7 +9,6 @@ mod bench_client;
 mod cli;
 mod control;
 mod durability;
-mod footprint;
 mod interop;
 mod killswitch;
 mod logs;

@@ -23,6 +23,8 @@ pub struct Builder {
 
 impl Builder {
     fn new(mode: &'static str) -> Self {
+        // As far as it may go: one test has a thousand clients, and several run at once.
+        let _ = flexnbd::sys::raise_descriptor_limit(4096);
         let dir = TempDir::new();
         let (addr, wrapper, args) = ("127.0.0.1".into(), Vec::new(), Vec::new());
         Self { dir, mode, addr, image: None, wrapper, args, stderr: None }

@@ -1,22 +1,50 @@
-//! What it costs: memory that does not grow with requests, and few system calls.
+//! What the server costs: memory that does not grow with requests, and few system calls. A test program of its own, which
+//! measures one thing after the other, because what a turn of the loop finds depends on what else runs.
 
-use crate::support::{allocated, errno, kind, request, wait_for, Client, Server, SOON};
-use std::fs;
-use std::io::{Read, Write};
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panic")]
+#![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
+
+#[path = "../integration/support/mod.rs"]
+#[allow(dead_code, unused_imports, reason = "the harness is that of the integration tests")]
+mod support;
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
+use support::{allocated, errno, kind, request, wait_for, Client, Server, TempDir, SOON};
+
+/// Waits until no other test measures.
+fn alone() -> MutexGuard<'static, ()> {
+    static MEASURING: Mutex<()> = Mutex::new(());
+    MEASURING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Calls `work` with pieces of a buffer that make `length` bytes together.
+fn in_pieces(length: u32, mut work: impl FnMut(&mut [u8])) {
+    let mut buffer = vec![0; 1 << 20];
+    let mut left = length as usize;
+    while left > 0 {
+        let piece = left.min(buffer.len());
+        work(&mut buffer[..piece]);
+        left -= piece;
+    }
+}
 
 /// Sends `length` zero bytes.
 fn send_zeroes(client: &mut Client, length: u32) {
-    let zeroes = vec![0; 1 << 20];
-    let mut left = length as usize;
-    while left > 0 {
-        left -= client.stream.write(&zeroes[..zeroes.len().min(left)]).unwrap();
-    }
+    in_pieces(length, |piece| client.send(piece));
 }
 
 #[test]
 fn the_longest_requests_are_streamed_both_ways() {
-    let server = Server::serve().size((5 << 30) - 512).start();
+    let _alone = alone();
+    // In memory a hole that is read takes no room.
+    let memory = TempDir::within(Path::new("/dev/shm"));
+    let image = memory.join("image");
+    File::create(&image).unwrap().set_len((5 << 30) - 512).unwrap();
+    let server = Server::serve().file(image).start();
     let mut client = server.connect();
     client.expect_alive();
     assert_eq!(client.write(0, &[1; 512]), 0);
@@ -24,14 +52,11 @@ fn the_longest_requests_are_streamed_both_ways() {
 
     client.send(&request(kind::READ, 0, 9, 512, u32::MAX));
     assert_eq!(client.read_reply(), (0, 9));
-    let mut left = u32::MAX as usize;
-    let mut bytes = vec![1; 1 << 20];
-    while left > 0 {
-        let want = bytes.len().min(left);
-        let n = client.stream.read(&mut bytes[..want]).unwrap();
-        assert!(n > 0 && bytes[..n.min(64)].iter().all(|&byte| byte == 0));
-        left -= n;
-    }
+    in_pieces(u32::MAX, |piece| {
+        piece.iter_mut().take(64).for_each(|byte| *byte = 1);
+        client.stream.read_exact(piece).unwrap();
+        assert!(piece.iter().take(64).all(|&byte| byte == 0));
+    });
     client.expect_alive();
 
     // Without optimisation, to look at each byte takes its time.
@@ -51,7 +76,10 @@ fn the_longest_requests_are_streamed_both_ways() {
 
 #[test]
 fn idle_clients_cost_next_to_nothing() {
-    let server = Server::serve().size(1 << 20).arg("--max-clients=1000").start();
+    let _alone = alone();
+    // The server raises its limit of descriptors itself; the harness has done so for this process.
+    let server =
+        Server::serve().through(&["prlimit", "--nofile=1024:"]).size(1 << 20).arg("--max-clients=1000").start();
     server.connect().expect_alive();
     wait_for("it gone", SOON, || (server.status().number("num_clients") == 0).then_some(()));
     let idle = server.memory_kib("VmRSS:");
@@ -69,6 +97,7 @@ fn idle_clients_cost_next_to_nothing() {
 
 #[test]
 fn many_busy_clients_share_what_there_is() {
+    let _alone = alone();
     let server = Server::serve().size(1 << 30).start();
     let mut clients: Vec<_> = (0..100).map(|_| server.connect()).collect();
     let before = server.memory_kib("VmHWM:");
@@ -89,7 +118,8 @@ fn many_busy_clients_share_what_there_is() {
 
 /// Counts the system calls of a server between two marks: their names, in order.
 fn calls(work: impl FnOnce(&Server, &dyn Fn())) -> Vec<String> {
-    let builder = Server::serve().content(&crate::support::pattern(1, 1 << 20));
+    let _alone = alone();
+    let builder = Server::serve().content(&support::pattern(1, 1 << 20));
     let trace = builder.dir().join("trace");
     let words = ["strace", "-D", "-f", "-o", trace.to_str().unwrap()];
     let server = builder.through(&words).start();
@@ -151,6 +181,7 @@ fn a_burst_of_reads_costs_its_disk_reads_and_six_calls() {
 
 #[test]
 fn the_killswitch_costs_no_system_call() {
+    let _alone = alone();
     // The epoll_wait whose timeout it sets is there anyway; what must not appear is a timer of the kernel.
     let builder = Server::serve().size(1 << 20).arg("-k");
     let trace = builder.dir().join("trace");
