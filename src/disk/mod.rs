@@ -80,7 +80,7 @@ impl Disk {
     /// Says to other processes that the image is served, or (`alone`) that it is being overwritten as a whole. Both at
     /// once are refused. A file system without locks has none.
     pub fn lock(&self, alone: bool) -> Result<(), OpenError> {
-        match sys::try_lock(&self.image.file, alone) {
+        match sys::file::try_lock(&self.image.file, alone) {
             Ok(false) => Err(OpenError { path: self.path.clone(), problem: Problem::InUse { alone } }),
             Ok(true) | Err(_) => Ok(()),
         }

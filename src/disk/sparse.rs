@@ -25,7 +25,7 @@ pub(super) fn extent(image: &Image, offset: u64, limit: u64) -> Extent {
     if data > offset {
         return Extent { range: offset..data.min(limit), is_hole: true };
     }
-    let end = if image.is_device { limit } else { sys::seek_hole(&image.file, offset).unwrap_or(limit) };
+    let end = if image.is_device { limit } else { sys::file::seek_hole(&image.file, offset).unwrap_or(limit) };
     // A file that was cut short says that a hole is here. It must count as data, so that the read of it fails.
     let end = if end > offset { end.min(limit) } else { limit };
     Extent { range: offset..end, is_hole: false }
@@ -52,7 +52,7 @@ fn next_data(image: &Image, offset: u64) -> u64 {
     if image.is_device {
         return offset;
     }
-    match sys::seek_data(&image.file, offset) {
+    match sys::file::seek_data(&image.file, offset) {
         Ok(Some(data)) => data.min(image.size).max(offset),
         // Beyond the end of the file there is no data either, but that is no hole of the image: someone cut it short.
         Ok(None) if image.file.metadata().is_ok_and(|file| file.len() >= image.size) => image.size.max(offset),
@@ -212,7 +212,7 @@ mod tests {
             model[offset as usize..][..length].copy_from_slice(&payload);
             if random.below(8) == 0 {
                 let hole = random.below(60) * B;
-                sys::punch_hole(&image.file, hole, 4 * B).unwrap();
+                sys::file::punch_hole(&image.file, hole, 4 * B).unwrap();
                 model[hole as usize..][..4 * BLOCK_LEN].fill(0);
             }
         }

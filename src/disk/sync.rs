@@ -144,7 +144,7 @@ impl Engine {
             Action::Flush => Ok(true),
             Action::Cache { offset, length } => {
                 // A hint that is not taken harms nobody.
-                let _ = sys::will_need(&image.file, *offset, *length);
+                let _ = sys::file::will_need(&image.file, *offset, *length);
                 Ok(true)
             }
             Action::Map { offset, length, most } => {
@@ -164,12 +164,12 @@ impl Engine {
             Piece::Ragged(n) => return self.write_zeroes(image, offset, n, no_hole),
             Piece::Whole(n) => n,
         };
-        if !no_hole && supported(sys::punch_hole, &mut self.can_punch, image, offset, piece)? {
+        if !no_hole && supported(sys::file::punch_hole, &mut self.can_punch, image, offset, piece)? {
             return Ok(piece);
         }
         // On a device this call may mean that the kernel writes the zeroes, so it is no way to be fast.
         let may_zero = !(fast && image.is_device);
-        if may_zero && supported(sys::zero_range, &mut self.can_zero_range, image, offset, piece)? {
+        if may_zero && supported(sys::file::zero_range, &mut self.can_zero_range, image, offset, piece)? {
             return Ok(piece);
         }
         if fast {
@@ -194,7 +194,7 @@ impl Engine {
     fn trim_step(&mut self, image: &Image, offset: u64, length: u64) -> io::Result<u64> {
         match piece(image, offset, length) {
             Piece::Ragged(n) => Ok(n),
-            Piece::Whole(n) => supported(sys::punch_hole, &mut self.can_punch, image, offset, n).map(|_| n),
+            Piece::Whole(n) => supported(sys::file::punch_hole, &mut self.can_punch, image, offset, n).map(|_| n),
         }
     }
 

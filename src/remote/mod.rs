@@ -318,7 +318,7 @@ fn connect_tcp(target: &Target) -> Result<OwnedFd, Error> {
     let Endpoint::Tcp(addr) = target.server else { return Err(Error("not a network address".into())) };
     let from = target.bind.map(|bind| format!(" from {bind}")).unwrap_or_default();
     let failed = |error: &dyn fmt::Display| Error(format!("cannot connect to {addr}{from}: {error}"));
-    let stream = sys::connect_tcp(target.bind, addr).map_err(|error| failed(&error))?;
+    let stream = sys::net::connect_tcp(target.bind, addr).map_err(|error| failed(&error))?;
     let limit_ms = u64::try_from(CONNECT_LIMIT.as_millis()).unwrap_or(u64::MAX);
     if !sys::wait_writable(stream.as_fd(), limit_ms).map_err(|error| failed(&error))? {
         return Err(failed(&format_args!("no answer in {} s", CONNECT_LIMIT.as_secs())));
@@ -327,7 +327,7 @@ fn connect_tcp(target: &Target) -> Result<OwnedFd, Error> {
         return Err(failed(&error));
     }
     stream.set_nonblocking(false).map_err(|error| failed(&error))?;
-    sys::set_tcp_options(stream.as_fd()).map_err(|error| failed(&error))?;
+    sys::net::set_tcp_options(stream.as_fd()).map_err(|error| failed(&error))?;
     Ok(stream.into())
 }
 
@@ -354,7 +354,7 @@ fn connect_unix(path: &Path, limit: Duration) -> Result<UnixStream, Error> {
 }
 
 fn set_limits(fd: &impl AsFd, limit: Duration) -> io::Result<()> {
-    sys::set_io_timeout(fd.as_fd(), limit)
+    sys::net::set_io_timeout(fd.as_fd(), limit)
 }
 
 /// A socket whose time is up says «would block»; a person wants to hear what that means.

@@ -131,7 +131,7 @@ impl<T> Dial<T> {
     /// Begins to connect, as the socket of the slot `key`.
     pub fn start(destination: &Destination, key: Key, sh: &Shared) -> Result<Self, Failure> {
         let failed = |error: io::Error| Failure::Connect(error.to_string());
-        let stream = sys::connect_tcp(destination.bind, destination.to).map_err(failed)?;
+        let stream = sys::net::connect_tcp(destination.bind, destination.to).map_err(failed)?;
         let mut socket = Socket::new(Stream::Tcp(TcpStream::from_std(stream)));
         socket.set_options().map_err(failed)?;
         socket.register(&sh.registry, key.token()).map_err(failed)?;

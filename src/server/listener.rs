@@ -50,7 +50,7 @@ impl Listener {
 
     /// Listens for commands on a path that only this user may open.
     pub fn control(path: &Path) -> Result<Self, Fatal> {
-        let bound = bind::unix(path, |path| sys::with_private_umask(|| net::UnixListener::bind(path)))?;
+        let bound = bind::unix(path, |path| sys::file::with_private_umask(|| net::UnixListener::bind(path)))?;
         Ok(Self::new(bound, Purpose::Control))
     }
 

@@ -47,7 +47,7 @@ impl Socket {
     /// Sets what every NBD socket has: no delay, and keepalive so that a vanished peer is noticed.
     pub fn set_options(&self) -> io::Result<()> {
         match &self.stream {
-            Stream::Tcp(stream) => sys::set_tcp_options(stream.as_fd()),
+            Stream::Tcp(stream) => sys::net::set_tcp_options(stream.as_fd()),
             Stream::Unix(_) => Ok(()),
         }
     }

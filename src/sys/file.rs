@@ -1,0 +1,108 @@
+//! Files: holes, locks, hints, and the rights of what is created.
+
+use super::{check, retry};
+use std::ffi::c_int;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::fd::AsRawFd;
+
+/// A file offset or length as the C library takes it.
+fn off(value: u64) -> io::Result<libc::off_t> {
+    value.try_into().map_err(|_| ErrorKind::InvalidInput.into())
+}
+
+fn fallocate(file: &File, mode: c_int, offset: u64, length: u64) -> io::Result<()> {
+    let (offset, length) = (off(offset)?, off(length)?);
+    // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.
+    retry(|| check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) })).map(drop)
+}
+
+/// Deallocates a range of a file, which then reads as zeroes; its size stays. EOPNOTSUPP where the file system has no
+/// holes; EINVAL when a block device is asked for a part of a block.
+pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+}
+
+/// Makes a range of a file read as zeroes and keeps it allocated; its size stays. Errors as for [`punch_hole`].
+pub fn zero_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    fallocate(file, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+}
+
+/// Locks a whole file until it is closed (`flock`): together with others, or alone, which also ends an own lock together
+/// with others. False: somebody else's lock is in the way.
+pub fn try_lock(file: &File, alone: bool) -> io::Result<bool> {
+    let operation = if alone { libc::LOCK_EX } else { libc::LOCK_SH } | libc::LOCK_NB;
+    // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.
+    match retry(|| check(unsafe { libc::flock(file.as_raw_fd(), operation) })) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Says that a range will be read soon (`POSIX_FADV_WILLNEED`).
+pub fn will_need(file: &File, offset: u64, length: u64) -> io::Result<()> {
+    let (offset, length) = (off(offset)?, off(length)?);
+    // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, length, libc::POSIX_FADV_WILLNEED) } {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+fn seek(file: &File, offset: u64, whence: c_int) -> io::Result<u64> {
+    let offset = off(offset)?;
+    // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.
+    let position = unsafe { libc::lseek(file.as_raw_fd(), offset, whence) };
+    u64::try_from(position).map_err(|_| io::Error::last_os_error())
+}
+
+/// Where data begins at or after `offset`, or `None` when there is none up to the end of the file. A file system that
+/// knows no holes says `offset`. Moves the position of the file.
+pub fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
+    match seek(file, offset, libc::SEEK_DATA) {
+        Ok(position) => Ok(Some(position)),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where a hole begins at or after `offset`; the end of the file counts as one. Moves the position of the file.
+pub fn seek_hole(file: &File, offset: u64) -> io::Result<u64> {
+    seek(file, offset, libc::SEEK_HOLE)
+}
+
+/// Runs `create` so that what it creates in the file system is this user's alone.
+pub fn with_private_umask<T>(create: impl FnOnce() -> T) -> T {
+    // SAFETY: `umask` takes a number, gives one back, and cannot fail.
+    let previous = unsafe { libc::umask(0o177) };
+    let created = create();
+    // SAFETY: as above.
+    unsafe { libc::umask(previous) };
+    created
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn what_is_created_privately_is_private() {
+        let path = std::env::temp_dir().join(format!("flexnbd-sys-{}.sock", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = with_private_umask(|| UnixListener::bind(&path)).unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(mode & 0o777, 0o600);
+        drop(listener);
+    }
+
+    #[test]
+    fn an_offset_beyond_what_the_kernel_takes_is_refused() {
+        let file = File::open("/dev/null").unwrap();
+        assert_eq!(seek_hole(&file, u64::MAX).unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert_eq!(punch_hole(&file, 0, u64::MAX).unwrap_err().kind(), ErrorKind::InvalidInput);
+    }
+}

@@ -1,0 +1,126 @@
+//! Sockets: what every TCP connection is set to, and connections that begin without waiting.
+
+// The kernel's types for lengths and address families are narrower than those of their constants.
+#![allow(clippy::cast_possible_truncation)]
+
+use super::check;
+use std::ffi::c_int;
+use std::io;
+use std::mem::size_of;
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
+
+/// Seconds a connection is silent before the kernel asks whether its peer is still there.
+const KEEPALIVE_IDLE_S: c_int = 30;
+
+/// Seconds between two such questions.
+const KEEPALIVE_INTERVAL_S: c_int = 10;
+
+/// Unanswered questions after which the connection is dead: with the above, a lost host is noticed within a minute.
+const KEEPALIVE_PROBES: c_int = 3;
+
+fn set_option<T: Copy>(fd: BorrowedFd, level: c_int, name: c_int, value: T) -> io::Result<()> {
+    let length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel reads `length` bytes of `value`, which is that long, and judges them by the option.
+    check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), length) }).map(drop)
+}
+
+/// What every TCP connection gets: small replies leave at once, and a peer that vanished is noticed within a minute.
+pub fn set_tcp_options(fd: BorrowedFd) -> io::Result<()> {
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1 as c_int)?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, KEEPALIVE_IDLE_S)?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, KEEPALIVE_PROBES)?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1 as c_int)
+}
+
+/// Bounds how long one blocking read or write of a socket may wait. Over it, they fail with
+/// [`ErrorKind::WouldBlock`].
+pub fn set_io_timeout(fd: BorrowedFd, limit: Duration) -> io::Result<()> {
+    let seconds = libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX);
+    let value = libc::timeval { tv_sec: seconds, tv_usec: libc::suseconds_t::from(limit.subsec_micros()) };
+    set_option(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, value)?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_SNDTIMEO, value)
+}
+
+/// Runs `call` on the address in the form the kernel takes; the pointer is good for the length, while `call` runs.
+fn with_raw_address<T>(address: SocketAddr, call: impl FnOnce(*const libc::sockaddr, libc::socklen_t) -> T) -> T {
+    match address {
+        SocketAddr::V4(v4) => {
+            let raw = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: v4.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(v4.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            call((&raw const raw).cast(), size_of_val(&raw) as libc::socklen_t)
+        }
+        SocketAddr::V6(v6) => {
+            let raw = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: v6.port().to_be(),
+                sin6_flowinfo: v6.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: v6.ip().octets() },
+                sin6_scope_id: v6.scope_id(),
+            };
+            call((&raw const raw).cast(), size_of_val(&raw) as libc::socklen_t)
+        }
+    }
+}
+
+/// Starts a connection to `to`, from the address `bind` if given, and does not wait for it: the stream is non-blocking
+/// and may still be connecting. It becomes writable when that has ended; `TcpStream::take_error` then says how.
+pub fn connect_tcp(bind: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
+    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: no memory is passed.
+    let fd = check(unsafe { libc::socket(family, kind, 0) })?;
+    // SAFETY: `fd` is open and nobody else owns it.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    if let Some(ip) = bind {
+        with_raw_address(SocketAddr::new(ip, 0), |address, length| {
+            // SAFETY: `address` is good for `length` bytes while this runs.
+            check(unsafe { libc::bind(socket.as_raw_fd(), address, length) })
+        })?;
+    }
+    let started = with_raw_address(to, |address, length| {
+        // SAFETY: `address` is good for `length` bytes while this runs.
+        check(unsafe { libc::connect(socket.as_raw_fd(), address, length) })
+    });
+    match started {
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => Err(error),
+        _ => Ok(socket.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{ErrorKind, Read};
+    use std::net::TcpListener;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_connection_comes_from_the_bound_address() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let to = listener.local_addr().unwrap();
+        let stream = connect_tcp(Some("127.0.0.2".parse().unwrap()), to).unwrap();
+        let (_peer, from) = listener.accept().unwrap();
+        assert_eq!(from, stream.local_addr().unwrap());
+        assert_eq!(from.ip().to_string(), "127.0.0.2");
+        assert!(stream.take_error().unwrap().is_none());
+        assert_eq!((&stream).read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+
+        set_tcp_options(stream.as_fd()).unwrap();
+        assert!(stream.nodelay().unwrap());
+    }
+
+    #[test]
+    fn a_connection_that_cannot_start_is_an_error() {
+        let to = "127.0.0.1:1".parse().unwrap();
+        let foreign = connect_tcp(Some("192.0.2.1".parse().unwrap()), to).unwrap_err();
+        assert_eq!(foreign.kind(), ErrorKind::AddrNotAvailable);
+        assert!(connect_tcp(Some("::1".parse().unwrap()), to).is_err(), "the families differ");
+    }
+}
