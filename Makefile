@@ -20,8 +20,8 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 # $(call within,SECONDS) runs a command that is killed after so long.
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
-.PHONY: all check test test-slow test-kernel tools tools-kernel demo bench bench-migration footprint fuzz install \
-	uninstall clean help
+.PHONY: all check test test-slow test-kernel tools tools-kernel tools-fuzz demo bench bench-migration footprint fuzz \
+	install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
@@ -34,10 +34,11 @@ $(LOAD): $(SOURCES) tests/bench/load.rs $(wildcard tests/bench/client/*.rs)
 	$(call within,1800) $(CARGO) build --release --locked --example load
 	touch $@
 
-check: ## Formatting, lints as errors, import directions
+check: tools-fuzz ## Formatting, lints as errors (the fuzz targets' as well), import directions
 	$(call within,60) $(CARGO) fmt --check
 	$(call within,60) $(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(call within,1800) $(CARGO) clippy --all-targets --locked -- -D warnings
+	$(call within,1800) $(CARGO) clippy --all-targets --locked --manifest-path fuzz/Cargo.toml -- -D warnings
 	$(call within,60) bash tests/imports.sh
 
 # $(call run_tests,ARGUMENTS) runs tests. Those that a machine cannot run write why into a list, which comes last.
@@ -64,20 +65,22 @@ TOOLS := qemu-io:qemu-utils nbdkit:nbdkit nbdcopy:libnbd-bin nbdsh:python3-libnb
 	unshare:util-linux losetup:mount
 tools-kernel: TOOLS := qemu-system-x86_64:qemu-system-x86 nbd-client:nbd-client busybox:busybox-static cpio:cpio \
 	modprobe:kmod mkfs.ext4:e2fsprogs fstrim:util-linux perl:perl-base
+# The library that drives the fuzz targets is compiled from C++.
+tools-fuzz: TOOLS := c++:g++
 # System programs are not on everybody's path.
-tools tools-kernel: export PATH := $(PATH):/usr/sbin:/sbin
-tools tools-kernel: ## Install the clients and servers the tests run against (Debian, as root), or name what is missing
+tools tools-kernel tools-fuzz: export PATH := $(PATH):/usr/sbin:/sbin
+tools tools-kernel tools-fuzz: ## Install the clients and servers the tests run against (Debian, as root), or name what is missing
 	@missing() { for tool in $(TOOLS); do command -v "$${tool%%:*}" >/dev/null || echo "$${tool##*:}"; done; }; \
 	packages=$$(missing | xargs); \
 	if [ -n "$$packages" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		echo "installing for the tests: $$packages"; \
+		echo "installing: $$packages"; \
 		export DEBIAN_FRONTEND=noninteractive; \
 		$(call within,300) apt-get update -qq </dev/null; \
 		$(call within,900) apt-get install -y -qq --no-remove --no-install-recommends $$packages </dev/null || true; \
 		packages=$$(missing | xargs); \
 	fi; \
 	if [ -n "$$packages" ]; then \
-		echo "error: the tests need these Debian packages (or their like) installed: $$packages" >&2; \
+		echo "error: these Debian packages (or their like) must be installed: $$packages" >&2; \
 		exit 1; \
 	fi
 
@@ -102,7 +105,7 @@ fuzz: ## Fuzz one entry point: make fuzz TARGET=... TIME=seconds
 		echo "usage: make fuzz TARGET=... TIME=seconds, where TARGET is one of: $(FUZZ_TARGETS)" >&2; \
 		exit 2; \
 	fi
-	@command -v c++ >/dev/null || { echo "error: fuzzing needs a C++ compiler (Debian: g++)" >&2; exit 1; }
+	@$(MAKE) --no-print-directory tools-fuzz
 	@$(CARGO) fuzz --version >/dev/null 2>&1 || { \
 		echo "installing cargo-fuzz, which fuzzing needs"; $(call within,900) $(CARGO) install cargo-fuzz --locked; }
 	mkdir -p fuzz/corpus/$(TARGET)
