@@ -2,6 +2,7 @@
 //!
 //! Specification: "Request types", "Command flags", "Error values".
 
+use crate::buffer::SLICE;
 use crate::proto::error::Errno;
 use crate::proto::export::Style;
 use crate::proto::wire::{command, kind, RequestHead};
@@ -9,6 +10,7 @@ use crate::work::Action;
 
 /// The most a READ with DF may ask for, in bytes: what the specification wants to work. It is in memory as a whole.
 pub const DF_MAX: u32 = 64 << 10;
+const _: () = assert!(DF_MAX as usize <= SLICE, "it fits one buffer");
 
 /// Extents in one reply at the most; a client asks again for the rest.
 pub const EXTENTS_MAX: usize = 512;

@@ -1,5 +1,7 @@
 //! What a session has done, counted.
 
+use crate::proto::wire::{kind, RequestHead};
+
 /// What a session has done since it began.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -17,6 +19,27 @@ pub struct Tally {
     pub written_bytes: u64,
     /// Requests answered with an error.
     pub errors: u64,
+}
+
+impl Tally {
+    /// Counts a request that is answered now.
+    pub(super) fn note(&mut self, head: &RequestHead, succeeded: bool) {
+        let bytes = if succeeded { u64::from(head.length) } else { 0 };
+        self.errors += u64::from(!succeeded);
+        match head.kind {
+            kind::READ => {
+                self.reads += 1;
+                self.read_bytes += bytes;
+            }
+            kind::WRITE | kind::WRITE_ZEROES => {
+                self.writes += 1;
+                self.written_bytes += bytes;
+            }
+            kind::TRIM => self.trims += 1,
+            kind::FLUSH => self.flushes += 1,
+            _ => {}
+        }
+    }
 }
 
 impl std::ops::AddAssign for Tally {

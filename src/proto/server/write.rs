@@ -1,80 +1,106 @@
-//! WRITE: a payload is handed on in slices as it arrives, or swallowed once the request has failed.
+//! WRITE: a payload is handed on in slices as it arrives, or swallowed once its request has failed.
 
-use super::{slice_len, Pass, ServerSession, State, Step};
+use super::inbox::Inbox;
+use super::memory::{slice_len, Memory};
 use crate::buffer::{Buffer, Pool};
-use crate::proto::wire::command;
+use crate::proto::wire::{command, RequestHead};
 use crate::work::Action;
+
+/// What has come of a payload.
+#[derive(Debug)]
+pub(super) enum Piece {
+    /// Nothing before more bytes are received.
+    NeedBytes,
+    /// Nothing before memory comes back.
+    NeedRoom,
+    /// A whole slice, the last one or not.
+    Slice { action: Action, is_last: bool },
+}
 
 /// The payload of a WRITE on its way in.
 #[derive(Debug)]
 pub(super) struct Incoming {
-    pub(super) tag: u32,
+    tag: u32,
+    fua: bool,
     /// Where the next slice goes, in bytes.
-    pub(super) offset: u64,
+    offset: u64,
     /// Payload bytes that belong to later slices.
-    pub(super) left: u32,
+    left: u32,
     /// The slice being filled, and how many bytes it still takes.
-    pub(super) slice: Option<(Buffer, usize)>,
+    slice: Option<(Buffer, usize)>,
 }
 
-impl ServerSession {
-    /// Moves payload bytes from the inbox on to the disk. `None`: look again, the state has changed.
-    pub(super) fn take_payload(&mut self, pass: Pass, pool: &mut Pool) -> Option<Step> {
-        let State::Payload(incoming) = &mut self.state else { return None };
-        let tag = incoming.tag;
-        let wanted = self.pending.get(tag as usize).filter(|pending| pending.error.is_none());
-        let Some(head) = wanted.map(|pending| pending.head) else { return self.swallow_payload(pool) };
-        if pass == Pass::Reads {
-            return Some(Step::Kept);
-        }
-        let Some((mut buffer, room)) = incoming.slice.take() else {
-            let (offset, left) = (incoming.offset, incoming.left);
-            let Some(buffer) = self.take_buffer(left as usize, pool) else { return Some(Step::NeedRoom) };
-            let room = slice_len(offset, left, buffer.capacity());
-            if let State::Payload(incoming) = &mut self.state {
-                incoming.left -= room;
-                incoming.slice = Some((buffer, room as usize));
-            }
-            return None;
-        };
-        let mut room = room;
-        if let Some(inbox) = &mut self.inbox {
-            let n = buffer.append(inbox.filled().get(..room.min(inbox.len())).unwrap_or_default());
-            inbox.consume(n);
-            room -= n;
-        }
-        if room > 0 {
-            incoming.slice = Some((buffer, room));
-            return Some(Step::NeedBytes);
-        }
-        let (offset, last) = (incoming.offset, incoming.left == 0);
-        incoming.offset += buffer.len() as u64;
-        if last {
-            self.state = State::Request;
-        }
-        let fua = last && head.flags & command::FUA != 0;
-        Some(self.hand_out(tag, head, Action::Write { offset, payload: buffer, fua }))
+impl Incoming {
+    /// The payload of the request with this tag.
+    pub(super) fn new(tag: u32, head: &RequestHead) -> Self {
+        let fua = head.flags & command::FUA != 0;
+        Self { tag, fua, offset: head.offset, left: head.length, slice: None }
     }
 
-    /// Drops what has come of a payload whose request has failed. `None`: look again, that was all of it.
-    fn swallow_payload(&mut self, pool: &mut Pool) -> Option<Step> {
-        let State::Payload(incoming) = &mut self.state else { return None };
-        let tag = incoming.tag;
-        if let Some((buffer, room)) = incoming.slice.take() {
-            incoming.left += u32::try_from(room).unwrap_or(u32::MAX);
-            self.buffered -= buffer.capacity();
-            pool.give(buffer);
+    pub(super) fn tag(&self) -> u32 {
+        self.tag
+    }
+
+    /// Where to receive into: the rest of the slice, if there is one. Only then it may be followed by something else
+    /// than payload.
+    pub(super) fn space(&mut self) -> (&mut [u8], bool) {
+        match &mut self.slice {
+            Some((buffer, room)) => (buffer.spare().get_mut(..*room).unwrap_or_default(), self.left == 0),
+            None => (<&mut [u8]>::default(), true),
         }
-        if let Some(inbox) = &mut self.inbox {
-            let n = inbox.len().min(incoming.left as usize);
-            inbox.consume(n);
-            incoming.left -= u32::try_from(n).unwrap_or(u32::MAX);
+    }
+
+    /// Counts up to `n` bytes received into that space; says how many they are.
+    pub(super) fn received(&mut self, n: usize) -> usize {
+        let Some((buffer, room)) = &mut self.slice else { return 0 };
+        let taken = n.min(*room);
+        buffer.advance(taken);
+        *room -= taken;
+        taken
+    }
+
+    /// Goes on with what was received. What is durable has to be so when the last slice is done.
+    pub(super) fn step(&mut self, inbox: &mut Inbox, memory: &mut Memory, pool: &mut Pool) -> Piece {
+        let Some((mut buffer, room)) = self.slice.take().or_else(|| self.next_slice(memory, pool)) else {
+            return Piece::NeedRoom;
+        };
+        let come = inbox.filled();
+        let n = buffer.append(come.get(..room).unwrap_or(come));
+        inbox.consume(n);
+        if n < room {
+            self.slice = Some((buffer, room - n));
+            return Piece::NeedBytes;
         }
-        if incoming.left > 0 {
-            return Some(Step::NeedBytes);
+        let (offset, is_last) = (self.offset, self.left == 0);
+        self.offset += buffer.len() as u64;
+        let action = Action::Write { offset, payload: buffer, fua: is_last && self.fua };
+        Piece::Slice { action, is_last }
+    }
+
+    /// A slice for the next bytes, and how many go there.
+    fn next_slice(&mut self, memory: &mut Memory, pool: &mut Pool) -> Option<(Buffer, usize)> {
+        let buffer = memory.take(self.left as usize, pool)?;
+        let room = slice_len(self.offset, self.left, buffer.capacity());
+        self.left -= room;
+        Some((buffer, room as usize))
+    }
+
+    /// Drops what was received; true when that was all of the payload.
+    pub(super) fn swallow(&mut self, inbox: &mut Inbox, memory: &mut Memory, pool: &mut Pool) -> bool {
+        if let Some((buffer, room)) = self.slice.take() {
+            self.left += u32::try_from(room).unwrap_or(u32::MAX);
+            memory.give(buffer, pool);
         }
-        self.state = State::Request;
-        self.finish_if_done(tag);
-        None
+        let n = inbox.filled().len().min(self.left as usize);
+        inbox.consume(n);
+        self.left -= u32::try_from(n).unwrap_or(u32::MAX);
+        self.left == 0
+    }
+
+    /// Gives its memory back.
+    pub(super) fn release(self, memory: &mut Memory, pool: &mut Pool) {
+        if let Some((buffer, _)) = self.slice {
+            memory.give(buffer, pool);
+        }
     }
 }
