@@ -8,6 +8,10 @@ use crate::buffer::Buffer;
 use std::io;
 use std::ops::Range;
 
+/// A block of this length, in bytes and aligned in the image, that is written as zeroes over a hole stays a hole. It is
+/// the page of the kernel and the block of nearly every file system. Whoever cuts work up does not cut inside one.
+pub const BLOCK: u64 = 4096;
+
 /// One thing to do. `owner` and `tag` mean nothing to whoever does it and come back in [`Done`].
 #[derive(Debug)]
 pub struct Op {
@@ -35,7 +39,7 @@ pub enum Action {
         /// Comes empty, with room for `length` bytes, and goes back filled with them, or empty after an error.
         buffer: Buffer,
     },
-    /// Writes what is filled in `payload`. Aligned blocks of 4 KiB that are all zero and lie over a hole leave it.
+    /// Writes what is filled in `payload`. A [`BLOCK`] of it that is all zero and lies over a hole leaves it.
     Write {
         /// Where to write.
         offset: u64,

@@ -20,7 +20,7 @@ const CLIENTS_MAX: u64 = 1_000_000;
 /// A year; a longer time limit limits nothing.
 const LIMIT_MAX_S: u64 = 365 * 24 * 60 * 60;
 /// The longest name of an export, in bytes: that of the NBD specification ("Conventions").
-const EXPORT_MAX: usize = 4096;
+pub const EXPORT_MAX: usize = 4096;
 /// The longest pause a server lets a migration be asked to keep to, in milliseconds.
 const PAUSE_MAX_MS: u64 = 60_000;
 

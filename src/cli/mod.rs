@@ -34,6 +34,7 @@ const PROGRAM: &str = "flexnbd";
 const REQUEST_LIMIT: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
 /// The bound without it, in milliseconds: that of the predecessor.
 const REQUEST_LIMIT_MS: u64 = 60_000;
+const _: () = assert!(args::EXPORT_MAX == crate::proto::wire::STRING_MAX, "the longest name of an export");
 
 /// What a command line asks for, checked.
 #[derive(Debug)]

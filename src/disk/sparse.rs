@@ -6,17 +6,14 @@
 
 use super::Image;
 use crate::sys;
-use crate::work::Extent;
+use crate::work::{Extent, BLOCK};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// The piece, in bytes and aligned in the file, that is left out of a write when it is zero and lies over a hole. It is
-/// the page of the kernel and the block of nearly every file system.
-pub(super) const BLOCK: u64 = BLOCK_LEN as u64;
-
-/// The same as a length in memory.
+/// [`BLOCK`] as a length in memory.
 const BLOCK_LEN: usize = 4096;
+const _: () = assert!(BLOCK_LEN as u64 == BLOCK, "one block");
 
 /// See [`super::Disk::extent`].
 pub(super) fn extent(image: &Image, offset: u64, limit: u64) -> Extent {

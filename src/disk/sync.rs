@@ -8,11 +8,11 @@
 //!
 //! Invariant 2: a step stays inside what is left of its range.
 
-use super::sparse::{self, BLOCK};
+use super::sparse;
 use super::Image;
 use crate::buffer::Buffer;
 use crate::sys;
-use crate::work::{Action, Done, Extent, Op};
+use crate::work::{Action, Done, Extent, Op, BLOCK};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind};

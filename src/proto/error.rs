@@ -88,9 +88,9 @@ pub enum Violation {
         /// How many bytes of data it has.
         length: u32,
     },
-    /// A reply to an option is longer than is worth skipping, in bytes.
+    /// A reply to an option is longer than is skipped, in bytes.
     OptionReplyTooLong(u32),
-    /// More replies to options than this many.
+    /// More than this many replies to options.
     TooManyOptionReplies(u32),
     /// The server does not give the export: the type of its reply.
     OptionRefused(u32),
@@ -98,11 +98,11 @@ pub enum Violation {
     ClientFlags(u32),
     /// An option does not start with the option magic.
     BadOptionMagic(u64),
-    /// An option is longer than is worth draining, in bytes.
+    /// An option is longer than is drained, in bytes.
     OptionTooLong(u32),
-    /// More options than this many.
+    /// More than this many options.
     TooManyOptions(u32),
-    /// The client chose an export that is not there, in a way that cannot be answered.
+    /// The client chose an export that is not there with `EXPORT_NAME`, which has no reply that says so.
     UnknownExport,
     /// The end of the stream came inside a message.
     Truncated,

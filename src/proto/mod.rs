@@ -9,9 +9,12 @@
 //!             "Newstyle negotiation"       "Structured reply chunk message"
 //! ```
 //!
-//! [`wire`] holds the constants and fixed messages, [`error`] what can be wrong, [`export`] what both sides have
-//! agreed on, [`outbox`] what waits to be sent,
-//! [`server`] the server's side of a conversation, [`client`] the other one.
+//! These are the states of [`server`], the server's side of a conversation. [`client`] goes through the same ones from
+//! the other side: it awaits the greeting, then replies and the data behind them. Both are machines: bytes received go
+//! in, bytes to send come out, and each owns what waits on the way.
+//!
+//! [`wire`] holds the constants and fixed messages and decides nothing, [`error`] what can be wrong, [`export`] what both
+//! sides have agreed on, [`outbox`] what waits to be sent.
 //!
 //! Everything that comes from a peer is hostile here: lengths are checked before they are used, memory is bounded by
 //! what the pool hands out, and nothing indexes or adds without looking.

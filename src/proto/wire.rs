@@ -20,6 +20,8 @@ pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 
 /// Length of the newstyle greeting, in bytes.
 pub const NEWSTYLE_GREETING_LEN: usize = 18;
+/// Zeroes behind the reply to `EXPORT_NAME`, unless they were agreed away, in bytes.
+pub const EXPORT_NAME_ZEROES: usize = 124;
 /// Length of an option without its data, in bytes.
 pub const OPTION_HEAD_LEN: usize = 16;
 /// Length of an option reply without its data, in bytes.
@@ -32,6 +34,9 @@ pub const REQUEST_LEN: usize = 28;
 pub const SIMPLE_REPLY_LEN: usize = 16;
 /// Length of a chunk of a structured reply without its payload, in bytes.
 pub const CHUNK_LEN: usize = 20;
+
+/// The longest name or query, in bytes ("Conventions").
+pub const STRING_MAX: usize = 4096;
 
 /// Handshake flags and client flags ("Handshake flags", "Client flags"): both sides give the same bits.
 pub mod handshake_flag {

@@ -1,5 +1,5 @@
-//! Newstyle negotiation from the client's side: choose an export with GO, or by its name alone where the server knows no
-//! better.
+//! Newstyle negotiation from the client's side: it chooses an export with GO, or with `EXPORT_NAME` where the server does
+//! not know GO.
 //!
 //! The server is not trusted: what was not asked for is skipped, and both the length and the number of its replies are
 //! bounded.
@@ -9,17 +9,16 @@
 use crate::proto::error::Violation;
 use crate::proto::export::Offer;
 use crate::proto::wire::{
-    handshake_flag, info, option, option_reply, Fields, IHAVEOPT, OPTION_REPLY_HEAD_LEN, OPTION_REPLY_MAGIC,
+    handshake_flag, info, option, option_reply, Fields, EXPORT_NAME_ZEROES, IHAVEOPT, OPTION_REPLY_HEAD_LEN,
+    OPTION_REPLY_MAGIC,
 };
 
-/// The longest reply to an option that is skipped, in bytes: texts and names have at most 4096.
+/// The longest reply to an option, in bytes; texts and names in it have at most 4096.
 const REPLY_MAX: u32 = 64 << 10;
-/// How many replies the server may send; sensible ones send two or three.
+/// How many replies a server may send; two or three are usual.
 const REPLIES_MAX: u32 = 64;
-/// Zeroes behind the reply to `EXPORT_NAME`, unless they were agreed away, in bytes.
-const ZEROES: usize = 124;
 
-/// Where a step of a negotiation led to.
+/// What a step of a negotiation led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Haggled {
     /// It goes on.
@@ -136,7 +135,7 @@ impl Haggle {
     fn answer_to_name(&self, input: &[u8]) -> Option<(usize, Haggled)> {
         let mut fields = Fields(input);
         let (size, flags) = fields.u64().zip(fields.u16())?;
-        let zeroes = if self.no_zeroes { 0 } else { ZEROES };
+        let zeroes = if self.no_zeroes { 0 } else { EXPORT_NAME_ZEROES };
         let whole = fields.0.len() >= zeroes;
         whole.then_some((8 + 2 + zeroes, Haggled::Transmission(Offer { size, flags })))
     }

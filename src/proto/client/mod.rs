@@ -28,7 +28,7 @@ use unanswered::Unanswered;
 /// How much is received at once, in bytes: thousands of replies, or a piece of data.
 const RECEIVE: usize = 64 << 10;
 
-/// Commands do not age here: whoever asks keeps the deadlines.
+/// Commands do not age here; their caller keeps the deadlines.
 const AGELESS: u64 = 0;
 
 /// What the server said.
@@ -148,19 +148,19 @@ impl<T> ClientSession<T> {
         }
     }
 
-    /// Gives a command. The payload of a WRITE has to follow before the next one ([`ClientSession::push_payload`]).
+    /// Queues a command. The payload of a WRITE has to follow before the next one ([`ClientSession::push_payload`]).
     pub fn command(&mut self, kind: u16, flags: u16, offset: u64, length: u32, note: T) {
         let cookie = self.unanswered.push(if kind == kind::READ { length } else { 0 }, note);
         self.outbox.push_head(&RequestHead { flags, kind, cookie, offset, length }.encode(), AGELESS);
     }
 
-    /// Hands over the payload of the last command, or the next piece of it.
+    /// Queues the payload of the last command, or the next piece of it.
     pub fn push_payload(&mut self, payload: Buffer) {
         self.buffered += payload.capacity();
         self.outbox.push_payload(payload, AGELESS);
     }
 
-    /// Says that nothing more will come. A server does not answer that, it closes the connection.
+    /// Queues DISC. A server does not answer that, it closes the connection.
     pub fn disconnect(&mut self) {
         let head = RequestHead { flags: 0, kind: kind::DISC, cookie: 0, offset: 0, length: 0 };
         self.outbox.push_head(&head.encode(), AGELESS);

@@ -8,30 +8,29 @@
 use crate::proto::error::Violation;
 use crate::proto::export::{Agreed, Export, Style, ALLOCATION_ID};
 use crate::proto::wire::{
-    handshake_flag, info, option, option_reply, Fields, IHAVEOPT, NBDMAGIC, OPTION_HEAD_LEN, OPTION_REPLY_MAGIC,
+    handshake_flag, info, option, option_reply, Fields, EXPORT_NAME_ZEROES, IHAVEOPT, NBDMAGIC, OPTION_HEAD_LEN,
+    OPTION_REPLY_MAGIC, STRING_MAX,
 };
 
 /// The longest option that is looked at, in bytes: a name of 4096 bytes and plenty of queries.
 pub const OPTION_MAX: usize = 8 << 10;
-/// The longest option that is drained to stay in step with its sender, in bytes. Whoever sends more is sent away.
+/// The longest option that is drained to stay in step with the client, in bytes. A longer one ends the connection.
 const DRAIN_MAX: u32 = 64 << 10;
-/// How many options a client may send; sensible ones need a handful.
+/// How many options a client may send; a handful is usual.
 const OPTIONS_MAX: u32 = 64;
-/// The longest name or query, in bytes ("Conventions").
-const STRING_MAX: usize = 4096;
-/// The block sizes that are announced, in bytes: any, best, and the most that clients should send at once.
+/// The block sizes that are announced, in bytes: minimum, preferred, maximum.
 const BLOCK_SIZES: [u32; 3] = [1, 4096, 32 << 20];
 /// The only metadata context.
 const ALLOCATION: &[u8] = b"base:allocation";
 
-/// Where a negotiation stands after a step.
+/// What a step of a negotiation led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Haggled {
     /// It goes on.
     More,
     /// What comes next is a request.
     Transmission(Agreed),
-    /// The client wants to leave, or has to.
+    /// The client ends it.
     Leave,
 }
 
@@ -147,7 +146,7 @@ impl Haggle {
         out.extend(self.export.size.to_be_bytes());
         out.extend(self.export.flags(Style::Newstyle(self.agreed)).to_be_bytes());
         if !self.no_zeroes {
-            out.extend([0; 124]);
+            out.extend([0; EXPORT_NAME_ZEROES]);
         }
         Ok(Haggled::Transmission(self.agreed))
     }
@@ -177,12 +176,9 @@ impl Haggle {
         let wanted = fields.u16().zip(Some(fields.0)).filter(|(count, rest)| rest.len() == usize::from(*count) * 2);
         let (name, (_, wanted)) = name.zip(wanted).ok_or(option_reply::ERR_INVALID)?;
         check_name(name)?;
-        let mut export = [0; 12];
-        put(&mut export, &[&info::EXPORT.to_be_bytes(), &self.export.size.to_be_bytes()]);
-        put(
-            export.get_mut(10..).unwrap_or_default(),
-            &[&self.export.flags(Style::Newstyle(self.agreed)).to_be_bytes()],
-        );
+        let mut export = info::EXPORT.to_be_bytes().to_vec();
+        export.extend(self.export.size.to_be_bytes());
+        export.extend(self.export.flags(Style::Newstyle(self.agreed)).to_be_bytes());
         reply(out, kind, option_reply::INFO, &export);
         if wanted.chunks_exact(2).any(|asked| asked == info::BLOCK_SIZE.to_be_bytes()) {
             let mut sizes = info::BLOCK_SIZE.to_be_bytes().to_vec();
@@ -210,7 +206,7 @@ impl Haggle {
         let (name, count) = string(&mut fields).zip(fields.u32()).ok_or(option_reply::ERR_INVALID)?;
         let mut found = count == 0 && !set;
         for _ in 0..count {
-            // Each takes four bytes at the least, so that a lying count ends with the data.
+            // Each query takes at least four bytes, so a false count ends with the data.
             let query = string(&mut fields).ok_or(option_reply::ERR_INVALID)?;
             found |= query == ALLOCATION || (!set && query == b"base:");
         }
@@ -250,7 +246,7 @@ fn string<'a>(fields: &mut Fields<'a>) -> Option<&'a [u8]> {
     Some(string)
 }
 
-/// The only name is the empty one; what is no name at all is told apart.
+/// Only the empty name is there. Another one is unknown; what is no valid name at all is invalid.
 fn check_name(name: &[u8]) -> Result<(), u32> {
     if name.is_empty() {
         Ok(())
@@ -259,12 +255,6 @@ fn check_name(name: &[u8]) -> Result<(), u32> {
     } else {
         Err(option_reply::ERR_UNKNOWN)
     }
-}
-
-/// Copies the parts one after the other to the front of `to`.
-fn put(to: &mut [u8], parts: &[&[u8]]) {
-    let bytes = parts.iter().flat_map(|part| part.iter());
-    to.iter_mut().zip(bytes).for_each(|(to, byte)| *to = *byte);
 }
 
 /// Appends an option reply. Its data is this server's own and short.

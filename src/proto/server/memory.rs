@@ -4,13 +4,10 @@
 //! [`BUFFERED_MAX`] only by one buffer.
 
 use crate::buffer::{Buffer, Pool, SLICE};
+use crate::work::BLOCK;
 
 /// Memory one client's payloads may take, in bytes: four slices, so that sixteen busy clients fit the pool.
 pub const BUFFERED_MAX: usize = 4 * SLICE;
-
-/// Slices of a long READ or WRITE end on multiples of this, in bytes, so that zero blocks stay whole ones for the disk,
-/// and holes for the client.
-const BLOCK: u64 = 4096;
 
 /// What a session has taken from the pool for its payloads.
 #[derive(Debug, Default)]
@@ -53,7 +50,8 @@ impl Memory {
     }
 }
 
-/// How many of the `left` bytes at `offset` go into a slice of `capacity` bytes: all, or as many as end on a block.
+/// How many of the `left` bytes at `offset` go into a slice of `capacity` bytes: all, or as many as end on a block, so
+/// that zero blocks stay whole for the disk, and holes for the client.
 pub(super) fn slice_len(offset: u64, left: u32, capacity: usize) -> u32 {
     let capacity = u32::try_from(capacity).unwrap_or(u32::MAX);
     if left <= capacity {

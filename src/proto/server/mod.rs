@@ -141,7 +141,7 @@ impl ServerSession {
                 State::Handshake(_) => self.negotiate(),
                 State::Request => self.take_request(pass, pool),
                 State::Payload(_) => self.take_payload(pass, pool),
-                // What comes behind the last request is not looked at, only kept from filling the socket.
+                // What comes behind the last request is drained, so that it does not fill the socket.
                 State::Closing(_) => {
                     self.inbox.release(pool);
                     Some(Step::NeedBytes)
@@ -232,8 +232,8 @@ impl ServerSession {
         [self.inbox.oldest_ms(), self.unanswered.oldest_ms(), self.outbox.oldest_ms()].into_iter().flatten().min()
     }
 
-    /// What was kept ([`Step::Kept`]) has been for `ms` milliseconds that do not count: it ages from so much later on,
-    /// and so does what was received behind it. Everything else keeps its age.
+    /// The request that was kept ([`Step::Kept`]) starts to age `ms` milliseconds later, and so does what was received
+    /// behind it, which could not pass either. Everything else keeps its age.
     pub fn excuse(&mut self, ms: u64) {
         self.inbox.excuse(ms);
         if let State::Payload(incoming) = &self.state {
@@ -257,7 +257,7 @@ impl ServerSession {
         }
     }
 
-    /// When the peer was last heard of, in milliseconds of whoever says what time it is.
+    /// When the peer was last heard of.
     pub fn received_ms(&self) -> u64 {
         self.inbox.received_ms()
     }
@@ -277,7 +277,7 @@ impl ServerSession {
         matches!(self.state, State::Handshake(_))
     }
 
-    /// How it speaks.
+    /// What was agreed on.
     pub fn style(&self) -> Style {
         self.style
     }

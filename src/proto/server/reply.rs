@@ -19,7 +19,7 @@ pub fn done(head: &RequestHead, style: Style) -> Head {
     simple(head.cookie, 0)
 }
 
-/// A reply that says what went wrong. Once structured replies are agreed on, a READ gets no other one.
+/// A reply that says what went wrong. Once structured replies are agreed on, READ and `BLOCK_STATUS` fail with a chunk.
 pub fn failed(head: &RequestHead, errno: Errno, style: Style) -> Head {
     if matches!(head.kind, kind::READ | kind::BLOCK_STATUS) && style.structured() {
         // The error, and a message of no length.

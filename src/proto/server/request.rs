@@ -8,11 +8,12 @@ use crate::proto::export::Style;
 use crate::proto::wire::{command, kind, RequestHead};
 use crate::work::Action;
 
-/// The most a READ with DF may ask for, in bytes: what the specification wants to work. It is in memory as a whole.
+/// The longest READ with DF, in bytes: the specification wants so much to work ("Command flags"). It is in memory as a
+/// whole.
 pub const DF_MAX: u32 = 64 << 10;
 const _: () = assert!(DF_MAX as usize <= SLICE, "it fits one buffer");
 
-/// Extents in one reply at the most; a client asks again for the rest.
+/// The most extents in one reply; a client asks again for the rest.
 pub const EXTENTS_MAX: usize = 512;
 
 /// A piece of work that a request asks for; its range is inside the export. A long request becomes several, one after
@@ -21,7 +22,7 @@ pub const EXTENTS_MAX: usize = 512;
 pub struct Request {
     /// The request as it came.
     pub head: RequestHead,
-    /// Names the request within its session until it is completed as often as it was handed out.
+    /// Names the request within its session until all pieces of it are completed.
     pub tag: u32,
     /// What to do.
     pub action: Action,
@@ -49,7 +50,7 @@ pub fn refuse(head: &RequestHead, size: u64, style: Style) -> Option<Refusal> {
         kind::WRITE => (0, Errno::NoSpc),
         kind::WRITE_ZEROES if oldstyle => (command::NO_HOLE, Errno::NoSpc),
         kind::WRITE_ZEROES => (command::NO_HOLE | command::FAST_ZERO, Errno::NoSpc),
-        // Offset and length of a FLUSH are reserved; clients that leave something there mean nothing by it.
+        // Offset and length of a FLUSH are reserved: what a client leaves there is ignored.
         kind::FLUSH if head.flags & !command::FUA == 0 => return None,
         kind::READ | kind::TRIM | kind::FLUSH => (0, Errno::Inval),
         kind::CACHE if !oldstyle => (0, Errno::Inval),
