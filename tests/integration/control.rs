@@ -63,7 +63,7 @@ fn the_answer_comes_without_the_end_of_the_stream() {
 }
 
 #[test]
-fn status_has_the_keys_of_the_contract_in_order() {
+fn status_has_its_keys_in_order() {
     let server = Server::serve().size(123 << 9).arg("--max-clients=1").start();
     let status = server.status();
     let keys: Vec<_> = status.line().trim_end().split(' ').map(|pair| pair.split_once('=').unwrap().0).collect();

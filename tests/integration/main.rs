@@ -1,4 +1,4 @@
-//! Tests of the real binary: what the manual, the contract and the README promise to whoever runs it.
+//! Tests of the real binary: what the manual pages, the README and the specification of NBD promise to whoever runs it.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panic")]
 #![allow(clippy::print_stderr, reason = "what a machine cannot test is said aloud")]

@@ -268,7 +268,7 @@ fn the_control_socket_says_ready() {
 }
 
 #[test]
-fn sockets_have_the_options_of_the_contract() {
+fn sockets_have_keepalive_and_no_delay() {
     let mut server = Server::serve().size(4096);
     let trace = server.dir().join("trace");
     let calls = "-e trace=socket,setsockopt,bind,listen,connect,fcntl".split(' ').map(Into::into);

@@ -1,4 +1,4 @@
-//! Points 41 to 48 of the specification: what is on stable storage when, zeroes, trims, and hints.
+//! What is on stable storage when, zeroes, trims, and hints ("Request types", "Command flags").
 
 use crate::support::newstyle::{
     address, serve_content, simple, structured, traced, CACHE, DF, ENOTSUP, FAST_ZERO, PORT,
@@ -17,8 +17,9 @@ fn wait_for_syncs(trace: &Path, count: usize) {
     wait_for(format_args!("{count} syncs"), SOON, || (syncs(trace) >= count).then_some(()));
 }
 
+/// "Ordering of messages and writes".
 #[test]
-fn point_41_a_flush_covers_every_write_answered_before() {
+fn a_flush_covers_every_write_answered_before() {
     let builder = Server::serve().size(SIZE);
     let trace = builder.dir().join("trace");
     let words = ["strace", "-D", "-f", "-o", trace.to_str().unwrap(), "-e", "trace=pwrite64,fdatasync,writev,sendmsg"];
@@ -38,8 +39,9 @@ fn point_41_a_flush_covers_every_write_answered_before() {
     server.expect_healthy();
 }
 
+/// "Command flags": `NBD_CMD_FLAG_FUA`.
 #[test]
-fn point_42_fua_is_valid_everywhere_and_makes_durable() {
+fn fua_is_valid_everywhere_and_makes_durable() {
     let (server, trace) = traced(Server::serve().size(SIZE), &["trace=fdatasync,pwrite64,fallocate"]);
     let mut client = structured(&server);
     let mut expected = 0;
@@ -64,8 +66,9 @@ fn point_42_fua_is_valid_everywhere_and_makes_durable() {
     server.expect_healthy();
 }
 
+/// "Transmission flags": `NBD_FLAG_CAN_MULTI_CONN`.
 #[test]
-fn point_43_connections_are_one() {
+fn connections_are_one() {
     let (server, trace) = traced(Server::serve().size(SIZE), &["trace=fdatasync"]);
     let mut old = server.connect();
     let mut clients: Vec<Client> = (0..4).map(|_| simple(&server)).collect();
@@ -84,8 +87,9 @@ fn point_43_connections_are_one() {
     server.expect_healthy();
 }
 
+/// "Request types": `NBD_CMD_FLUSH`.
 #[test]
-fn point_44_flush_and_its_reserved_fields() {
+fn flush_and_its_reserved_fields() {
     let (server, trace) = traced(Server::serve().size(SIZE), &["inject=fdatasync:error=EIO:when=4"]);
     let mut client = simple(&server);
     // They are ignored: no client means anything by them.
@@ -103,8 +107,9 @@ fn point_44_flush_and_its_reserved_fields() {
     server.expect_healthy();
 }
 
+/// "Request types": `NBD_CMD_WRITE_ZEROES`; "Command flags": `NBD_CMD_FLAG_NO_HOLE`.
 #[test]
-fn point_45_zeroes_are_zeroes_to_the_byte() {
+fn zeroes_are_zeroes_to_the_byte() {
     let content = pattern(45, SIZE as usize);
     let server = serve_content(&content);
     let mut client = simple(&server);
@@ -130,8 +135,9 @@ fn point_45_zeroes_are_zeroes_to_the_byte() {
     server.expect_healthy();
 }
 
+/// "Command flags": `NBD_CMD_FLAG_FAST_ZERO`.
 #[test]
-fn point_46_fast_zero_is_fast_or_nothing() {
+fn fast_zero_is_fast_or_nothing() {
     let content = pattern(46, SIZE as usize);
     // A file system that can neither punch nor zero.
     let (server, trace) =
@@ -158,8 +164,9 @@ fn point_46_fast_zero_is_fast_or_nothing() {
     server.expect_healthy();
 }
 
+/// "Request types": `NBD_CMD_TRIM`.
 #[test]
-fn point_47_trim_touches_nothing_outside() {
+fn trim_touches_nothing_outside() {
     let content = pattern(47, SIZE as usize);
     let server = serve_content(&content);
     let mut client = simple(&server);
@@ -187,8 +194,9 @@ fn point_47_trim_touches_nothing_outside() {
     server.expect_healthy();
 }
 
+/// "Request types": `NBD_CMD_CACHE`.
 #[test]
-fn point_48_cache_is_a_hint() {
+fn cache_is_a_hint() {
     let content = pattern(48, SIZE as usize);
     let server = serve_content(&content);
     let mut client = simple(&server);

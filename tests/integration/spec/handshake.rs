@@ -1,4 +1,4 @@
-//! Points 1 to 24 of the specification: the handshake, byte for byte.
+//! The handshake, byte for byte ("Handshake phase").
 
 use crate::support::newstyle::{
     address, allocation_context, context_data, ends, export_info, info_data, opt, option, option_head, rep, serve,
@@ -12,8 +12,9 @@ const SIZE: u64 = 1 << 20;
 /// Long enough for a server that wants to say more.
 const A_MOMENT: Duration = Duration::from_millis(50);
 
+/// "Newstyle negotiation", "Handshake flags".
 #[test]
-fn point_01_the_greeting_and_its_flags() {
+fn the_greeting_and_its_flags() {
     let server = serve(SIZE);
     let mut client = Client::new(TcpStream::connect(address(&server)).unwrap());
     assert_eq!(client.read_bytes(18), b"NBDMAGICIHAVEOPT\0\x03", "fixed newstyle, no zeroes");
@@ -23,8 +24,9 @@ fn point_01_the_greeting_and_its_flags() {
     server.expect_healthy();
 }
 
+/// "Client flags".
 #[test]
-fn point_02_unknown_client_flags_end_the_connection() {
+fn unknown_client_flags_end_the_connection() {
     let server = serve(SIZE);
     let mut other = Haggler::new(&server);
     for bit in 2..32 {
@@ -41,8 +43,9 @@ fn point_02_unknown_client_flags_end_the_connection() {
     server.expect_healthy();
 }
 
+/// "Client flags", "Fixed newstyle negotiation".
 #[test]
-fn point_03_without_fixed_newstyle_export_name_is_enough() {
+fn without_fixed_newstyle_export_name_is_enough() {
     let server = serve_content(&pattern(1, SIZE as usize));
     let mut haggler = Haggler::with_flags(address(&server), 0);
     haggler.client.send(&option(opt::EXPORT_NAME, b""));
@@ -57,8 +60,9 @@ fn point_03_without_fixed_newstyle_export_name_is_enough() {
     server.expect_healthy();
 }
 
+/// "Oldstyle negotiation".
 #[test]
-fn point_04_oldstyle_is_152_bytes_and_no_more() {
+fn oldstyle_is_152_bytes_and_no_more() {
     let server = serve(SIZE);
     let mut client = server.connect_bare();
     let flags = u32::from(FLAGS & !(1024 | 2048));
@@ -68,8 +72,9 @@ fn point_04_oldstyle_is_152_bytes_and_no_more() {
     server.expect_healthy();
 }
 
+/// "Newstyle negotiation": `NBD_OPT_EXPORT_NAME`.
 #[test]
-fn point_05_export_name_is_answered_with_or_without_zeroes() {
+fn export_name_is_answered_with_or_without_zeroes() {
     let server = serve_content(&pattern(2, SIZE as usize));
     for (flags, zeroes) in [(0, 124), (1, 124), (2, 0), (3, 0)] {
         let mut haggler = Haggler::with_flags(address(&server), flags);
@@ -88,8 +93,9 @@ fn point_05_export_name_is_answered_with_or_without_zeroes() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_EXPORT_NAME`.
 #[test]
-fn point_06_export_name_of_an_unknown_export_ends_the_connection() {
+fn export_name_of_an_unknown_export_ends_the_connection() {
     let server = serve(SIZE);
     for name in [&b"x"[..], b"default", b"\0", b" ", b"\xff\xfe", &[b'n'; 4096], &[b'n'; 4097]] {
         let mut haggler = Haggler::new(&server);
@@ -99,8 +105,9 @@ fn point_06_export_name_of_an_unknown_export_ends_the_connection() {
     server.expect_healthy();
 }
 
+/// "Fixed newstyle negotiation", "Baseline".
 #[test]
-fn point_07_an_unknown_option_is_answered_and_its_data_consumed() {
+fn an_unknown_option_is_answered_and_its_data_consumed() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     for unknown in [0, 4, 11, 12, 99, 1 << 31, u32::MAX] {
@@ -116,8 +123,9 @@ fn point_07_an_unknown_option_is_answered_and_its_data_consumed() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_LIST`, `NBD_OPT_STRUCTURED_REPLY`, `NBD_OPT_STARTTLS`.
 #[test]
-fn point_08_data_where_none_is_allowed_is_invalid() {
+fn data_where_none_is_allowed_is_invalid() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     for length in [1, 4, 8, 100, 8192] {
@@ -130,8 +138,9 @@ fn point_08_data_where_none_is_allowed_is_invalid() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_ABORT`.
 #[test]
-fn point_09_abort_is_acknowledged() {
+fn abort_is_acknowledged() {
     let server = serve(SIZE);
     for data in [&b""[..], b"bye", &[1; 4096]] {
         let mut haggler = Haggler::new(&server);
@@ -149,8 +158,9 @@ fn point_09_abort_is_acknowledged() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_LIST`; "Option reply types": `NBD_REP_SERVER`.
 #[test]
-fn point_10_list_names_the_one_export() {
+fn list_names_the_one_export() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     // The length of the name, which is empty, and nothing behind it.
@@ -160,8 +170,9 @@ fn point_10_list_names_the_one_export() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_INFO` and `NBD_OPT_GO`.
 #[test]
-fn point_11_the_lengths_in_go_and_info_must_match() {
+fn the_lengths_in_go_and_info_must_match() {
     let server = serve(SIZE);
     for option in [opt::INFO, opt::GO] {
         let mut haggler = Haggler::new(&server);
@@ -194,8 +205,9 @@ fn point_11_the_lengths_in_go_and_info_must_match() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_GO`; "Option reply types": `NBD_REP_INFO`.
 #[test]
-fn point_12_go_brings_the_size_and_no_zeroes() {
+fn go_brings_the_size_and_no_zeroes() {
     let server = serve_content(&pattern(3, SIZE as usize));
     for flags in [1, 3] {
         let mut haggler = Haggler::with_flags(address(&server), flags);
@@ -210,8 +222,9 @@ fn point_12_go_brings_the_size_and_no_zeroes() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_INFO` and `NBD_OPT_GO`.
 #[test]
-fn point_13_info_says_what_go_says() {
+fn info_says_what_go_says() {
     for size in [512, 4096, SIZE, (5 << 30) + 512] {
         // Less than a sector is not served, and not announced.
         let server = serve(size + 100);
@@ -227,8 +240,9 @@ fn point_13_info_says_what_go_says() {
     }
 }
 
+/// "Option types": `NBD_OPT_INFO` and `NBD_OPT_GO`.
 #[test]
-fn point_14_an_unknown_name_is_an_answer_and_unknown_infos_are_ignored() {
+fn an_unknown_name_is_an_answer_and_unknown_infos_are_ignored() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     for option in [opt::INFO, opt::GO] {
@@ -245,8 +259,9 @@ fn point_14_an_unknown_name_is_an_answer_and_unknown_infos_are_ignored() {
     server.expect_healthy();
 }
 
+/// "Conventions".
 #[test]
-fn point_15_names_of_all_lengths() {
+fn names_of_all_lengths() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     let data = |option: u32, name: &[u8]| match option {
@@ -270,8 +285,9 @@ fn point_15_names_of_all_lengths() {
     server.expect_healthy();
 }
 
+/// "Option reply types": errors.
 #[test]
-fn point_16_error_texts_are_short_whatever_was_asked() {
+fn error_texts_are_short_whatever_was_asked() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     haggler.expect(opt::STRUCTURED_REPLY, &[], rep::ACK);
@@ -295,8 +311,9 @@ fn point_16_error_texts_are_short_whatever_was_asked() {
     server.expect_healthy();
 }
 
+/// "Option reply types": `NBD_REP_ERR_TOO_BIG`.
 #[test]
-fn point_17_huge_options_cost_nothing() {
+fn huge_options_cost_nothing() {
     let server = serve(SIZE);
     let mut other = Haggler::new(&server);
     let before = server.memory_kib("VmHWM:");
@@ -326,8 +343,9 @@ fn point_17_huge_options_cost_nothing() {
     server.expect_healthy();
 }
 
+/// "Option types"; how often a client may repeat itself is left open by the specification.
 #[test]
-fn point_18_options_may_not_be_repeated_for_ever() {
+fn options_may_not_be_repeated_for_ever() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     haggler.expect(opt::STRUCTURED_REPLY, &[], rep::ACK);
@@ -356,8 +374,9 @@ fn point_18_options_may_not_be_repeated_for_ever() {
     server.expect_healthy();
 }
 
+/// "TLS support".
 #[test]
-fn point_19_tls_is_refused_and_never_required() {
+fn tls_is_refused_and_never_required() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     for _ in 0..2 {
@@ -375,8 +394,9 @@ fn point_19_tls_is_refused_and_never_required() {
     server.expect_healthy();
 }
 
+/// "Option reply types": `NBD_INFO_BLOCK_SIZE`; "Size constraints".
 #[test]
-fn point_20_block_sizes() {
+fn block_sizes() {
     let server = serve(SIZE);
     for option in [opt::INFO, opt::GO] {
         let mut haggler = Haggler::new(&server);
@@ -395,8 +415,9 @@ fn point_20_block_sizes() {
     server.expect_healthy();
 }
 
+/// "Size constraints".
 #[test]
-fn point_21_who_does_not_ask_for_block_sizes_may_have_any() {
+fn who_does_not_ask_for_block_sizes_may_have_any() {
     let content = pattern(4, 40 << 20);
     let server = serve_content(&content);
     // With and without having been told, and through both doors.
@@ -413,8 +434,9 @@ fn point_21_who_does_not_ask_for_block_sizes_may_have_any() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_LIST_META_CONTEXT` and `NBD_OPT_SET_META_CONTEXT`.
 #[test]
-fn point_22_contexts_take_structured_replies_and_honest_lengths() {
+fn contexts_take_structured_replies_and_honest_lengths() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     for option in [opt::LIST_META_CONTEXT, opt::SET_META_CONTEXT] {
@@ -450,8 +472,9 @@ fn point_22_contexts_take_structured_replies_and_honest_lengths() {
     server.expect_healthy();
 }
 
+/// "Metadata querying", "The `base:` metadata namespace".
 #[test]
-fn point_23_which_queries_find_the_context() {
+fn which_queries_find_the_context() {
     let server = serve(SIZE);
     let mut haggler = Haggler::new(&server);
     haggler.expect(opt::STRUCTURED_REPLY, &[], rep::ACK);
@@ -479,8 +502,9 @@ fn point_23_which_queries_find_the_context() {
     server.expect_healthy();
 }
 
+/// "Option types": `NBD_OPT_SET_META_CONTEXT`.
 #[test]
-fn point_24_each_set_replaces_the_one_before() {
+fn each_set_replaces_the_one_before() {
     let server = serve(SIZE);
     let good = context_data(b"", &["base:allocation"]);
     for (what, second, reply) in [

@@ -43,10 +43,10 @@ fn drip(server: &Server, pause: Duration) -> Duration {
     started.elapsed()
 }
 
-/// Point 18: the deadline of a handshake. It holds for those who say nothing, who say it byte by byte, who stop at any
-/// place, and who never stop; all at once, and nobody else is slower for it.
+/// The deadline of a handshake, which the specification leaves open. It holds for those who say nothing, who say it byte
+/// by byte, who stop at any place, and who never stop; all at once, and nobody else is slower for it.
 #[test]
-fn point_18_a_handshake_has_ten_seconds() {
+fn a_handshake_has_ten_seconds() {
     let server = Server::serve().size(SIZE).args("--max-clients=300").arg(PORT).start();
     let before = server.memory_kib("VmRSS:");
     let over = AtomicBool::new(false);

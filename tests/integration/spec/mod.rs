@@ -1,4 +1,5 @@
-//! The specification of NBD (`doc/proto.md`), rule by rule.
+//! The rules of the NBD specification (`doc/proto.md`). A test names the section whose rule it checks, or says that the
+//! specification leaves the matter open.
 
 mod durability;
 mod handshake;

@@ -1,4 +1,4 @@
-//! Points 49 to 60 of the specification: structured replies and block status.
+//! Structured replies and block status ("Structured reply chunk message", "Metadata querying").
 
 use crate::support::newstyle::{
     serve, serve_content, structured, traced, Content, Structured, BLOCK_STATUS, CACHE, DF, EOVERFLOW, REQ_ONE,
@@ -24,8 +24,9 @@ fn sparse() -> (Server, Vec<u8>) {
     (server, content)
 }
 
+/// "Structured reply chunk message".
 #[test]
-fn point_49_every_read_is_answered_in_chunks_errors_too() {
+fn every_read_is_answered_in_chunks_errors_too() {
     let server = serve_content(&pattern(49, SIZE as usize));
     let mut client = structured(&server);
     // Client::chunk fails on a simple reply.
@@ -45,8 +46,9 @@ fn point_49_every_read_is_answered_in_chunks_errors_too() {
     server.expect_healthy();
 }
 
+/// "Structured reply flags", "Structured reply types".
 #[test]
-fn points_50_and_51_chunks_cover_the_request_once_and_the_last_says_so() {
+fn chunks_cover_the_request_once_and_the_last_says_so() {
     let (server, content) = sparse();
     let mut client = structured(&server);
     for (offset, length) in [
@@ -82,8 +84,9 @@ fn points_50_and_51_chunks_cover_the_request_once_and_the_last_says_so() {
     server.expect_healthy();
 }
 
+/// "Command flags": `NBD_CMD_FLAG_DF`.
 #[test]
-fn point_52_df_is_one_piece() {
+fn df_is_one_piece() {
     let (server, content) = sparse();
     let mut client = structured(&server);
     for (offset, length) in [(0, 65_536), (65_536, 65_536), (32_768, 65_536), (131_000, 65_536), (7, 1), (98_304, 4096)]
@@ -111,8 +114,9 @@ fn point_52_df_is_one_piece() {
     server.expect_healthy();
 }
 
+/// "Structured reply types": `NBD_REPLY_TYPE_ERROR` and `NBD_REPLY_TYPE_ERROR_OFFSET`.
 #[test]
-fn point_53_an_error_behind_data_is_a_chunk_of_its_own() {
+fn an_error_behind_data_is_a_chunk_of_its_own() {
     let content = pattern(53, 4 << 20);
     for when in 1..8 {
         let inject = format!("inject=pread64:error=EIO:when={when}");
@@ -137,8 +141,9 @@ fn point_53_an_error_behind_data_is_a_chunk_of_its_own() {
     }
 }
 
+/// "Structured reply types": errors; "Size constraints".
 #[test]
-fn points_54_and_55_errors_and_chunks_have_bounds() {
+fn errors_and_chunks_have_bounds() {
     let server = serve_content(&pattern(54, 34 << 20));
     let mut client = structured(&server);
     // error_of checks the message of an error chunk, and chunk that none is longer than was announced.
@@ -151,8 +156,9 @@ fn points_54_and_55_errors_and_chunks_have_bounds() {
     server.expect_healthy();
 }
 
+/// "Request types": `NBD_CMD_BLOCK_STATUS`.
 #[test]
-fn point_56_block_status_takes_a_context_and_brings_one_chunk() {
+fn block_status_takes_a_context_and_brings_one_chunk() {
     let (server, _) = sparse();
     // Structured replies alone are not enough.
     let mut haggler = crate::support::newstyle::Haggler::new(&server);
@@ -166,8 +172,9 @@ fn point_56_block_status_takes_a_context_and_brings_one_chunk() {
     server.expect_healthy();
 }
 
+/// "Structured reply types": `NBD_REPLY_TYPE_BLOCK_STATUS`.
 #[test]
-fn points_57_and_59_extents_fit_the_request_and_neighbours_differ() {
+fn extents_fit_the_request_and_neighbours_differ() {
     let (server, _) = sparse();
     let mut client = structured(&server);
     for (offset, length) in
@@ -191,8 +198,9 @@ fn points_57_and_59_extents_fit_the_request_and_neighbours_differ() {
     server.expect_healthy();
 }
 
+/// "Command flags": `NBD_CMD_FLAG_REQ_ONE`; "Structured reply types": `NBD_REPLY_TYPE_BLOCK_STATUS`.
 #[test]
-fn point_58_one_extent_and_never_too_many() {
+fn one_extent_and_never_too_many() {
     let (server, _) = sparse();
     let mut client = structured(&server);
     for (offset, length, expected) in [
@@ -227,8 +235,9 @@ fn point_58_one_extent_and_never_too_many() {
     server.expect_healthy();
 }
 
+/// "The `base:allocation` metadata context".
 #[test]
-fn point_60_what_is_said_is_true() {
+fn what_is_said_is_true() {
     let server = serve(SIZE);
     let mut client = structured(&server);
     assert_eq!(client.block_status(0, 0, SIZE as u32), Ok(vec![(SIZE as u32, HOLE)]));

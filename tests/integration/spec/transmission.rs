@@ -1,4 +1,4 @@
-//! Points 25 to 40 of the specification: requests, replies, errors, and how a connection ends.
+//! Requests, replies, errors, and how a connection ends ("Transmission phase").
 
 use crate::support::newstyle::{
     opt, serve, serve_content, simple, structured, traced, Haggler, BLOCK_STATUS, CACHE, DF, EPERM, FAST_ZERO, FLAGS,
@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 
 const SIZE: u64 = 1 << 20;
 
+/// "Protocol phases", "Request message".
 #[test]
-fn point_25_no_delay_and_no_resynchronising() {
+fn no_delay_and_no_resynchronising() {
     let builder = Server::serve().size(SIZE).arg(PORT);
     let trace = builder.dir().join("trace");
     let words = ["strace", "-D", "-f", "-o", trace.to_str().unwrap(), "-e", "trace=setsockopt"];
@@ -42,8 +43,9 @@ fn point_25_no_delay_and_no_resynchronising() {
     server.expect_healthy();
 }
 
+/// "Request message", "Ordering of messages and writes".
 #[test]
-fn point_26_cookies_come_back_and_replies_stay_whole() {
+fn cookies_come_back_and_replies_stay_whole() {
     let content = pattern(26, SIZE as usize);
     let server = serve_content(&content);
     thread::scope(|scope| {
@@ -85,8 +87,9 @@ fn point_26_cookies_come_back_and_replies_stay_whole() {
     server.expect_healthy();
 }
 
+/// "Transmission flags".
 #[test]
-fn point_27_flags_tell_what_is_there() {
+fn flags_tell_what_is_there() {
     let server = serve(SIZE);
     let (_, flags) = Haggler::new(&server).info(opt::INFO);
     assert_eq!(flags, FLAGS);
@@ -108,8 +111,9 @@ fn point_27_flags_tell_what_is_there() {
     server.expect_healthy();
 }
 
+/// "Error values".
 #[test]
-fn point_28_unknown_commands_and_flags_are_invalid() {
+fn unknown_commands_and_flags_are_invalid() {
     let server = serve_content(&pattern(28, SIZE as usize));
     let mut client = simple(&server);
     for unknown in [8, 9, 99, 0x100, 0x8000, u16::MAX] {
@@ -143,8 +147,9 @@ fn point_28_unknown_commands_and_flags_are_invalid() {
     server.expect_healthy();
 }
 
+/// "Request types": `NBD_CMD_WRITE`.
 #[test]
-fn point_29_the_payload_of_a_refused_write_is_consumed() {
+fn the_payload_of_a_refused_write_is_consumed() {
     let content = pattern(29, SIZE as usize);
     let server = serve_content(&content);
     for mut client in [simple(&server), structured(&server).client] {
@@ -166,8 +171,9 @@ fn point_29_the_payload_of_a_refused_write_is_consumed() {
     server.expect_healthy();
 }
 
+/// "Size constraints".
 #[test]
-fn point_30_offset_and_length_do_not_wrap() {
+fn offset_and_length_do_not_wrap() {
     let content = pattern(30, SIZE as usize);
     let server = serve_content(&content);
     let mut client = structured(&server);
@@ -198,8 +204,9 @@ fn point_30_offset_and_length_do_not_wrap() {
     server.expect_healthy();
 }
 
+/// "Error values".
 #[test]
-fn point_31_beyond_the_end() {
+fn beyond_the_end() {
     let server = serve(SIZE);
     let (mut plain, mut chunked) = (simple(&server), structured(&server));
     for (offset, length) in [(SIZE, 1), (SIZE - 1, 2), (SIZE - 512, 1024), (0, SIZE as u32 + 1), (SIZE + 1, 512)] {
@@ -233,8 +240,9 @@ fn told(call: &str, error: &str, kind: u16) -> u32 {
     said
 }
 
+/// "Error values".
 #[test]
-fn points_32_and_33_only_defined_errors_leave_the_server() {
+fn only_defined_errors_leave_the_server() {
     let io = [
         ("EROFS", EPERM),
         ("EACCES", EPERM),
@@ -274,8 +282,9 @@ fn points_32_and_33_only_defined_errors_leave_the_server() {
     assert_eq!(told("fallocate", "EPERM", kind::TRIM), EPERM);
 }
 
+/// "Request types".
 #[test]
-fn point_34_requests_of_no_length_are_harmless() {
+fn requests_of_no_length_are_harmless() {
     let server = serve(SIZE);
     let mut plain = simple(&server);
     let mut chunked = structured(&server);
@@ -295,8 +304,9 @@ fn point_34_requests_of_no_length_are_harmless() {
     server.expect_healthy();
 }
 
+/// "Size constraints".
 #[test]
-fn point_35_more_than_was_announced_is_served() {
+fn more_than_was_announced_is_served() {
     let server = serve(5 << 30);
     let mut client = simple(&server);
     let payload = pattern(35, (33 << 20) + 5);
@@ -312,8 +322,9 @@ fn point_35_more_than_was_announced_is_served() {
     server.expect_healthy();
 }
 
+/// "Terminating the transmission phase".
 #[test]
-fn point_36_disc_comes_last() {
+fn disc_comes_last() {
     let content = pattern(36, SIZE as usize);
     let server = serve_content(&content);
     for (flags, offset, length) in [(0, 0, 0), (u16::MAX, u64::MAX, u32::MAX)] {
@@ -355,8 +366,9 @@ fn point_36_disc_comes_last() {
     server.expect_healthy();
 }
 
+/// Left open by the specification: a client that leaves is nobody else's business, and no migration's.
 #[test]
-fn point_37_one_client_leaving_is_nothing_to_the_others() {
+fn one_client_leaving_is_nothing_to_the_others() {
     let mut destination = listen(0).size(16 << 20).start();
     let mut source = Server::serve().content(&pattern(37, 16 << 20)).arg(PORT).start();
     start_mirror(&source, destination.address(), "--max-speed 2000000");
@@ -382,8 +394,9 @@ fn point_37_one_client_leaving_is_nothing_to_the_others() {
     expect_migrated(&mut source, &mut destination);
 }
 
+/// "Error values": `NBD_ESHUTDOWN`; "Terminating the transmission phase".
 #[test]
-fn point_38_shutdown_tears_no_reply() {
+fn shutdown_tears_no_reply() {
     let (mut server, trace) = traced(Server::serve().size(SIZE), &["inject=fdatasync:delay_enter=300000"]);
     let mut clients: Vec<Client> = (0..3).map(|_| simple(&server)).collect();
     for client in &mut clients {
@@ -399,8 +412,9 @@ fn point_38_shutdown_tears_no_reply() {
     }
 }
 
+/// "Request types": `NBD_CMD_READ`, errors after a simple reply has begun.
 #[test]
-fn point_39_a_read_error_behind_a_good_head_cuts_the_connection() {
+fn a_read_error_behind_a_good_head_cuts_the_connection() {
     let content = pattern(39, 4 << 20);
     // The first slice fails: nothing was said yet, so it can be said, and the connection goes on.
     let (server, _) = traced(Server::serve().content(&content), &["inject=pread64:error=EIO:when=1"]);
@@ -418,8 +432,9 @@ fn point_39_a_read_error_behind_a_good_head_cuts_the_connection() {
     server.expect_healthy();
 }
 
+/// Left open by the specification: half a request is bounded by the killswitch, and does not hold up a stop.
 #[test]
-fn point_40_half_a_request_waits_for_nobody() {
+fn half_a_request_waits_for_nobody() {
     let server = Server::serve().size(SIZE).args("--newstyle-port=0 --killswitch=0.5").start();
     let started = Instant::now();
     let mut halves: Vec<Client> = Vec::new();
