@@ -1,0 +1,144 @@
+//! PURE: the oracle of a whole oldstyle session.
+
+use super::choices::Choices;
+use super::client::{hear, take_sent};
+use super::drive::{converse, done};
+use super::{ENOUGH, EXPORT, POOLS};
+use flexnbd::proto::client::{ClientSession, Event};
+use flexnbd::proto::error::Violation;
+use flexnbd::proto::export::{Export, Offer};
+use flexnbd::proto::server::{End, ServerSession};
+use flexnbd::proto::wire::{kind, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
+use flexnbd::work::{Action, Done};
+
+/// The client that [`session`] talks to: it knows what was asked, and so what may come back.
+struct Oracle {
+    /// Each request is noted with itself.
+    client: ClientSession<RequestHead>,
+    /// All that it sends.
+    stream: Vec<u8>,
+    /// How the conversation should end.
+    end: Result<End, Violation>,
+    /// How much has come of the data of a READ, in bytes.
+    data_bytes: u64,
+}
+
+impl Oracle {
+    /// Reads the requests of `input` as a server would and asks them with cookies of its own. A payload that is cut off
+    /// is made up if `made_up`.
+    fn new(mut input: &[u8], made_up: bool) -> Self {
+        let client = ClientSession::new(String::new());
+        let mut this = Self { client, stream: Vec::new(), end: Ok(End::EndOfStream), data_bytes: 0 };
+        let mut enough = ENOUGH;
+        while let Some((bytes, rest)) = input.split_first_chunk::<REQUEST_LEN>() {
+            let (magic, mut head) = RequestHead::parse(bytes);
+            let broken = magic != REQUEST_MAGIC;
+            if broken {
+                head.kind = kind::FLUSH;
+            }
+            match head.kind {
+                kind::DISC => this.client.disconnect(),
+                _ => this.client.command(head.kind, head.flags, head.offset, head.length, head),
+            }
+            this.stream.extend(magic.to_be_bytes());
+            this.stream.extend(take_sent(&mut this.client).iter().skip(4));
+            input = rest;
+            if broken {
+                this.end = Ok(End::Violation(Violation::BadRequestMagic(magic)));
+                break;
+            }
+            let payload = u64::from(head.length);
+            match head.kind {
+                kind::DISC => {
+                    this.end = Ok(End::Disconnect);
+                    break;
+                }
+                kind::WRITE => {
+                    let (payload, rest) = input.split_at(input.len().min(head.length as usize));
+                    this.stream.extend(payload);
+                    let missing = head.length as usize - payload.len();
+                    if made_up && missing as u64 <= enough {
+                        this.stream.resize(this.stream.len() + missing, 0xA5);
+                    } else if missing > 0 {
+                        this.end = Err(Violation::Truncated);
+                    }
+                    input = rest;
+                }
+                kind::READ if payload <= EXPORT => {}
+                _ => continue,
+            }
+            let Some(left) = enough.checked_sub(payload) else {
+                input = &[];
+                break;
+            };
+            enough = left;
+        }
+        if this.end == Ok(End::EndOfStream) && !input.is_empty() {
+            this.end = Err(Violation::Truncated);
+        }
+        this.stream.extend(input);
+        this
+    }
+
+    /// Takes what the server sends.
+    fn receive(&mut self, bytes: &[u8]) {
+        let data_bytes = &mut self.data_bytes;
+        let heard = hear(&mut self.client, bytes, |event| match event {
+            Event::Export(Offer { size, .. }) => assert_eq!(size, EXPORT),
+            Event::Data { note, bytes } => {
+                let offset = note.offset + *data_bytes;
+                assert!(bytes.iter().zip(offset..).all(|(&byte, at)| byte == content(at)), "other data");
+                *data_bytes += bytes.len() as u64;
+            }
+            Event::Reply { note, error } => {
+                let brings = if note.kind == kind::READ && error == 0 { note.length } else { 0 };
+                assert_eq!(std::mem::take(data_bytes), u64::from(brings), "all of the data comes with a good reply");
+            }
+        });
+        assert_eq!(heard, Ok(()));
+    }
+}
+
+/// The byte of the export at `offset`.
+fn content(offset: u64) -> u8 {
+    (offset ^ (offset >> 8)).to_le_bytes()[0]
+}
+
+/// Does what a disk would.
+fn work(tag: u32, action: Action) -> Done {
+    let (offset, length, buffer) = match action {
+        Action::Read { offset, length, mut buffer, .. } => {
+            let bytes: Vec<u8> = (offset..).take(length).map(content).collect();
+            assert_eq!((buffer.len(), buffer.append(&bytes)), (0, length), "an empty buffer that is large enough");
+            (offset, length as u64, Some(buffer))
+        }
+        Action::Write { offset, payload, .. } => (offset, payload.len() as u64, Some(payload)),
+        Action::Zero { offset, length, .. }
+        | Action::Trim { offset, length, .. }
+        | Action::Cache { offset, length }
+        | Action::Map { offset, length, .. } => (offset, length, None),
+        Action::Flush => return done(tag),
+    };
+    assert!(length > 0 && offset.checked_add(length).is_some_and(|end| end <= EXPORT), "inside the export");
+    Done { buffer, ..done(tag) }
+}
+
+/// A conversation from the server's side: requests, cut up, against a disk that is slow and fails now and then.
+///
+/// # Panics
+/// When anything comes out that is no right answer to what was asked, when the disk is asked for what cannot be, and
+/// when the session holds too much, keeps memory for itself or gets stuck.
+pub fn session(data: &[u8]) {
+    let (mut choices, input) = Choices::split(data);
+    let cap = POOLS.get(choices.next() % POOLS.len()).copied().unwrap_or_default();
+    let mut oracle = Oracle::new(input, choices.next() % 2 == 0);
+    let stream = std::mem::take(&mut oracle.stream);
+    let session = ServerSession::oldstyle(Export { size: EXPORT }, 0);
+    let end = converse(session, &stream, &mut choices, cap, work, |piece| oracle.receive(piece));
+    if !matches!(end, Err(Violation::ReplyCutShort(_))) {
+        assert_eq!(end, oracle.end);
+    }
+    if end.is_ok() {
+        assert!(oracle.client.is_quiet(), "everything is answered to the end");
+    }
+}
