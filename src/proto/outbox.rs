@@ -13,7 +13,7 @@ pub const PIECES_MAX: usize = 64;
 
 #[derive(Debug)]
 enum Piece {
-    Head { bytes: [u8; HEAD_MAX], start: u8, end: u8 },
+    Head { bytes: [u8; HEAD_MAX], start: usize, end: usize },
     Text { bytes: Vec<u8>, start: usize },
     Payload(Buffer),
 }
@@ -21,7 +21,7 @@ enum Piece {
 impl Piece {
     fn bytes(&self) -> &[u8] {
         match self {
-            Self::Head { bytes, start, end } => bytes.get(usize::from(*start)..usize::from(*end)).unwrap_or_default(),
+            Self::Head { bytes, start, end } => bytes.get(*start..*end).unwrap_or_default(),
             Self::Text { bytes, start } => bytes.get(*start..).unwrap_or_default(),
             Self::Payload(buffer) => buffer.filled(),
         }
@@ -29,39 +29,35 @@ impl Piece {
 
     fn consume(&mut self, n: usize) {
         match self {
-            // A head is at most HEAD_MAX bytes long, so n fits.
-            #[allow(clippy::cast_possible_truncation)]
-            Self::Head { start, .. } => *start += n as u8,
-            Self::Text { start, .. } => *start += n,
+            Self::Head { start, .. } | Self::Text { start, .. } => *start += n,
             Self::Payload(buffer) => buffer.consume(n),
         }
     }
 }
 
-/// The queue of bytes for one connection.
+/// The queue of bytes for one connection. What waits ages from the `since_ms` that it is given.
 #[derive(Debug, Default)]
 pub struct Outbox {
     pieces: VecDeque<(u64, Piece)>,
-    replies: usize,
+    heads: usize,
 }
 
 impl Outbox {
-    /// Queues bytes that are neither the head of a reply nor a payload of the pool: of a handshake, or extents.
+    /// Queues bytes that are neither the head of a message nor a payload of the pool: of a handshake, or extents.
     pub fn push_text(&mut self, bytes: Vec<u8>, since_ms: u64) {
         self.pieces.push_back((since_ms, Piece::Text { bytes, start: 0 }));
     }
 
-    /// Queues the head of a reply to a request that came at `since_ms`. A head is at most [`HEAD_MAX`] bytes long.
+    /// Queues the head of a message, which is at most [`HEAD_MAX`] bytes long. A reply ages from when its request came.
     pub fn push_head(&mut self, head: &[u8], since_ms: u64) {
         let mut bytes = [0; HEAD_MAX];
         let len = head.len().min(HEAD_MAX);
-        debug_assert_eq!(len, head.len(), "a head is at most 32 bytes long");
+        debug_assert_eq!(len, head.len(), "a head is at most HEAD_MAX bytes long");
         if let (Some(to), Some(from)) = (bytes.get_mut(..len), head.get(..len)) {
             to.copy_from_slice(from);
         }
-        #[allow(clippy::cast_possible_truncation)] // at most HEAD_MAX
-        self.pieces.push_back((since_ms, Piece::Head { bytes, start: 0, end: len as u8 }));
-        self.replies += 1;
+        self.pieces.push_back((since_ms, Piece::Head { bytes, start: 0, end: len }));
+        self.heads += 1;
     }
 
     /// Queues payload bytes behind what is queued already.
@@ -74,12 +70,12 @@ impl Outbox {
         self.pieces.is_empty()
     }
 
-    /// How many heads of replies wait.
-    pub fn replies(&self) -> usize {
-        self.replies
+    /// How many heads wait.
+    pub fn heads(&self) -> usize {
+        self.heads
     }
 
-    /// When the oldest request came whose reply has not gone entirely.
+    /// From when on the oldest message ages that has not gone entirely.
     pub fn oldest_ms(&self) -> Option<u64> {
         self.pieces.iter().map(|(since_ms, _)| *since_ms).min()
     }
@@ -106,7 +102,7 @@ impl Outbox {
                     freed += buffer.capacity();
                     pool.give(buffer);
                 }
-                Some((_, Piece::Head { .. })) => self.replies -= 1,
+                Some((_, Piece::Head { .. })) => self.heads -= 1,
                 Some((_, Piece::Text { .. })) | None => {}
             }
         }
@@ -120,7 +116,7 @@ impl Outbox {
                 pool.give(buffer);
             }
         }
-        self.replies = 0;
+        self.heads = 0;
     }
 }
 
@@ -147,7 +143,7 @@ mod tests {
             payload.append(b"payload");
             outbox.push_payload(payload, 3);
             outbox.push_head(b"-head2", 9);
-            assert_eq!((outbox.replies(), outbox.oldest_ms()), (2, Some(3)));
+            assert_eq!((outbox.heads(), outbox.oldest_ms()), (2, Some(3)));
             let (mut seen, mut freed) = (Vec::new(), 0);
             while !outbox.is_empty() {
                 let bytes = written(&outbox);
@@ -156,7 +152,7 @@ mod tests {
                 freed += outbox.sent(n, &mut pool);
             }
             assert_eq!(seen, all);
-            assert_eq!((freed, outbox.replies(), pool.available()), (4096, 0, SLICE));
+            assert_eq!((freed, outbox.heads(), pool.available()), (4096, 0, SLICE));
         }
     }
 
@@ -168,6 +164,6 @@ mod tests {
         outbox.push_payload(pool.take(SLICE).unwrap(), 0);
         assert_eq!(pool.available(), 0);
         outbox.release(&mut pool);
-        assert_eq!((pool.available(), outbox.is_empty(), outbox.replies()), (SLICE, true, 0));
+        assert_eq!((pool.available(), outbox.is_empty(), outbox.heads()), (SLICE, true, 0));
     }
 }

@@ -284,7 +284,7 @@ impl ServerSession {
 
     /// Requests that are not answered yet.
     pub fn in_flight(&self) -> usize {
-        self.unanswered.len() + self.outbox.replies()
+        self.unanswered.len() + self.outbox.heads()
     }
 
     /// One step of the negotiation. `None`: look again.
@@ -383,7 +383,7 @@ impl ServerSession {
     fn read_on(&mut self, tag: u32, pool: &mut Pool) -> Step {
         // Chunks of holes take no memory of the pool, so that nothing but the number of replies bounds them.
         let Some(&Pending { head, in_work: 0, replied, .. }) = self.unanswered.get(tag) else { return Step::NeedRoom };
-        if self.outbox.replies() >= IN_FLIGHT_MAX {
+        if self.outbox.heads() >= IN_FLIGHT_MAX {
             return Step::NeedRoom;
         }
         let left = (head.length - replied) as usize;
