@@ -20,10 +20,13 @@
 //!    where the destination can.
 
 mod bucket;
+mod holes;
 mod meter;
 
 use crate::bitmap::Bitmap;
+use crate::work::Extent;
 use bucket::Bucket;
+use holes::Holes;
 use meter::Meter;
 use std::ops::Range;
 
@@ -71,7 +74,8 @@ pub struct Abilities {
 /// What to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// Ask the file what begins at this offset, and say so with [`Plan::note_extent`].
+    /// Ask the disk what begins at this offset, and say so with [`Plan::note_extent`] when it has answered. One question
+    /// at a time; what goes on meanwhile does not depend on it.
     Look(u64),
     /// Read the range, then send it.
     Data(Range<u64>),
@@ -144,8 +148,7 @@ pub struct Plan {
     cursor: u64,
     /// What was taken from the bitmap and not sent yet.
     taken: Range<u64>,
-    /// What is known of the file: a range, and whether it is a hole.
-    extent: Option<(Range<u64>, bool)>,
+    holes: Holes,
     /// Requests in flight: the range, and whether it is data.
     in_flight: Vec<(Range<u64>, bool)>,
     flush: Flush,
@@ -184,7 +187,7 @@ impl Plan {
             dirty: Bitmap::new(size, BLOCK),
             cursor: 0,
             taken: 0..0,
-            extent: None,
+            holes: Holes::default(),
             in_flight: Vec::with_capacity(MAX_IN_FLIGHT),
             flush: Flush::Due,
             flushes: 0,
@@ -218,7 +221,7 @@ impl Plan {
     pub fn lost(&mut self, now_ms: u64) {
         self.dirty.set_range(0, self.size);
         self.phase = Phase::Copying;
-        (self.cursor, self.taken, self.extent) = (0, 0..0, None);
+        (self.cursor, self.taken, self.holes) = (0, 0..0, Holes::default());
         self.in_flight.clear();
         (self.flush, self.flushes, self.unflushed_bytes) = (Flush::Due, 0, 0);
         (self.pass, self.pass_dirty_bytes, self.settled, self.slower_ms) = (1, self.size, false, now_ms);
@@ -263,14 +266,13 @@ impl Plan {
         let dirtied = self.dirty.set_bytes() - before;
         self.charge(dirtied.saturating_sub(self.paid_bytes));
         self.paid_bytes = self.paid_bytes.saturating_sub(dirtied);
-        if self.extent.as_ref().is_some_and(|(known, _)| overlap(known, range)) {
-            self.extent = None;
-        }
+        self.holes.note_write(range);
     }
 
-    /// What the file says of an offset asked for with [`Step::Look`].
-    pub fn note_extent(&mut self, range: Range<u64>, is_hole: bool) {
-        self.extent = Some((range, is_hole));
+    /// What the disk says of the offset asked for with [`Step::Look`]; data, if it cannot say. An answer to an attempt that
+    /// was lost must not get here.
+    pub fn note_extent(&mut self, extent: Extent) {
+        self.holes.note_extent(extent);
     }
 
     /// True while clients have to wait with everything.
@@ -288,8 +290,6 @@ impl Plan {
     pub fn quiesced(&mut self) {
         if self.phase == Phase::Quiescing {
             self.phase = Phase::LastPass;
-            // Only now does nothing change any more.
-            self.extent = None;
         }
     }
 
@@ -419,10 +419,9 @@ impl Plan {
             return Step::Wait;
         }
         let start = self.taken.start;
-        let Some((known, is_hole)) = self.extent.as_ref().filter(|(known, _)| known.contains(&start)) else {
-            return Step::Look(start);
+        let Some(&Extent { range: Range { end: known_end, .. }, is_hole }) = self.holes.at(start) else {
+            return if self.holes.ask(start) { Step::Look(start) } else { Step::Wait };
         };
-        let (known_end, is_hole) = (known.end, *is_hole);
         let zero = is_hole && self.can.zero;
         let most = if zero { ZERO_MAX } else { self.data_max() };
         let end = self.taken.end.min(known_end).min(start.saturating_add(most));
@@ -564,8 +563,10 @@ mod tests {
     fn next(plan: &mut Plan, hole_from: u64, now_ms: u64) -> Step {
         loop {
             match plan.next(now_ms) {
-                Step::Look(offset) if offset < hole_from => plan.note_extent(offset..hole_from, false),
-                Step::Look(offset) => plan.note_extent(offset..u64::MAX, true),
+                Step::Look(offset) if offset < hole_from => {
+                    plan.note_extent(Extent { range: offset..hole_from, is_hole: false });
+                }
+                Step::Look(offset) => plan.note_extent(Extent { range: offset..u64::MAX, is_hole: true }),
                 step => return step,
             }
         }

@@ -221,7 +221,7 @@ impl Mirror {
                 let found = done.extents.into_iter().next();
                 if let Some(plan) = sh.life.plan() {
                     let found = found.unwrap_or(Extent { range: offset..u64::MAX, is_hole: false });
-                    plan.note_extent(found.range, found.is_hole);
+                    plan.note_extent(found);
                 }
                 Next::Again
             }
@@ -454,7 +454,6 @@ impl Mirror {
                     let action = Action::Map { offset, length, most: 1 };
                     attempt.submit(action, Task::Look(offset), self.next_tag, key, sh);
                     self.next_tag = self.next_tag.wrapping_add(1);
-                    return Ok(Next::Idle);
                 }
                 Step::Zero(range) => attempt.send_request(kind::WRITE_ZEROES, range),
                 Step::Flush => {

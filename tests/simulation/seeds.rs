@@ -62,6 +62,8 @@ fn world(seed: u64) -> Setup {
     setup.latency_us = random.magnitude(10..100_000);
     setup.jitter_us = random.pick(&[0, 100, 1_000, 50_000]);
     setup.disk_us = random.pick(&[1, 100, 1_000, 10_000]);
+    setup.look_us = random.pick(&[1, 100, 1_000]);
+    setup.whole_extents = random.pick(&[1, 16]);
     setup.write_us = random.magnitude(1_000..5_000);
     setup.flush_us = random.magnitude(10..200_000);
     setup.flush_us_per_mib = random.magnitude(10..20_000);
@@ -73,6 +75,19 @@ fn world(seed: u64) -> Setup {
     }
     setup.break_ms = random.one_in(8).then(|| random.below(2_000));
     setup.deadline_ms = 120_000;
+    if random.one_in(4) {
+        // Small writes fall everywhere while the disk is asked for holes and takes its time.
+        setup.holes = 2;
+        setup.look_us = random.magnitude(2_000..30_000);
+        setup.whole_extents = 1;
+        setup.clients = (0..=random.below(3))
+            .map(|_| Client {
+                until_ms: 500,
+                in_order: false,
+                ..Client::full_speed(0..size, CELL, 1 + random.below(8))
+            })
+            .collect();
+    }
     setup
 }
 

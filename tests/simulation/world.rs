@@ -1,12 +1,14 @@
 //! Everything around a plan: the file, its clients, the link, the destination, the operator, and time.
 //!
 //! The file is cells of 512 bytes that hold the number of the write that was there last, 0 for zeroes. A write lands in
-//! two halves some time after it was submitted and is done some time after that; the mirror reads in two halves too. So
-//! every order in which an asynchronous engine could let them meet comes up. The destination carries requests out in
-//! any order, each for itself, and what it holds is durable when a flush asked for after its answer was answered.
+//! two halves at any time until it is done. The mirror reads in two halves too, and it hears where a hole is some time
+//! after the file was looked at. So every order comes up in which an asynchronous engine could let them meet. The
+//! destination carries requests out in any order, each for itself, and what it holds is durable when a flush asked for
+//! after its answer was answered.
 
 use crate::random::Random;
 use flexnbd::migrate::{Abilities, Plan, Step, DATA_MAX, MAX_IN_FLIGHT};
+use flexnbd::work::Extent;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::ops::Range;
@@ -68,6 +70,10 @@ pub struct Setup {
     pub jitter_us: u64,
     /// What a disk operation of the source may take, at random.
     pub disk_us: u64,
+    /// What a question to the file system may take until it has looked, and again until it has answered; most take less.
+    pub look_us: u64,
+    /// One in so many of its answers is exact; others are cut short at any place.
+    pub whole_extents: u64,
     /// What a client's write takes at least.
     pub write_us: u64,
     /// What every flush takes.
@@ -103,6 +109,8 @@ impl Setup {
             latency_us: 100,
             jitter_us: 100,
             disk_us: 50,
+            look_us: 50,
+            whole_extents: 1,
             write_us: 50,
             flush_us: 2_000,
             flush_us_per_mib: 100,
@@ -149,6 +157,8 @@ enum Event {
     Land { op: u64, half: bool },
     Done { op: u64 },
     Read { request: u64, half: bool },
+    Look { number: u64 },
+    Looked { number: u64 },
     Execute { request: u64 },
     Ack { request: u64 },
     Flushed { attempt: u32 },
@@ -165,6 +175,14 @@ struct Op {
     range: Range<u64>,
     version: u32,
     punches: bool,
+}
+
+/// A question to the file system.
+struct Look {
+    number: u64,
+    offset: u64,
+    /// What it has seen.
+    found: Option<Extent>,
 }
 
 struct Request {
@@ -196,6 +214,7 @@ pub struct World {
     outstanding: Vec<u64>,
     version: u32,
     requests: BTreeMap<u64, Request>,
+    look: Option<Look>,
     link_free_us: u64,
     busy_until_us: u64,
     /// Answered, and not covered by the answer of a flush.
@@ -262,6 +281,7 @@ impl World {
             outstanding: vec![0; clients],
             version: 1,
             requests: BTreeMap::new(),
+            look: None,
             link_free_us: 0,
             busy_until_us: 0,
             not_durable: BTreeSet::new(),
@@ -333,6 +353,8 @@ impl World {
             Event::Land { op, half } => self.land(op, half),
             Event::Done { op } => self.done(op),
             Event::Read { request, half } => self.read(request, half),
+            Event::Look { number } => self.look_at_file(number),
+            Event::Looked { number } => self.looked(number),
             Event::Execute { request } => self.execute(request),
             Event::Ack { request } => self.ack(request),
             Event::Flushed { attempt } if attempt == self.out.attempts && self.connected => {
@@ -380,6 +402,7 @@ impl World {
     fn disconnect(&mut self) {
         self.connected = false;
         self.requests.clear();
+        self.look = None;
         self.not_durable.clear();
         self.covered = None;
         self.target.fill(STALE);
@@ -445,12 +468,12 @@ impl World {
             let number = self.number();
             self.ops.insert(number, op);
             self.out.writes += 1;
-            let disk_us = self.setup.disk_us;
-            let (first, second) = (self.random.below(disk_us), self.random.below(disk_us));
-            self.after(first, Event::Land { op: number, half: false });
-            self.after(second, Event::Land { op: number, half: true });
-            let done = first.max(second) + self.random.below(disk_us).max(self.setup.write_us);
-            self.after(done, Event::Done { op: number });
+            let done_us = self.setup.write_us + self.random.below(self.setup.disk_us);
+            for half in [false, true] {
+                let lands_us = self.random.below(done_us);
+                self.after(lands_us, Event::Land { op: number, half });
+            }
+            self.after(done_us, Event::Done { op: number });
         }
     }
 
@@ -493,13 +516,14 @@ impl World {
                 Step::Look(offset) => self.look(offset),
                 Step::Data(range) => self.send(range, true),
                 Step::Zero(range) => {
+                    self.check_is_zero(&range);
                     let data = !self.setup.can.zero;
                     self.send(range, data);
                 }
                 Step::Flush => self.flush(),
                 Step::Wait => {
                     let waits_for_clients = self.plan.is_quiescing() && !self.ops.is_empty();
-                    let waits_for_answers = !self.requests.is_empty() || self.covered.is_some();
+                    let waits_for_answers = !self.requests.is_empty() || self.covered.is_some() || self.look.is_some();
                     assert!(waits_for_clients || waits_for_answers, "stuck: {:?}", self.plan);
                     return false;
                 }
@@ -524,14 +548,42 @@ impl World {
         (self.out.attempts <= most && self.random.one_in(every)) || self.setup.lost_at == Some(self.out.steps - 1)
     }
 
-    /// What the file system says: exact, or cut short at any place.
     fn look(&mut self, offset: u64) {
         assert!(offset < self.setup.size && offset % CELL == 0);
+        assert!(self.look.is_none(), "one question at a time");
+        let number = self.number();
+        self.look = Some(Look { number, offset, found: None });
+        let looks_us = self.random.magnitude(1..self.setup.look_us + 1);
+        self.after(looks_us, Event::Look { number });
+        let answers_us = looks_us + self.random.magnitude(1..self.setup.look_us + 1);
+        self.after(answers_us, Event::Looked { number });
+    }
+
+    /// What the file system says.
+    fn look_at_file(&mut self, number: u64) {
+        let Some(look) = self.look.as_mut().filter(|look| look.number == number) else { return };
+        let offset = look.offset;
         let cut = self.random.pick(&[4 << 10, 64 << 10, 256 << 10, 1 << 20]);
-        let most = if self.random.one_in(16) { u64::from(u32::MAX) } else { cut };
+        let most = if self.random.one_in(self.setup.whole_extents) { u64::from(u32::MAX) } else { cut };
         let rest = &self.hole[cells(&(offset..self.setup.size.min(offset + most)))];
         let run = rest.iter().take_while(|&&hole| hole == rest[0]).count() as u64;
-        self.plan.note_extent(offset..self.setup.size.min(offset + run * CELL), rest[0]);
+        let range = offset..self.setup.size.min(offset + run * CELL);
+        look.found = Some(Extent { range, is_hole: rest[0] });
+    }
+
+    fn looked(&mut self, number: u64) {
+        // The answer to an attempt that is over is for nobody.
+        if let Some(look) = self.look.take_if(|look| look.number == number) {
+            self.plan.note_extent(look.found.unwrap());
+        }
+    }
+
+    /// Nothing that was answered is where zeroes are sent: that would be lost.
+    fn check_is_zero(&self, range: &Range<u64>) {
+        for cell in cells(range).filter(|&cell| self.source[cell] != 0) {
+            let is_in_flight = self.ops.values().any(|op| cells(&op.range).contains(&cell));
+            assert!(is_in_flight, "zeroes where a write was answered, in cell {cell}");
+        }
     }
 
     fn send(&mut self, range: Range<u64>, is_data: bool) {
@@ -644,6 +696,7 @@ impl World {
     fn commit(&mut self) {
         assert!(self.ops.is_empty(), "a client's operation is still on its way");
         assert!(self.requests.is_empty() && self.covered.is_none(), "an answer is still on its way");
+        assert!(self.look.is_none(), "a question is still on its way");
         assert!(!self.setup.can.flush || self.not_durable.is_empty(), "something is not durable");
         let differs = self.source.iter().zip(&self.target).position(|(source, target)| source != target);
         assert_eq!(differs, None, "the first cell that is not what it was");
