@@ -2,34 +2,37 @@
 //!
 //! The way through is always [`Disk::submit`], [`Disk::kick`], [`Disk::pop_done`]. An operation owns its buffer until
 //! it is done, so whoever asked may vanish meanwhile. The engine behind the queue (`sync`) can be replaced without a
-//! change above. What holes are and how they stay is in `sparse`. There is no socket here and no word of a protocol.
+//! change above. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is
+//! in `open`. There is no socket here and no word of a protocol.
 //!
 //! Operations that are queued together may be carried out in any order, and long ones in steps between others, so two
 //! of them that overlap have no defined order unless the first was done when the second was submitted.
 //!
 //! Invariant 1: the range of an operation lies inside the image; its submitter has checked that.
 //!
-//! Invariant 2: `in_flight` is the number of operations submitted whose [`Done`] was not popped, at most [`MAX_OPS`].
+//! Invariant 2: `in_flight` is the number of operations submitted whose [`Done`] was not popped, at most [`OPS_MAX`].
 
+mod commit;
+mod open;
+#[cfg(test)]
+mod slow;
 mod sparse;
 mod sync;
+mod zero;
 
-use crate::sys;
-use crate::work::{Done, Extent, Op};
-use std::fmt;
-use std::fs::{self, File, FileType, OpenOptions};
-use std::io::{self, ErrorKind, Seek, SeekFrom};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+pub use commit::SYNC_LOST;
+pub use open::OpenError;
+
+use crate::work::{Done, Op};
+use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 /// The unit of an image's size, in bytes: the smallest sector there is. A rest of the file is not served.
 pub const SECTOR: u64 = 512;
 
 /// The most operations in flight: more than 100 clients at 32 each, and under 1 MiB of queue.
-pub const MAX_OPS: usize = 4096;
-
-/// What the log says, once and at level E, when an fdatasync has failed.
-pub const SYNC_LOST: &str = "fdatasync failed, written data may be lost; every later flush will fail until a restart";
+pub const OPS_MAX: usize = 4096;
 
 /// An open image: what the engine and the search for holes work on.
 struct Image {
@@ -38,52 +41,33 @@ struct Image {
     is_device: bool,
 }
 
+/// What carries operations out.
+enum Engine {
+    Sync(sync::Engine),
+    #[cfg(test)]
+    Slow(slow::Engine),
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self::Sync(sync::Engine::default())
+    }
+}
+
 /// An open image and the operations on it.
 pub struct Disk {
     image: Image,
     path: PathBuf,
     tail: u64,
-    engine: sync::Engine,
+    engine: Engine,
     in_flight: usize,
 }
 
 impl Disk {
-    /// Opens a regular file or a block device for reading and writing.
-    pub fn open(path: &Path) -> Result<Self, OpenError> {
-        Self::try_open(path).map_err(|problem| OpenError { path: path.to_owned(), problem })
-    }
-
-    fn try_open(path: &Path) -> Result<Self, Problem> {
-        // The kind is looked at before it is opened: to open a FIFO or a character device can wait, or do things.
-        let kind = fs::metadata(path).map_err(Problem::from_lookup)?.file_type();
-        if let Some(name) = unfit(kind) {
-            return Err(Problem::Kind(name));
-        }
-        let mut options = OpenOptions::new();
-        // Should it have become a FIFO meanwhile, this still does not wait, and the seek then fails.
-        options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
-        let mut file = options.open(path).map_err(|error| match File::open(path) {
-            Ok(_) => Problem::NotWritable(error),
-            Err(error) => Problem::NotReadable(error),
-        })?;
-        // A block device says no length in its metadata.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(Problem::NotReadable)?;
-        let tail = bytes % SECTOR;
-        let size = bytes - tail;
-        if size == 0 {
-            return Err(Problem::TooSmall(bytes));
-        }
-        let image = Image { file, size, is_device: kind.is_block_device() };
-        Ok(Self { image, path: path.to_owned(), tail, engine: sync::Engine::new(), in_flight: 0 })
-    }
-
-    /// Says to other processes that the image is served, or (`alone`) that it is being overwritten as a whole. Both at
-    /// once are refused. A file system without locks has none.
-    pub fn lock(&self, alone: bool) -> Result<(), OpenError> {
-        match sys::file::try_lock(&self.image.file, alone) {
-            Ok(false) => Err(OpenError { path: self.path.clone(), problem: Problem::InUse { alone } }),
-            Ok(true) | Err(_) => Ok(()),
-        }
+    /// An image of which each operation takes so long, and the thread that kicks does not wait.
+    #[cfg(test)]
+    pub(crate) fn open_slow(path: &Path, delay: std::time::Duration) -> Self {
+        Self { engine: Engine::Slow(slow::Engine::new(delay)), ..Self::open(path).unwrap() }
     }
 
     /// The size of the image in bytes, a multiple of [`SECTOR`] and not zero.
@@ -101,60 +85,63 @@ impl Disk {
         &self.path
     }
 
-    /// About how many bytes of the image are data, and not holes.
-    pub fn allocated(&self) -> u64 {
-        let blocks =
-            if self.image.is_device { None } else { self.image.file.metadata().ok().map(|file| file.blocks()) };
-        blocks.map_or(self.image.size, |blocks| blocks.saturating_mul(512).min(self.image.size))
-    }
-
     /// True for a block device.
     pub fn is_device(&self) -> bool {
         self.image.is_device
     }
 
-    /// The name of the file, not of a link to it. An error when the path names another file by now.
-    pub fn named_path(&self) -> io::Result<PathBuf> {
-        let path = fs::canonicalize(&self.path)?;
-        let (named, open) = (fs::symlink_metadata(&path)?, self.image.file.metadata()?);
-        if (named.dev(), named.ino()) != (open.dev(), open.ino()) {
-            return Err(io::Error::other("the path names another file by now"));
-        }
-        Ok(path)
-    }
-
-    /// Removes the name of the file; what is open stays.
-    pub fn unlink(&self) -> io::Result<()> {
-        let path = self.named_path()?;
-        fs::remove_file(&path)?;
-        // Or else a power failure could bring the name back, when it counts that it is gone. It is gone already, so
-        // this cannot fail the operation any more.
-        let synced = path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all());
-        synced.unwrap_or_else(|error| log::warn!("{}: the unlink may not be durable: {error}", path.display()));
-        Ok(())
-    }
-
-    /// Queues an operation, or hands it back when [`MAX_OPS`] are in flight. It has to lie inside the image.
+    /// Queues an operation, or hands it back when [`OPS_MAX`] are in flight. It has to lie inside the image.
     pub fn submit(&mut self, op: Op) -> Result<(), Op> {
         debug_assert!(op.action.fits(self.image.size), "invariant 1");
         if !self.has_room() {
             return Err(op);
         }
         self.in_flight += 1;
-        self.engine.submit(op);
+        match &mut self.engine {
+            Engine::Sync(engine) => engine.submit(op),
+            #[cfg(test)]
+            Engine::Slow(engine) => engine.submit(op),
+        }
         Ok(())
     }
 
     /// Works through the queue. Operations that ask for stable storage share one fdatasync at the end and are done
-    /// after it. Long ranges take several kicks: as long as [`Disk::in_flight`] is not zero when everything done was
-    /// popped, there is more to do.
+    /// after it. Long ranges take several kicks: while [`Disk::has_work`], there is more to do.
     pub fn kick(&mut self) {
-        self.engine.kick(&self.image);
+        match &mut self.engine {
+            Engine::Sync(engine) => engine.kick(&self.image),
+            #[cfg(test)]
+            Engine::Slow(engine) => engine.kick(&self.image),
+        }
+    }
+
+    /// True when a kick would move something. What is in flight without that completes by itself, and
+    /// [`Disk::notifier`] says when.
+    pub fn has_work(&self) -> bool {
+        match &self.engine {
+            Engine::Sync(engine) => engine.has_work(),
+            #[cfg(test)]
+            Engine::Slow(engine) => engine.has_work(),
+        }
+    }
+
+    /// Becomes readable, anew each time, when an operation has completed by itself and a kick would hand it over. `None`:
+    /// none ever does.
+    pub fn notifier(&self) -> Option<BorrowedFd<'_>> {
+        match &self.engine {
+            Engine::Sync(_) => None,
+            #[cfg(test)]
+            Engine::Slow(engine) => Some(engine.notifier()),
+        }
     }
 
     /// The next operation that is done.
     pub fn pop_done(&mut self) -> Option<Done> {
-        let done = self.engine.pop_done()?;
+        let done = match &mut self.engine {
+            Engine::Sync(engine) => engine.pop_done(),
+            #[cfg(test)]
+            Engine::Slow(engine) => engine.pop_done(),
+        }?;
         debug_assert!(self.in_flight > 0, "invariant 2");
         self.in_flight = self.in_flight.saturating_sub(1);
         Some(done)
@@ -162,7 +149,7 @@ impl Disk {
 
     /// True when [`Disk::submit`] would take an operation.
     pub fn has_room(&self) -> bool {
-        self.in_flight < MAX_OPS
+        self.in_flight < OPS_MAX
     }
 
     /// How many operations were submitted and not popped.
@@ -172,83 +159,13 @@ impl Disk {
 
     /// How many times fdatasync was called since the image was opened.
     pub fn syncs(&self) -> u64 {
-        self.engine.syncs()
-    }
-
-    /// The hole or the data that begins at `offset`, up to `limit` (an offset, too) or the end of the image, whichever
-    /// comes first. Empty only when that is at or before `offset`. Holes read as zeroes; what cannot be told is data.
-    ///
-    /// The end of data can take milliseconds to find in a large file, however near `limit` is, so whoever walks the
-    /// image asks with a far limit and keeps the answer.
-    pub fn extent(&self, offset: u64, limit: u64) -> Extent {
-        sparse::extent(&self.image, offset, limit)
-    }
-}
-
-/// What a file is that cannot be served, or `None` for one that can.
-fn unfit(kind: FileType) -> Option<&'static str> {
-    if kind.is_file() || kind.is_block_device() {
-        None
-    } else if kind.is_dir() {
-        Some("a directory")
-    } else if kind.is_fifo() {
-        Some("a FIFO")
-    } else if kind.is_socket() {
-        Some("a socket")
-    } else {
-        Some("a character device")
-    }
-}
-
-/// Why an image could not be opened. Its text is one line that names the path, what is wrong and what to do.
-#[derive(Debug)]
-pub struct OpenError {
-    path: PathBuf,
-    problem: Problem,
-}
-
-#[derive(Debug)]
-enum Problem {
-    Missing,
-    Kind(&'static str),
-    NotReadable(io::Error),
-    NotWritable(io::Error),
-    TooSmall(u64),
-    InUse { alone: bool },
-}
-
-impl Problem {
-    fn from_lookup(error: io::Error) -> Self {
-        match error.kind() {
-            ErrorKind::NotFound => Self::Missing,
-            _ => Self::NotReadable(error),
+        match &self.engine {
+            Engine::Sync(engine) => engine.syncs(),
+            #[cfg(test)]
+            Engine::Slow(_) => 0,
         }
     }
 }
-
-impl fmt::Display for OpenError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Quoted, so that a path with a line break in it still makes one line.
-        write!(f, "cannot open {:?}: ", self.path.display())?;
-        match &self.problem {
-            Problem::Missing => f.write_str("it does not exist; create it first, with the size the disk shall have"),
-            Problem::Kind(kind) => write!(f, "it is {kind}; give a regular file or a block device"),
-            Problem::NotReadable(error) => write!(f, "it cannot be read: {error}; let this user read and write it"),
-            Problem::NotWritable(error) => write!(f, "it cannot be written: {error}; let this user write it"),
-            Problem::InUse { alone: true } => {
-                f.write_str("another server has it open, and a migration would overwrite it; give another file")
-            }
-            Problem::InUse { alone: false } => {
-                f.write_str("another server waits for a migration to overwrite it; stop that, or give another file")
-            }
-            Problem::TooSmall(bytes) => {
-                write!(f, "its size is {bytes} bytes, less than one sector of {SECTOR}; make it larger")
-            }
-        }
-    }
-}
-
-impl std::error::Error for OpenError {}
 
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation)] // of sizes that the tests chose
@@ -256,6 +173,7 @@ mod tests {
     use super::*;
     use crate::buffer::Buffer;
     use crate::work::Action;
+    use std::fs;
     use std::os::unix::net::UnixListener;
     use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -320,7 +238,6 @@ mod tests {
         temp.file.set_len(2 * SECTOR + 100).unwrap();
         let disk = Disk::open(&temp.path).unwrap();
         assert_eq!((disk.size(), disk.tail(), disk.path()), (1024, 100, temp.path.as_path()));
-        assert_eq!(disk.extent(0, u64::MAX), Extent { range: 0..1024, is_hole: true });
     }
 
     #[test]
@@ -350,7 +267,7 @@ mod tests {
         temp.file.set_len(4096).unwrap();
         let mut disk = Disk::open(&temp.path).unwrap();
         let op = |tag| Op { owner: 0, tag, action: Action::Trim { offset: 0, length: 0, fua: false } };
-        for tag in 0..MAX_OPS as u32 {
+        for tag in 0..OPS_MAX as u32 {
             disk.submit(op(tag)).unwrap();
         }
         assert_eq!(disk.submit(op(9999)).unwrap_err().tag, 9999);
@@ -358,7 +275,7 @@ mod tests {
         assert!(disk.submit(op(9999)).is_err(), "what is done counts until it is popped");
         assert_eq!(disk.pop_done().unwrap().tag, 0);
         disk.submit(op(9999)).unwrap();
-        assert_eq!(disk.in_flight(), MAX_OPS);
+        assert_eq!(disk.in_flight(), OPS_MAX);
     }
 
     #[test]

@@ -15,7 +15,11 @@ use std::os::unix::fs::FileExt;
 const BLOCK_LEN: usize = 4096;
 const _: () = assert!(BLOCK_LEN as u64 == BLOCK, "one block");
 
-/// See [`super::Disk::extent`].
+/// The hole or the data that begins at `offset`, up to `limit` (an offset, too) or the end of the image, whichever comes
+/// first. Empty only when that is at or before `offset`. Holes read as zeroes; what cannot be told is data.
+///
+/// The end of data can take milliseconds to find in a large file, however near `limit` is, so whoever walks the image asks
+/// with a far limit and keeps the answer.
 pub(super) fn extent(image: &Image, offset: u64, limit: u64) -> Extent {
     let limit = limit.min(image.size).max(offset);
     let data = next_data(image, offset);

@@ -1,36 +1,27 @@
-//! The engine of today: each operation is done by the thread that calls [`Engine::kick`], with pread, pwrite, fallocate
+//! Each operation is done by the thread that calls [`Engine::kick`], with pread, pwrite, fallocate
 //! and fdatasync. A cold read or an fdatasync holds that thread; that is the price of its simplicity.
-//!
-//! An engine that takes its place owes [`super::Disk`] the same four methods, in whatever order it completes.
 //!
 //! Invariant 1: an operation is in `queue`, in `committing` or, as its `Done`, in `done`; `committing` is empty between
 //! two kicks.
 //!
 //! Invariant 2: a step stays inside what is left of its range.
 
+use super::commit::Commit;
 use super::sparse;
+use super::zero::Zeroes;
 use super::Image;
 use crate::buffer::Buffer;
 use crate::sys;
-use crate::work::{Action, Done, Extent, Op, BLOCK};
+use crate::work::{Action, Done, Extent, Op};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// How much of a file one call of fallocate takes: few calls for a range of many GiB, and each takes milliseconds.
-const FILE_STEP: u64 = 256 << 20;
-
-/// The same for a block device, where the kernel may write the zeroes itself, at the speed of the medium.
-const DEVICE_STEP: u64 = 16 << 20;
-
-/// How many zeroes are written in one step, in bytes.
-const WRITE_STEP: usize = 1 << 20;
-
-/// After this many operations that need more steps, or walk through the file, a kick leaves the rest of the queue to the next: many long ranges
-/// hold the loop for 16 MiB of written zeroes, not for 1 MiB each.
-const SLOW_PER_KICK: usize = 16;
+/// After this many operations that need more steps, or walk through the file, a kick leaves the rest of the queue to the
+/// next: many long ranges hold the loop for 16 MiB of written zeroes, not for 1 MiB each.
+const SLOW_PER_KICK_MAX: usize = 16;
 
 /// An operation on its way. What is left of a long one is in its action.
 struct Job {
@@ -50,35 +41,17 @@ impl Job {
     }
 }
 
+#[derive(Default)]
 pub(super) struct Engine {
     queue: VecDeque<Job>,
     /// Done but for the fdatasync they share.
     committing: Vec<Job>,
     done: VecDeque<Done>,
-    /// False once the image has said that it does not know the call.
-    can_punch: bool,
-    can_zero_range: bool,
-    /// The errno of the fdatasync that failed.
-    sync_errno: Option<i32>,
-    syncs: u64,
-    /// From the heap and never written, so it costs neither memory nor room in the program.
-    zeroes: Box<[u8]>,
+    zeroes: Zeroes,
+    commit: Commit,
 }
 
 impl Engine {
-    pub(super) fn new() -> Self {
-        Self {
-            queue: VecDeque::new(),
-            committing: Vec::new(),
-            done: VecDeque::new(),
-            can_punch: true,
-            can_zero_range: true,
-            sync_errno: None,
-            syncs: 0,
-            zeroes: vec![0; WRITE_STEP].into_boxed_slice(),
-        }
-    }
-
     pub(super) fn submit(&mut self, op: Op) {
         let touched = op.action.touches();
         self.queue.push_back(Job { op, touched, extents: Vec::new() });
@@ -100,15 +73,20 @@ impl Engine {
                 Ok(true) => self.done.push_back(job.finish(Ok(()))),
                 Err(error) => self.done.push_back(job.finish(Err(error))),
             }
-            if slow == SLOW_PER_KICK {
+            if slow == SLOW_PER_KICK_MAX {
                 break;
             }
         }
         if !self.committing.is_empty() {
-            let synced = self.sync(image);
+            let synced = self.commit.sync(image);
             let jobs = self.committing.drain(..);
             self.done.extend(jobs.map(|job| job.finish(synced.map_err(io::Error::from_raw_os_error))));
         }
+    }
+
+    /// True when a kick would move something.
+    pub(super) fn has_work(&self) -> bool {
+        !self.queue.is_empty()
     }
 
     pub(super) fn pop_done(&mut self) -> Option<Done> {
@@ -116,7 +94,7 @@ impl Engine {
     }
 
     pub(super) fn syncs(&self) -> u64 {
-        self.syncs
+        self.commit.syncs()
     }
 
     /// Does what can be done of an action at once, and says whether that was all of it.
@@ -134,11 +112,11 @@ impl Engine {
             }
             Action::Write { offset, payload, .. } => sparse::write(image, *offset, payload.filled()).map(|()| true),
             Action::Zero { offset, length, no_hole, fast, .. } => {
-                let done = self.zero_step(image, *offset, *length, *no_hole, *fast)?;
+                let done = self.zeroes.zero_step(image, *offset, *length, *no_hole, *fast)?;
                 Ok(proceed(offset, length, done))
             }
             Action::Trim { offset, length, .. } => {
-                let done = self.trim_step(image, *offset, *length)?;
+                let done = self.zeroes.trim_step(image, *offset, *length)?;
                 Ok(proceed(offset, length, done))
             }
             Action::Flush => Ok(true),
@@ -152,63 +130,6 @@ impl Engine {
                 Ok(true)
             }
         }
-    }
-
-    /// Zeroes the front of a range; returns how many bytes.
-    fn zero_step(&mut self, image: &Image, offset: u64, length: u64, no_hole: bool, fast: bool) -> io::Result<u64> {
-        if fast && image.is_device && (offset | length) % BLOCK != 0 {
-            // Its ends would have to be written, before it is known whether the rest can be done without.
-            return Err(ErrorKind::Unsupported.into());
-        }
-        let piece = match piece(image, offset, length) {
-            Piece::Ragged(n) => return self.write_zeroes(image, offset, n, no_hole),
-            Piece::Whole(n) => n,
-        };
-        if !no_hole && supported(sys::file::punch_hole, &mut self.can_punch, image, offset, piece)? {
-            return Ok(piece);
-        }
-        // On a device this call may mean that the kernel writes the zeroes, so it is no way to be fast.
-        let may_zero = !(fast && image.is_device);
-        if may_zero && supported(sys::file::zero_range, &mut self.can_zero_range, image, offset, piece)? {
-            return Ok(piece);
-        }
-        if fast {
-            return Err(ErrorKind::Unsupported.into());
-        }
-        self.write_zeroes(image, offset, piece, no_hole)
-    }
-
-    /// Writes zeroes at the front of a range; returns how many. Holes are kept unless it shall be allocated.
-    fn write_zeroes(&self, image: &Image, offset: u64, length: u64, no_hole: bool) -> io::Result<u64> {
-        let n = usize::try_from(length).unwrap_or(usize::MAX).min(self.zeroes.len());
-        let zeroes = self.zeroes.get(..n).unwrap_or_default();
-        if no_hole {
-            image.file.write_all_at(zeroes, offset)?;
-        } else {
-            sparse::write(image, offset, zeroes)?;
-        }
-        Ok(n as u64)
-    }
-
-    /// Gives the front of a range back where the image can; returns how many bytes are dealt with.
-    fn trim_step(&mut self, image: &Image, offset: u64, length: u64) -> io::Result<u64> {
-        match piece(image, offset, length) {
-            Piece::Ragged(n) => Ok(n),
-            Piece::Whole(n) => supported(sys::file::punch_hole, &mut self.can_punch, image, offset, n).map(|_| n),
-        }
-    }
-
-    /// One fdatasync. After one has failed there is no other: the kernel may have dropped the pages it could not write
-    /// and count them as clean, so that the next one would succeed without them. Every later one fails the same way.
-    fn sync(&mut self, image: &Image) -> Result<(), i32> {
-        if let Some(errno) = self.sync_errno {
-            return Err(errno);
-        }
-        self.syncs += 1;
-        image.file.sync_data().map_err(|error| {
-            log::error!("disk: {}: {error}", super::SYNC_LOST);
-            *self.sync_errno.insert(error.raw_os_error().unwrap_or(libc::EIO))
-        })
     }
 }
 
@@ -227,49 +148,11 @@ fn proceed(offset: &mut u64, length: &mut u64, done: u64) -> bool {
     *length == 0
 }
 
-/// The front of a range, in bytes.
-enum Piece {
-    /// What one call of fallocate may take.
-    Whole(u64),
-    /// A part of a block of a device, which takes whole ones only.
-    Ragged(u64),
-}
-
-fn piece(image: &Image, offset: u64, length: u64) -> Piece {
-    if !image.is_device {
-        return Piece::Whole(length.min(FILE_STEP));
-    }
-    match offset % BLOCK {
-        0 if length >= BLOCK => Piece::Whole((length - length % BLOCK).min(DEVICE_STEP)),
-        past => Piece::Ragged(length.min(BLOCK - past)),
-    }
-}
-
-/// Tries a mode of fallocate; false if it is not to be had here, which `can` remembers.
-fn supported(
-    call: fn(&File, u64, u64) -> io::Result<()>,
-    can: &mut bool,
-    image: &Image,
-    offset: u64,
-    length: u64,
-) -> io::Result<bool> {
-    if !*can {
-        return Ok(false);
-    }
-    let Err(error) = call(&image.file, offset, length) else { return Ok(true) };
-    match error.raw_os_error() {
-        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV) => *can = false,
-        // This range does not suit a device with unusually large blocks; the next one may.
-        Some(libc::EINVAL) => {}
-        _ => return Err(error),
-    }
-    Ok(false)
-}
-
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation)] // of sizes that the tests chose
 mod tests {
     use super::super::tests::{buffer, Random, TempFile};
+    use super::super::zero::FILE_STEP;
     use super::*;
     use std::os::unix::fs::MetadataExt;
     use std::path::Path;
@@ -368,7 +251,11 @@ mod tests {
         {
             let temp = TempFile::new("model");
             let image = Image { is_device, ..image(&temp, 3_000_832) };
-            agrees_with_a_model(&image, Engine { can_punch, can_zero_range, ..Engine::new() }, seed);
+            agrees_with_a_model(
+                &image,
+                Engine { zeroes: Zeroes { can_punch, can_zero_range, ..Zeroes::default() }, ..Engine::default() },
+                seed,
+            );
         }
     }
 
@@ -379,12 +266,12 @@ mod tests {
         let folder = if shm.is_dir() { shm } else { std::env::temp_dir() };
         let temp = TempFile::within(&folder, "lacks");
         let image = image(&temp, 2_000_384);
-        agrees_with_a_model(&image, Engine::new(), 21);
+        agrees_with_a_model(&image, Engine::default(), 21);
         // No file system does it for this one.
-        let mut engine = Engine::new();
+        let mut engine = Engine::default();
         let null = special("/dev/null");
         run(&mut engine, &null, zero(0, 10)).result.unwrap();
-        assert!(!engine.can_punch && !engine.can_zero_range);
+        assert!(!engine.zeroes.can_punch && !engine.zeroes.can_zero_range);
         run(&mut engine, &null, Action::Trim { offset: 0, length: 10, fua: false }).result.unwrap();
     }
 
@@ -392,7 +279,7 @@ mod tests {
     fn zeroing_makes_a_hole_or_keeps_the_range() {
         let temp = TempFile::new("holes");
         let image = image(&temp, 1 << 20);
-        let mut engine = Engine::new();
+        let mut engine = Engine::default();
         let allocated = || temp.file.metadata().unwrap().blocks() * 512;
         image.file.write_all_at(&vec![9; 1 << 20], 0).unwrap();
         run(&mut engine, &image, zero(0, 1 << 19)).result.unwrap();
@@ -409,7 +296,7 @@ mod tests {
     fn written_zeroes_keep_holes_too() {
         let temp = TempFile::new("written");
         let image = image(&temp, 8 << 20);
-        let mut engine = Engine { can_punch: false, can_zero_range: false, ..Engine::new() };
+        let mut engine = Engine { zeroes: Zeroes::unable(), ..Engine::default() };
         run(&mut engine, &image, zero(0, 8 << 20)).result.unwrap();
         assert_eq!(temp.file.metadata().unwrap().blocks(), 0);
     }
@@ -419,14 +306,14 @@ mod tests {
         let temp = TempFile::new("fast");
         let image = image(&temp, 1 << 20);
         let fast = |no_hole| Action::Zero { offset: 0, length: 1 << 20, fua: false, no_hole, fast: true };
-        let mut poor = Engine { can_punch: false, can_zero_range: false, ..Engine::new() };
+        let mut poor = Engine { zeroes: Zeroes::unable(), ..Engine::default() };
         for no_hole in [false, true] {
             let refused = run(&mut poor, &image, fast(no_hole));
             assert_eq!(refused.result.unwrap_err().kind(), ErrorKind::Unsupported);
         }
-        run(&mut Engine::new(), &image, fast(false)).result.unwrap();
+        run(&mut Engine::default(), &image, fast(false)).result.unwrap();
         let device = Image { is_device: true, ..image };
-        let refused = run(&mut Engine::new(), &device, fast(true));
+        let refused = run(&mut Engine::default(), &device, fast(true));
         assert_eq!(refused.result.unwrap_err().kind(), ErrorKind::Unsupported);
     }
 
@@ -435,7 +322,7 @@ mod tests {
         let temp = TempFile::new("long");
         let image = image(&temp, 4 << 30);
         image.file.write_all_at(b"x", (4 << 30) - 1).unwrap();
-        let mut engine = Engine::new();
+        let mut engine = Engine::default();
         engine.submit(op(1, zero(1, (4 << 30) - 1)));
         engine.submit(op(2, write(0, b"y", false)));
         engine.kick(&image);
@@ -456,7 +343,7 @@ mod tests {
     fn many_long_ranges_do_not_hold_one_kick() {
         let temp = TempFile::new("many");
         let image = image(&temp, 64 << 20);
-        let mut engine = Engine { can_punch: false, can_zero_range: false, ..Engine::new() };
+        let mut engine = Engine { zeroes: Zeroes::unable(), ..Engine::default() };
         for tag in 0..40 {
             let keep = Action::Zero { offset: 0, length: 2 << 20, fua: false, no_hole: true, fast: false };
             engine.submit(op(tag, keep));
@@ -475,7 +362,7 @@ mod tests {
     fn one_sync_serves_all_that_ask() {
         let temp = TempFile::new("group");
         let image = image(&temp, 1 << 20);
-        let mut engine = Engine::new();
+        let mut engine = Engine::default();
         engine.submit(op(1, Action::Flush));
         engine.submit(op(2, write(0, b"abc", true)));
         engine.submit(op(3, write(9, b"abc", false)));
@@ -495,7 +382,7 @@ mod tests {
     fn a_failed_sync_fails_all_that_ask_for_ever() {
         // It takes every write and knows no fdatasync.
         let null = special("/dev/null");
-        let mut engine = Engine::new();
+        let mut engine = Engine::default();
         engine.submit(op(1, write(0, b"abc", true)));
         engine.submit(op(2, Action::Flush));
         engine.submit(op(3, write(0, b"abc", false)));
@@ -517,7 +404,7 @@ mod tests {
     #[test]
     fn an_operation_that_fails_says_what_it_may_have_touched() {
         let full = special("/dev/full");
-        let mut engine = Engine::new();
+        let mut engine = Engine::default();
         let failed = run(&mut engine, &full, write(512, b"abc", true));
         assert_eq!(failed.result.unwrap_err().kind(), ErrorKind::StorageFull);
         assert_eq!(failed.touched, Some(512..515));
@@ -533,7 +420,7 @@ mod tests {
         let image = image(&temp, 1 << 20);
         temp.file.set_len(1000).unwrap();
         let read = Action::Read { offset: 990, length: 20, skip_hole: false, buffer: Buffer::with_capacity(20) };
-        let failed = run(&mut Engine::new(), &image, read);
+        let failed = run(&mut Engine::default(), &image, read);
         assert_eq!(failed.result.unwrap_err().kind(), ErrorKind::UnexpectedEof);
         assert!(failed.buffer.unwrap().is_empty());
     }

@@ -46,6 +46,8 @@ mod slot;
 mod socket;
 mod start;
 mod status;
+#[cfg(test)]
+mod tests;
 
 pub use config::{Config, Dialect, Fatal, Role};
 
@@ -148,7 +150,7 @@ impl Reactor {
     /// Sleeps until an event, a timer, or not at all when a step would move something. The only place where the process
     /// waits.
     fn wait(&mut self, events: &mut Events) -> Result<(), Fatal> {
-        let timeout = if !self.run.is_empty() || self.shared.disk.in_flight() > 0 {
+        let timeout = if !self.run.is_empty() || self.shared.disk.has_work() {
             Some(Duration::ZERO)
         } else {
             let sh = &mut self.shared;

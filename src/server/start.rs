@@ -18,7 +18,7 @@ use crate::event::wheel::Wheel;
 use crate::sys::{self, SignalFd};
 use log::warn;
 use mio::unix::SourceFd;
-use mio::{Interest, Poll};
+use mio::{Interest, Poll, Token};
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -29,6 +29,9 @@ const POOL_BYTES: usize = 16 << 20;
 /// Descriptors besides those of clients: standard streams, poll, signals, image, listeners, control connections.
 const OTHER_DESCRIPTORS: u64 = 16 + CONTROLS_MAX as u64;
 
+/// The disk's notifier; no slot has this token.
+const NOTIFIER: Token = Token(usize::MAX);
+
 impl Reactor {
     /// Opens everything; what listens for clients listens before the control socket appears. `None`: a signal has ended
     /// the wait for an address.
@@ -36,6 +39,11 @@ impl Reactor {
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;
+        Self::start_with(disk, signals, config)
+    }
+
+    /// The same with an image that is open.
+    pub fn start_with(disk: Disk, signals: SignalFd, config: Config) -> Result<Option<Self>, Fatal> {
         disk.lock(config.role != Role::Serve).map_err(|error| Fatal(error.to_string()))?;
         if disk.tail() > 0 {
             let (size, tail) = (disk.size(), disk.tail());
@@ -94,6 +102,9 @@ impl Reactor {
     fn open_slots(&mut self, nbd: Vec<Listener>, control: Option<PathBuf>, signals: SignalFd) -> Result<(), Fatal> {
         let failed = |error: io::Error| Fatal(format!("cannot wait for events: {error}"));
         let registry = self.poll.registry();
+        if let Some(notifier) = self.shared.disk.notifier() {
+            registry.register(&mut SourceFd(&notifier.as_raw_fd()), NOTIFIER, Interest::READABLE).map_err(failed)?;
+        }
         let add = |slots: &mut Slots<Slot>, mut listener: Listener| {
             slots.try_insert_with(|key| {
                 listener.register(registry, key.token())?;

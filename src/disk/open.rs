@@ -1,0 +1,146 @@
+//! What can be served, and how it is refused; the calls on the file that are no operations of the queue.
+//!
+//! These calls are synchronous, and each is rare and short: opening and locking come before anything is served, `fstat` of an
+//! open file is answered from memory (a `status` of a migration asks), and the name of the file is removed while the image
+//! stays open, so that no block is freed; the fdatasync of its folder writes one entry, when clients are paused anyway.
+
+use super::{Disk, Engine, Image, SECTOR};
+use crate::sys;
+use std::fmt;
+use std::fs::{self, File, FileType, OpenOptions};
+use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+impl Disk {
+    /// Opens a regular file or a block device for reading and writing.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        Self::try_open(path).map_err(|problem| OpenError { path: path.to_owned(), problem })
+    }
+
+    fn try_open(path: &Path) -> Result<Self, Problem> {
+        // The kind is looked at before it is opened: to open a FIFO or a character device can wait, or do things.
+        let kind = fs::metadata(path).map_err(Problem::from_lookup)?.file_type();
+        if let Some(name) = unfit(kind) {
+            return Err(Problem::Kind(name));
+        }
+        let mut options = OpenOptions::new();
+        // Should it have become a FIFO meanwhile, this still does not wait, and the seek then fails.
+        options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+        let mut file = options.open(path).map_err(|error| match File::open(path) {
+            Ok(_) => Problem::NotWritable(error),
+            Err(error) => Problem::NotReadable(error),
+        })?;
+        // A block device says no length in its metadata.
+        let bytes = file.seek(SeekFrom::End(0)).map_err(Problem::NotReadable)?;
+        let tail = bytes % SECTOR;
+        let size = bytes - tail;
+        if size == 0 {
+            return Err(Problem::TooSmall(bytes));
+        }
+        let image = Image { file, size, is_device: kind.is_block_device() };
+        Ok(Self { image, path: path.to_owned(), tail, engine: Engine::default(), in_flight: 0 })
+    }
+
+    /// Says to other processes that the image is served, or (`alone`) that it is being overwritten as a whole. Both at
+    /// once are refused. A file system without locks has none.
+    pub fn lock(&self, alone: bool) -> Result<(), OpenError> {
+        match sys::file::try_lock(&self.image.file, alone) {
+            Ok(false) => Err(OpenError { path: self.path.clone(), problem: Problem::InUse { alone } }),
+            Ok(true) | Err(_) => Ok(()),
+        }
+    }
+
+    /// About how many bytes of the image are data, and not holes.
+    pub fn allocated(&self) -> u64 {
+        let blocks =
+            if self.image.is_device { None } else { self.image.file.metadata().ok().map(|file| file.blocks()) };
+        blocks.map_or(self.image.size, |blocks| blocks.saturating_mul(512).min(self.image.size))
+    }
+
+    /// The name of the file, not of a link to it. An error when the path names another file by now.
+    pub fn named_path(&self) -> io::Result<PathBuf> {
+        let path = fs::canonicalize(&self.path)?;
+        let (named, open) = (fs::symlink_metadata(&path)?, self.image.file.metadata()?);
+        if (named.dev(), named.ino()) != (open.dev(), open.ino()) {
+            return Err(io::Error::other("the path names another file by now"));
+        }
+        Ok(path)
+    }
+
+    /// Removes the name of the file; what is open stays.
+    pub fn unlink(&self) -> io::Result<()> {
+        let path = self.named_path()?;
+        fs::remove_file(&path)?;
+        // Or else a power failure could bring the name back, when it counts that it is gone. It is gone already, so
+        // this cannot fail the operation any more.
+        let synced = path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all());
+        synced.unwrap_or_else(|error| log::warn!("{}: the unlink may not be durable: {error}", path.display()));
+        Ok(())
+    }
+}
+
+/// What a file is that cannot be served, or `None` for one that can.
+fn unfit(kind: FileType) -> Option<&'static str> {
+    if kind.is_file() || kind.is_block_device() {
+        None
+    } else if kind.is_dir() {
+        Some("a directory")
+    } else if kind.is_fifo() {
+        Some("a FIFO")
+    } else if kind.is_socket() {
+        Some("a socket")
+    } else {
+        Some("a character device")
+    }
+}
+
+/// Why an image could not be opened. Its text is one line that names the path, what is wrong and what to do.
+#[derive(Debug)]
+pub struct OpenError {
+    path: PathBuf,
+    problem: Problem,
+}
+
+#[derive(Debug)]
+enum Problem {
+    Missing,
+    Kind(&'static str),
+    NotReadable(io::Error),
+    NotWritable(io::Error),
+    TooSmall(u64),
+    InUse { alone: bool },
+}
+
+impl Problem {
+    fn from_lookup(error: io::Error) -> Self {
+        match error.kind() {
+            ErrorKind::NotFound => Self::Missing,
+            _ => Self::NotReadable(error),
+        }
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Quoted, so that a path with a line break in it still makes one line.
+        write!(f, "cannot open {:?}: ", self.path.display())?;
+        match &self.problem {
+            Problem::Missing => f.write_str("it does not exist; create it first, with the size the disk shall have"),
+            Problem::Kind(kind) => write!(f, "it is {kind}; give a regular file or a block device"),
+            Problem::NotReadable(error) => write!(f, "it cannot be read: {error}; let this user read and write it"),
+            Problem::NotWritable(error) => write!(f, "it cannot be written: {error}; let this user write it"),
+            Problem::InUse { alone: true } => {
+                f.write_str("another server has it open, and a migration would overwrite it; give another file")
+            }
+            Problem::InUse { alone: false } => {
+                f.write_str("another server waits for a migration to overwrite it; stop that, or give another file")
+            }
+            Problem::TooSmall(bytes) => {
+                write!(f, "its size is {bytes} bytes, less than one sector of {SECTOR}; make it larger")
+            }
+        }
+    }
+}
+
+impl std::error::Error for OpenError {}

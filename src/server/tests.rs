@@ -1,0 +1,130 @@
+//! The loop against a disk whose operations complete later: progress is told from flight.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail by panic")]
+#![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
+
+use super::reactor::Reactor;
+use super::{Config, Flow, Role};
+use crate::acl::Acl;
+use crate::disk::Disk;
+use crate::endpoint::Endpoint;
+use crate::proto::wire::{kind, RequestHead, GREETING_LEN, SIMPLE_REPLY_LEN};
+use crate::sys::SignalFd;
+use mio::Events;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// How long each operation takes.
+const DELAY: Duration = Duration::from_millis(200);
+/// When a test has failed.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// A server of a file of its own.
+struct House {
+    path: PathBuf,
+    server: Reactor,
+}
+
+impl House {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("flexnbd-loop-{name}-{}", std::process::id()));
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let config = Config {
+            listen: Endpoint::Tcp("127.0.0.1:0".parse().unwrap()),
+            newstyle: Vec::new(),
+            file: path.clone(),
+            control: None,
+            acl: Acl::new(Vec::new(), false),
+            killswitch_ms: None,
+            max_clients: 10,
+            role: Role::Serve,
+            request_limit_ms: 60_000,
+        };
+        let disk = Disk::open_slow(&path, DELAY);
+        let server = Reactor::start_with(disk, SignalFd::new().unwrap(), config).unwrap().unwrap();
+        Self { path, server }
+    }
+
+    /// A client in a thread of its own, past its greeting.
+    fn client(&self, conversation: impl FnOnce(TcpStream) + Send + 'static) -> JoinHandle<()> {
+        let address = self.server.addresses.first().unwrap().clone();
+        thread::spawn(move || {
+            let mut stream = TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.read_exact(&mut [0; GREETING_LEN]).unwrap();
+            conversation(stream);
+        })
+    }
+
+    /// Takes turns until a client has come and gone; says how many.
+    fn turns_until_alone(&mut self) -> usize {
+        let (mut events, mut batch) = (Events::with_capacity(16), Vec::new());
+        let (mut turns, mut came, began) = (0, false, Instant::now());
+        while !came || self.server.shared.admission.clients() > 0 || self.server.shared.disk.in_flight() > 0 {
+            assert!(began.elapsed() < LIMIT, "after {turns} turns");
+            assert!(matches!(self.server.turn(&mut events, &mut batch), Ok(Flow::Continue)));
+            came |= self.server.shared.admission.clients() > 0;
+            turns += 1;
+        }
+        turns
+    }
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn head(kind: u16, cookie: u64, length: u32) -> Vec<u8> {
+    RequestHead { flags: 0, kind, cookie, offset: 0, length }.encode().to_vec()
+}
+
+#[test]
+fn the_loop_sleeps_while_operations_fly() {
+    let mut house = House::new("sleeps");
+    let began = Instant::now();
+    let client = house.client(|mut stream| {
+        stream.write_all(&[head(kind::READ, 1, 4096), head(kind::FLUSH, 2, 0)].concat()).unwrap();
+        stream.read_exact(&mut [0; 2 * SIMPLE_REPLY_LEN + 4096]).unwrap();
+    });
+    let turns = house.turns_until_alone();
+    client.join().unwrap();
+    assert!(began.elapsed() >= DELAY);
+    assert!(turns < 20, "{turns} turns for two operations");
+}
+
+#[test]
+fn a_full_session_is_woken_by_its_completions() {
+    // More than may be in flight, and payloads for more memory than a client may have.
+    const REQUESTS: u64 = 100;
+    const LENGTH: usize = 64 << 10;
+    let mut house = House::new("full");
+    let client = house.client(|mut stream| {
+        let mut requests = Vec::new();
+        for cookie in 0..REQUESTS {
+            requests.extend(head(kind::WRITE, cookie, LENGTH as u32));
+            requests.resize(requests.len() + LENGTH, 7);
+        }
+        let mut writer = stream.try_clone().unwrap();
+        let sender = thread::spawn(move || writer.write_all(&requests).unwrap());
+        stream.read_exact(&mut [0; REQUESTS as usize * SIMPLE_REPLY_LEN]).unwrap();
+        sender.join().unwrap();
+    });
+    let turns = house.turns_until_alone();
+    client.join().unwrap();
+    assert!(turns < 2000, "{turns} turns for {REQUESTS} writes");
+}
+
+#[test]
+fn a_client_that_leaves_does_not_wake_the_loop_for_what_it_left() {
+    let mut house = House::new("left");
+    let client = house.client(|mut stream| stream.write_all(&head(kind::READ, 1, 4096).repeat(32)).unwrap());
+    let turns = house.turns_until_alone();
+    client.join().unwrap();
+    assert!(turns < 100, "{turns} turns");
+}
