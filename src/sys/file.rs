@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 
 /// A file offset or length as the C library takes it.
-fn off(value: u64) -> io::Result<libc::off_t> {
+pub(super) fn off(value: u64) -> io::Result<libc::off_t> {
     value.try_into().map_err(|_| ErrorKind::InvalidInput.into())
 }
 

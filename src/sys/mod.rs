@@ -7,6 +7,9 @@
 
 pub mod file;
 pub mod net;
+pub mod pages;
+#[cfg(test)]
+mod scratch;
 
 use std::ffi::{c_int, c_short};
 use std::fs::File;
