@@ -16,7 +16,8 @@
 //!  migrate   what a migration sends next     event     parts of a loop  logging  lines on stderr
 //!  disk      the image
 //!  work      what may be asked of an image
-//!  buffer    memory for payloads             bitmap    ranges of a file sys      libc, the only unsafe code
+//!  sys       libc and io_uring, the only unsafe code
+//!  buffer    memory for payloads             bitmap    ranges of a file
 //!  endpoint  where a server is
 //! ```
 //!

@@ -11,7 +11,8 @@ layers=(
     "server remote"
     "proto command acl migrate disk event logging endpoint"
     "work"
-    "bitmap buffer sys"
+    "sys"
+    "bitmap buffer"
 )
 pure="proto command acl migrate work bitmap"
 impure='std::(fs|time|thread|process|env|os)\b|std::\{|\b(Tcp|Udp|Unix)(Stream|Listener|Socket|Datagram)\b|\bInstant\b|\bSystemTime\b|\bmio\b|\blibc\b|\bcrate::sys\b'

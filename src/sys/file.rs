@@ -6,6 +6,12 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
 
+/// What [`punch_hole`] asks of `fallocate(2)`.
+pub(super) const PUNCH_HOLE: c_int = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// What [`zero_range`] asks of `fallocate(2)`.
+pub(super) const ZERO_RANGE: c_int = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
 /// A file offset or length as the C library takes it.
 pub(super) fn off(value: u64) -> io::Result<libc::off_t> {
     value.try_into().map_err(|_| ErrorKind::InvalidInput.into())
@@ -20,12 +26,12 @@ fn fallocate(file: &File, mode: c_int, offset: u64, length: u64) -> io::Result<(
 /// Deallocates a range of a file, which then reads as zeroes; its size stays. EOPNOTSUPP where the file system has no
 /// holes; EINVAL when a block device is asked for a part of a block.
 pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+    fallocate(file, PUNCH_HOLE, offset, length)
 }
 
 /// Makes a range of a file read as zeroes and keeps it allocated; its size stays. Errors as for [`punch_hole`].
 pub fn zero_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
-    fallocate(file, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE, offset, length)
+    fallocate(file, ZERO_RANGE, offset, length)
 }
 
 /// Locks a whole file until it is closed (`flock`): together with others, or alone, which also ends an own lock together

@@ -1,6 +1,6 @@
 //! The only unsafe code: calls of the C library that std has no words for, behind safe signatures.
 //!
-//! Nothing here keeps state besides the descriptor of a [`SignalFd`], and nothing knows what its callers are for.
+//! Nothing here keeps state besides a [`SignalFd`] and a [`ring::Ring`], and nothing knows what its callers are for.
 //! This file has what concerns the process as a whole, waiting included, and what the others are made with.
 
 #![allow(unsafe_code)]
@@ -8,6 +8,7 @@
 pub mod file;
 pub mod net;
 pub mod pages;
+pub mod ring;
 #[cfg(test)]
 mod scratch;
 
