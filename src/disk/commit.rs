@@ -1,6 +1,6 @@
 //! One fdatasync for all that wait for one, and its error, which stays.
 
-use super::Image;
+use super::image::Image;
 
 /// What the log says, once and at level E, when an fdatasync has failed.
 pub const SYNC_LOST: &str = "fdatasync failed, written data may be lost; every later flush will fail until a restart";

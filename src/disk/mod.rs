@@ -13,6 +13,7 @@
 //! Invariant 2: `in_flight` is the number of operations submitted whose [`Done`] was not popped, at most [`OPS_MAX`].
 
 mod commit;
+mod image;
 mod open;
 #[cfg(test)]
 mod slow;
@@ -21,25 +22,17 @@ mod sync;
 mod zero;
 
 pub use commit::SYNC_LOST;
+pub use image::SECTOR;
 pub use open::OpenError;
 
 use crate::work::{Done, Op};
-use std::fs::File;
+use image::Image;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-/// The unit of an image's size, in bytes: the smallest sector there is. A rest of the file is not served.
-pub const SECTOR: u64 = 512;
-
 /// The most operations in flight: more than 100 clients at 32 each, and under 1 MiB of queue.
 pub const OPS_MAX: usize = 4096;
-
-/// An open image: what the engine and the search for holes work on.
-struct Image {
-    file: File,
-    size: u64,
-    is_device: bool,
-}
 
 /// What carries operations out.
 enum Engine {
@@ -64,6 +57,12 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// Opens a regular file or a block device for reading and writing.
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        let (image, tail) = open::open(path)?;
+        Ok(Self { image, path: path.to_owned(), tail, engine: Engine::default(), in_flight: 0 })
+    }
+
     /// An image of which each operation takes so long, and the thread that kicks does not wait.
     #[cfg(test)]
     pub(crate) fn open_slow(path: &Path, delay: std::time::Duration) -> Self {
@@ -88,6 +87,27 @@ impl Disk {
     /// True for a block device.
     pub fn is_device(&self) -> bool {
         self.image.is_device
+    }
+
+    /// Says to other processes that the image is served, or (`alone`) that it is being overwritten as a whole. Both at
+    /// once are refused. A file system without locks has none.
+    pub fn lock(&self, alone: bool) -> Result<(), OpenError> {
+        open::lock(&self.image, &self.path, alone)
+    }
+
+    /// About how many bytes of the image are data, and not holes.
+    pub fn allocated(&self) -> u64 {
+        open::allocated(&self.image)
+    }
+
+    /// The name of the file, not of a link to it. An error when the path names another file by now.
+    pub fn named_path(&self) -> io::Result<PathBuf> {
+        open::named_path(&self.image, &self.path)
+    }
+
+    /// Removes the name of the file; what is open stays.
+    pub fn unlink(&self) -> io::Result<()> {
+        open::unlink(&self.image, &self.path)
     }
 
     /// Queues an operation, or hands it back when [`OPS_MAX`] are in flight. It has to lie inside the image.
@@ -174,6 +194,7 @@ mod tests {
     use crate::buffer::Buffer;
     use crate::work::Action;
     use std::fs;
+    use std::fs::File;
     use std::os::unix::net::UnixListener;
     use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -4,7 +4,7 @@
 //! open file is answered from memory (a `status` of a migration asks), and the name of the file is removed while the image
 //! stays open, so that no block is freed; the fdatasync of its folder writes one entry, when clients are paused anyway.
 
-use super::{Disk, Engine, Image, SECTOR};
+use super::image::{Image, SECTOR};
 use crate::sys;
 use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};
@@ -12,72 +12,67 @@ use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-impl Disk {
-    /// Opens a regular file or a block device for reading and writing.
-    pub fn open(path: &Path) -> Result<Self, OpenError> {
-        Self::try_open(path).map_err(|problem| OpenError { path: path.to_owned(), problem })
-    }
+/// Opens a regular file or a block device for reading and writing. The bytes beyond its last whole sector come too.
+pub(super) fn open(path: &Path) -> Result<(Image, u64), OpenError> {
+    try_open(path).map_err(|problem| OpenError { path: path.to_owned(), problem })
+}
 
-    fn try_open(path: &Path) -> Result<Self, Problem> {
-        // The kind is looked at before it is opened: to open a FIFO or a character device can wait, or do things.
-        let kind = fs::metadata(path).map_err(Problem::from_lookup)?.file_type();
-        if let Some(name) = unfit(kind) {
-            return Err(Problem::Kind(name));
-        }
-        let mut options = OpenOptions::new();
-        // Should it have become a FIFO meanwhile, this still does not wait, and the seek then fails.
-        options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
-        let mut file = options.open(path).map_err(|error| match File::open(path) {
-            Ok(_) => Problem::NotWritable(error),
-            Err(error) => Problem::NotReadable(error),
-        })?;
-        // A block device says no length in its metadata.
-        let bytes = file.seek(SeekFrom::End(0)).map_err(Problem::NotReadable)?;
-        let tail = bytes % SECTOR;
-        let size = bytes - tail;
-        if size == 0 {
-            return Err(Problem::TooSmall(bytes));
-        }
-        let image = Image { file, size, is_device: kind.is_block_device() };
-        Ok(Self { image, path: path.to_owned(), tail, engine: Engine::default(), in_flight: 0 })
+fn try_open(path: &Path) -> Result<(Image, u64), Problem> {
+    // The kind is looked at before it is opened: to open a FIFO or a character device can wait, or do things.
+    let kind = fs::metadata(path).map_err(Problem::from_lookup)?.file_type();
+    if let Some(name) = unfit(kind) {
+        return Err(Problem::Kind(name));
     }
+    let mut options = OpenOptions::new();
+    // Should it have become a FIFO meanwhile, this still does not wait, and the seek then fails.
+    options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    let mut file = options.open(path).map_err(|error| match File::open(path) {
+        Ok(_) => Problem::NotWritable(error),
+        Err(error) => Problem::NotReadable(error),
+    })?;
+    // A block device says no length in its metadata.
+    let bytes = file.seek(SeekFrom::End(0)).map_err(Problem::NotReadable)?;
+    let tail = bytes % SECTOR;
+    let size = bytes - tail;
+    if size == 0 {
+        return Err(Problem::TooSmall(bytes));
+    }
+    Ok((Image { file, size, is_device: kind.is_block_device() }, tail))
+}
 
-    /// Says to other processes that the image is served, or (`alone`) that it is being overwritten as a whole. Both at
-    /// once are refused. A file system without locks has none.
-    pub fn lock(&self, alone: bool) -> Result<(), OpenError> {
-        match sys::file::try_lock(&self.image.file, alone) {
-            Ok(false) => Err(OpenError { path: self.path.clone(), problem: Problem::InUse { alone } }),
-            Ok(true) | Err(_) => Ok(()),
-        }
+/// As [`super::Disk::lock`].
+pub(super) fn lock(image: &Image, path: &Path, alone: bool) -> Result<(), OpenError> {
+    match sys::file::try_lock(&image.file, alone) {
+        Ok(false) => Err(OpenError { path: path.to_owned(), problem: Problem::InUse { alone } }),
+        Ok(true) | Err(_) => Ok(()),
     }
+}
 
-    /// About how many bytes of the image are data, and not holes.
-    pub fn allocated(&self) -> u64 {
-        let blocks =
-            if self.image.is_device { None } else { self.image.file.metadata().ok().map(|file| file.blocks()) };
-        blocks.map_or(self.image.size, |blocks| blocks.saturating_mul(512).min(self.image.size))
-    }
+/// As [`super::Disk::allocated`].
+pub(super) fn allocated(image: &Image) -> u64 {
+    let blocks = if image.is_device { None } else { image.file.metadata().ok().map(|file| file.blocks()) };
+    blocks.map_or(image.size, |blocks| blocks.saturating_mul(512).min(image.size))
+}
 
-    /// The name of the file, not of a link to it. An error when the path names another file by now.
-    pub fn named_path(&self) -> io::Result<PathBuf> {
-        let path = fs::canonicalize(&self.path)?;
-        let (named, open) = (fs::symlink_metadata(&path)?, self.image.file.metadata()?);
-        if (named.dev(), named.ino()) != (open.dev(), open.ino()) {
-            return Err(io::Error::other("the path names another file by now"));
-        }
-        Ok(path)
+/// As [`super::Disk::named_path`].
+pub(super) fn named_path(image: &Image, path: &Path) -> io::Result<PathBuf> {
+    let path = fs::canonicalize(path)?;
+    let (named, open) = (fs::symlink_metadata(&path)?, image.file.metadata()?);
+    if (named.dev(), named.ino()) != (open.dev(), open.ino()) {
+        return Err(io::Error::other("the path names another file by now"));
     }
+    Ok(path)
+}
 
-    /// Removes the name of the file; what is open stays.
-    pub fn unlink(&self) -> io::Result<()> {
-        let path = self.named_path()?;
-        fs::remove_file(&path)?;
-        // Or else a power failure could bring the name back, when it counts that it is gone. It is gone already, so
-        // this cannot fail the operation any more.
-        let synced = path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all());
-        synced.unwrap_or_else(|error| log::warn!("{}: the unlink may not be durable: {error}", path.display()));
-        Ok(())
-    }
+/// As [`super::Disk::unlink`].
+pub(super) fn unlink(image: &Image, path: &Path) -> io::Result<()> {
+    let path = named_path(image, path)?;
+    fs::remove_file(&path)?;
+    // Or else a power failure could bring the name back, when it counts that it is gone. It is gone already, so
+    // this cannot fail the operation any more.
+    let synced = path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all());
+    synced.unwrap_or_else(|error| log::warn!("{}: the unlink may not be durable: {error}", path.display()));
+    Ok(())
 }
 
 /// What a file is that cannot be served, or `None` for one that can.

@@ -1,6 +1,7 @@
 //! An engine for tests of what is above the queue: every operation takes a while, and the thread that kicked does not wait.
 
-use super::{sync, Image};
+use super::image::Image;
+use super::sync;
 use crate::work::{Done, Op};
 use std::collections::VecDeque;
 use std::io::Write;

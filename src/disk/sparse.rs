@@ -4,7 +4,7 @@
 //! memory in proportion to the image, so nothing is remembered beyond one operation. An image that cannot tell (a block
 //! device, a file system without holes, a failing call) counts as data everywhere, which is never wrong.
 
-use super::Image;
+use super::image::Image;
 use crate::sys;
 use crate::work::{Extent, BLOCK};
 use std::io;

@@ -7,9 +7,9 @@
 //! Invariant 2: a step stays inside what is left of its range.
 
 use super::commit::Commit;
+use super::image::Image;
 use super::sparse;
 use super::zero::Zeroes;
-use super::Image;
 use crate::buffer::Buffer;
 use crate::sys;
 use crate::work::{Action, Done, Extent, Op};

@@ -1,7 +1,7 @@
 //! Zeroes and trims, in steps: the front of a range by one call that does not take long, and then the rest.
 
+use super::image::Image;
 use super::sparse;
-use super::Image;
 use crate::sys;
 use crate::work::BLOCK;
 use std::fs::File;
