@@ -1,7 +1,7 @@
-//! Who may connect: the entries of the access control list, and the addresses users write.
+//! PURE: who may connect: the entries of the access control list, and the addresses that users write.
 //!
-//! Everything here is pure. Names are never looked up, so no answer depends on a name server. A client is judged by its
-//! plain address: one that reaches an IPv6 socket over IPv4 shows up as `::ffff:a.b.c.d` and is an IPv4 client.
+//! It looks up no names, so no answer depends on a name server. A client that reaches an IPv6 socket over IPv4 has the
+//! address `::ffff:a.b.c.d` there and counts as the IPv4 client that it is.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,13 +10,12 @@ use std::str::FromStr;
 /// The prefix length of `::ffff:0:0/96`, which holds the IPv4 addresses within IPv6.
 const MAPPED_PREFIX: u8 = 96;
 
-/// What is wrong with an address or an entry that does not parse. Displayed as the second half of a message that has
-/// already named the value.
+/// What is wrong with an address or an entry that does not parse. Its text goes behind a message that has named the value.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AddressError {
-    /// It is no IP address.
+    /// It is not an IP address.
     Address,
-    /// Behind the slash there is no number within the bounds, both included.
+    /// What follows the slash is not a number from `least` to `most`.
     Mask {
         /// The shortest mask for this kind of address, in bits.
         least: u8,
@@ -69,9 +68,9 @@ impl Entry {
 impl FromStr for Entry {
     type Err = AddressError;
 
-    /// Bits beyond the mask are ignored. A mask of 0 is refused: a list that lets everybody in is an empty one. An
-    /// IPv4-mapped IPv6 address stands for the IPv4 address in it; a mask that reaches out of that part is refused,
-    /// because no client would ever match it.
+    /// Bits beyond the mask are ignored. A mask of 0 is refused: to let everybody in, leave the list empty. An IPv4-mapped
+    /// IPv6 address stands for the IPv4 address in it; a mask shorter than the mapped part is refused, because no client
+    /// would match the entry.
     fn from_str(text: &str) -> Result<Self, AddressError> {
         let (address, mask) = match text.split_once('/') {
             Some((address, mask)) => (address, Some(mask)),
@@ -95,7 +94,7 @@ impl FromStr for Entry {
     }
 }
 
-/// The form it is parsed from, without the mask where that covers the whole address.
+/// As it is parsed, without a mask that covers the whole address.
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.network, self.prefix) {
@@ -131,7 +130,7 @@ impl Acl {
         Self { entries, default_deny }
     }
 
-    /// Puts `entries` in place of those there are. What an empty list means stays as it is.
+    /// Replaces the entries. What an empty list means stays as it is.
     pub fn replace(&mut self, entries: Vec<Entry>) {
         self.entries = entries;
     }

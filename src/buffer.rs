@@ -4,10 +4,10 @@
 //! the socket, a disk operation owns it until it is done, the outbox owns it until the socket has taken it.
 //! A [`Pool`] hands buffers out and takes them back, and holds the memory of all clients together under one cap.
 
-/// The largest piece of a payload that is held in memory at once, in bytes. Longer requests are streamed in slices.
+/// The largest piece of a payload that is in memory at once, in bytes. Longer requests are streamed in slices.
 pub const SLICE: usize = 256 << 10;
 
-/// The sizes a buffer can have, in bytes: few, so that a returned buffer soon fits another request.
+/// The sizes of buffers, in bytes: so few that a buffer given back soon fits another request.
 const CLASSES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, SLICE];
 
 /// A fixed piece of memory with a filled window `start..end`.

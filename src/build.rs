@@ -1,6 +1,6 @@
-//! Makes the manual pages and shell completions from the definitions the program itself parses with.
+//! Makes the manual pages and shell completions from the definitions with which the program parses its arguments.
 //!
-//! They land in `target/<profile>/assets`, a place `make install` can name, unlike the build script's own folder.
+//! They go to `target/<profile>/assets`, which `make install` can name, unlike the build script's own folder.
 
 use std::error::Error;
 use std::ffi::OsStr;
@@ -39,10 +39,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The manual page of a mode, or of all. The notes behind the options have lines of their own, which stay as they are.
+/// The manual page of a mode, or of the program. The notes behind the options keep their line breaks.
 fn manual_page(command: &clap::Command) -> std::io::Result<Vec<u8>> {
     let notes = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-    // A page without a date is the same in every build; an empty date would let the source take its place.
+    // Without a date a page is the same in every build; an empty date would be replaced by the source.
     let man = Man::new(command.clone().after_help("")).date(" ").source(concat!("flexnbd ", env!("CARGO_PKG_VERSION")));
     let mut page = Vec::new();
     man.render_title(&mut page)?;
@@ -55,7 +55,7 @@ fn manual_page(command: &clap::Command) -> std::io::Result<Vec<u8>> {
     }
     page.extend(b".SH NOTES\n.nf\n");
     for line in notes.lines() {
-        // A backslash and a point or quote at the beginning of a line mean something to the formatter.
+        // To the formatter, a backslash means something, and so does a period or quote at the beginning of a line.
         page.extend(format!("\\&{}\n", line.replace('\\', "\\e").replace('-', "\\-")).bytes());
     }
     page.extend(b".fi\n");

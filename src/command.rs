@@ -1,53 +1,54 @@
-//! The language of the control socket: lines to a [`Command`], an [`Answer`] to a line, and both ways back for clients.
+//! PURE: the language of the control socket. For a server: lines to a [`Command`], an [`Answer`] to a line; for a client,
+//! the other way round.
 //!
-//! A command is its name and its arguments, a line each, ended by an empty line or by the end of the stream. Arguments
-//! may also follow the name on the first line, between spaces. White space around a line does not count, so a line of
-//! nothing else is an empty one, and a carriage return does no harm. One line comes back: `CODE: text`.
+//! A command is its name and its arguments, one per line, ended by an empty line or by the end of the stream. Arguments
+//! may also follow the name on the first line, separated by spaces. White space around a line is ignored, so a line of
+//! nothing else counts as empty and a carriage return is harmless. The answer is one line: `CODE: text`.
 //!
-//! What the predecessor's servers do not know either has a name of its own or is a keyword argument, `KEY=VALUE`, which
-//! may stand among the arguments that may be left out; no address, number or action looks like one.
+//! What the predecessor's servers do not know is either a command of its own or a keyword argument, `KEY=VALUE`, which
+//! may stand anywhere among the optional arguments: no address, number or ending looks like one.
 //!
-//! Everything here is pure. Addresses stay text: what they mean is for whoever uses them.
+//! Addresses stay text; whoever uses them parses them.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// The longest line of a command in bytes, without its end: several times the longest address, or any path.
-pub const MAX_LINE: usize = 1 << 10;
+/// The longest line of a command in bytes, without its end: several times as long as any argument that makes sense.
+pub const LINE_MAX: usize = 1 << 10;
 
-/// The longest command in bytes, without the empty line: an access control list of over a thousand long entries.
-pub const MAX_COMMAND: usize = 64 << 10;
+/// The longest command in bytes, without the empty line: enough for an access control list of a thousand long entries.
+pub const COMMAND_MAX: usize = 64 << 10;
 
-/// The longest piece of a client's input that is repeated to it, in characters: more than any address with a mask.
-const MAX_ECHO: usize = 128;
+/// How much of a client's input an answer repeats, in characters: more than any address with a mask.
+const ECHO_MAX: usize = 128;
 
-/// The longest pause a migration may be asked to keep to, in milliseconds: most clients take a disk for dead that is
-/// silent for longer.
-const MAX_PAUSE_MS: u64 = 60_000;
+/// The longest pause a migration may be allowed, in milliseconds: most clients give up on a disk that is silent for
+/// longer.
+pub const PAUSE_MAX_MS: u64 = 60_000;
 
 /// What a control client asks for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Command {
-    /// `acl ENTRY...`: put these entries in place of the access control list. They are not checked yet; without any,
-    /// the list becomes empty.
+    /// `acl ENTRY...`: replace the access control list with these entries, which are not checked yet; without any, the
+    /// list becomes empty.
     Acl(Vec<String>),
-    /// `status [json] [clients]`: say how the server is.
+    /// `status [json] [clients]`: report how the server is doing.
     Status(StatusForm),
     /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]] [max_pause_ms=N] [export=NAME]`: start
     /// a migration.
     Mirror(Mirror),
-    /// `mirror_max_bps N`: limit the running migration to N bytes per second; 0 (`None`) ends the limit.
+    /// `mirror_max_bps N`: limit the running migration to N bytes per second; 0 (`None`) lifts the limit.
     MirrorMaxBps(Option<u64>),
     /// `break`: stop the running migration.
     Break,
-    /// `wait`: answer when the running migration ends, or if there is none, the next one.
+    /// `wait`: answer when the running migration ends or, if there is none, when the next one does.
     Wait,
 }
 
-/// How to say how the server is.
+/// How a status is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct StatusForm {
-    /// As a JSON object, not as key=value pairs.
+    /// As a JSON object instead of key=value pairs.
     pub json: bool,
     /// With a record of each client.
     pub clients: bool,
@@ -56,18 +57,18 @@ pub struct StatusForm {
 /// Where to migrate to, and how.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Mirror {
-    /// The destination's address, as written and not checked yet.
+    /// The destination's address as it was written, not checked yet.
     pub addr: String,
     /// The destination's port, never 0.
     pub port: u16,
     /// What to do once the destination has everything.
     pub ending: Ending,
-    /// The local address to connect from, as written and not checked yet. `None` if there was none, or `0`, which
-    /// leaves the choice to the system.
+    /// The local address to connect from as it was written, not checked yet. `None` if it was left out or `0`: the
+    /// system chooses.
     pub bind: Option<String>,
-    /// The most bytes to send per second; `None` if there was no limit, or 0.
+    /// The most bytes to send per second; `None` (no limit) if it was left out or 0.
     pub max_bytes_per_s: Option<u64>,
-    /// How long clients may be paused at the end, in milliseconds, if it was said: a target, at most a minute.
+    /// How long clients may be paused at the end, in milliseconds, if it was given: a target, at most [`PAUSE_MAX_MS`].
     pub max_pause_ms: Option<u64>,
     /// The name of the export at the destination; empty for the default one.
     pub export: String,
@@ -88,24 +89,24 @@ pub enum Ending {
 /// The one line a command is answered with.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Answer {
-    /// 0 for success; else the exit code of a client that passes it on.
+    /// 0 for success; anything else is the exit code of the client.
     pub code: u8,
     /// What to tell the user.
     pub text: String,
 }
 
 impl Answer {
-    /// The command has done what it should.
+    /// The command succeeded.
     pub fn ok(text: impl Into<String>) -> Self {
         Self { code: 0, text: text.into() }
     }
 
-    /// The command was understood and has failed.
+    /// The command was understood and failed.
     pub fn failed(text: impl Into<String>) -> Self {
         Self { code: 1, text: text.into() }
     }
 
-    /// An access control list entry does not parse.
+    /// An entry of an access control list does not parse.
     pub fn bad_spec(entry: &str) -> Self {
         Self::failed(format!("bad spec: {}", echo(entry)))
     }
@@ -118,12 +119,12 @@ impl Answer {
         Self { code: 9, text: "missing command".into() }
     }
 
-    /// No command has this name.
+    /// There is no command of this name.
     pub fn unknown_command() -> Self {
         Self { code: 10, text: "unknown command".into() }
     }
 
-    /// The answer as bytes: one line whatever the text holds, because control characters are escaped.
+    /// The answer as bytes: one line whatever is in the text, because control characters are escaped.
     pub fn encode(&self) -> Vec<u8> {
         format!("{}: {}\n", self.code, escape(self.text.chars())).into_bytes()
     }
@@ -141,8 +142,8 @@ impl fmt::Display for MalformedAnswer {
 
 impl std::error::Error for MalformedAnswer {}
 
-/// Parses all that a server sent before it closed. What follows the first line is ignored; a line without its end was
-/// cut off and is no answer.
+/// Parses everything that a server sent before it closed the connection. Only the first line counts; without its end it
+/// was cut off and is no answer.
 pub fn parse_answer(bytes: &[u8]) -> Result<Answer, MalformedAnswer> {
     let end = bytes.iter().position(|&byte| byte == b'\n').ok_or(MalformedAnswer)?;
     let line = String::from_utf8_lossy(bytes.get(..end).unwrap_or_default());
@@ -151,7 +152,7 @@ pub fn parse_answer(bytes: &[u8]) -> Result<Answer, MalformedAnswer> {
     Ok(Answer { code, text: text.trim().into() })
 }
 
-/// A command and its arguments as bytes, for a client to send. No word may be empty or hold the end of a line.
+/// A command and its arguments as bytes, for a client to send. No word may be empty or contain a line break.
 pub fn encode_command(words: &[&str]) -> Vec<u8> {
     debug_assert!(words.iter().all(|word| !word.trim().is_empty() && !word.contains('\n')), "a word is a line");
     let mut bytes = words.join("\n").into_bytes();
@@ -159,10 +160,10 @@ pub fn encode_command(words: &[&str]) -> Vec<u8> {
     bytes
 }
 
-/// Collects the bytes of one command.
+/// Collects the bytes of one command. A new one has seen nothing and owns no memory.
 ///
-/// Invariant 1: `text` is at most [`MAX_COMMAND`] bytes, and the last line in it, which begins at `line_start`, at most
-/// [`MAX_LINE`].
+/// Invariant 1: `text` is at most [`COMMAND_MAX`] bytes, and the last line in it, which begins at `line_start`, at most
+/// [`LINE_MAX`].
 #[derive(Debug, Default)]
 pub struct Reader {
     text: Vec<u8>,
@@ -170,14 +171,9 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// A reader that has seen nothing and owns no memory.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Takes the next bytes. `Ok(None)` asks for more; a command ends what the client may say, so anything that follows
-    /// it is dropped. An error is the answer to send instead of carrying a command out. After either, the reader is
-    /// as new.
+    /// Takes the next bytes. `Ok(None)` asks for more. A client says nothing after its command, so whatever follows it is
+    /// dropped. An error is the answer to send instead of carrying out a command. After a command or an error the reader
+    /// is as good as new.
     pub fn push(&mut self, mut bytes: &[u8]) -> Result<Option<Command>, Answer> {
         while let Some(newline) = bytes.iter().position(|&byte| byte == b'\n') {
             let (piece, rest) = bytes.split_at(newline);
@@ -185,7 +181,7 @@ impl Reader {
             if self.line().trim_ascii().is_empty() {
                 return self.end_of_stream().map(Some);
             }
-            if self.text.len() == MAX_COMMAND {
+            if self.text.len() == COMMAND_MAX {
                 return Err(self.refuse("command too long"));
             }
             self.text.push(b'\n');
@@ -196,20 +192,20 @@ impl Reader {
         Ok(None)
     }
 
-    /// Takes the end of the stream for the end of the command. The reader is as new afterwards.
+    /// Takes the end of the stream for the end of the command. The reader is as good as new afterwards.
     pub fn end_of_stream(&mut self) -> Result<Command, Answer> {
         parse_command(&std::mem::take(self).text)
     }
 
-    /// Adds a piece of the current line. Which limit is named does not depend on how the input was cut up.
+    /// Adds a piece of the current line. The limit that an error names does not depend on how the input was cut up.
     fn append(&mut self, piece: &[u8]) -> Result<(), Answer> {
-        let line_room = MAX_LINE.saturating_sub(self.line().len());
-        let command_room = MAX_COMMAND.saturating_sub(self.text.len());
+        let line_room = LINE_MAX.saturating_sub(self.line().len());
+        let command_room = COMMAND_MAX.saturating_sub(self.text.len());
         if piece.len() > line_room.min(command_room) {
             return Err(self.refuse(if line_room <= command_room { "line too long" } else { "command too long" }));
         }
         self.text.extend(piece);
-        debug_assert!(self.text.len() <= MAX_COMMAND && self.line().len() <= MAX_LINE, "invariant 1");
+        debug_assert!(self.text.len() <= COMMAND_MAX && self.line().len() <= LINE_MAX, "invariant 1");
         Ok(())
     }
 
@@ -218,7 +214,7 @@ impl Reader {
     }
 
     fn refuse(&mut self, why: &str) -> Answer {
-        *self = Self::new();
+        *self = Self::default();
         Answer::failed(why)
     }
 }
@@ -260,8 +256,8 @@ fn parse_status(arguments: &mut impl Iterator<Item = String>) -> Result<StatusFo
     Ok(form)
 }
 
-/// Takes all arguments of `mirror`: those without a name each in its place, where a missing one is a bad one, and then
-/// the keywords, the last of a name winning.
+/// Takes all arguments of `mirror`: the positional ones, of which the first two are required, and the keywords, of which
+/// the last one of a name wins.
 fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, Answer> {
     let addr = arguments.next().ok_or_else(|| Answer::failed("bad IP address"))?;
     let port = arguments.next().and_then(|port| parse_number(&port)).filter(|&port| port != 0);
@@ -284,7 +280,7 @@ fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, 
         let bad = || Answer::bad_argument(&keyword);
         match keyword.split_once('=') {
             Some(("max_pause_ms", ms)) => mirror.max_pause_ms = Some(parse_pause(ms).ok_or_else(bad)?),
-            // A line is far shorter than the longest name there may be.
+            // No length to check: a line is far shorter than the longest name the protocol allows.
             Some(("export", name)) if !name.contains('\0') => mirror.export = name.into(),
             _ => return Err(bad()),
         }
@@ -293,31 +289,31 @@ fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, 
 }
 
 fn parse_pause(text: &str) -> Option<u64> {
-    parse_number(text).filter(|&ms| ms <= MAX_PAUSE_MS)
+    parse_number(text).filter(|&ms| ms <= PAUSE_MAX_MS)
 }
 
-/// Bytes per second, where 0 is no limit.
+/// Bytes per second, where 0 means no limit.
 fn parse_speed(text: &str) -> Result<Option<u64>, Answer> {
     let speed = parse_number(text).ok_or_else(|| Answer::failed("bad speed"))?;
     Ok(Some(speed).filter(|&speed| speed != 0))
 }
 
-/// A decimal number and nothing else: no sign, no white space.
+/// A decimal number of digits alone: no sign, no white space.
 fn parse_number<T: FromStr>(text: &str) -> Option<T> {
     text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
 }
 
-/// An argument as text. One that is not UTF-8 is escaped as a whole, `=` too; no address, keyword or number looks like
-/// that, so it is refused wherever it is used.
+/// An argument as text. One that is not UTF-8 is escaped as a whole, `=` included, so that no address, keyword or number
+/// looks like it and it is refused wherever it is used.
 fn readable(argument: &[u8]) -> String {
     let escaped = |_| argument.escape_ascii().to_string().replace('=', "\\x3d");
     std::str::from_utf8(argument).map_or_else(escaped, str::to_owned)
 }
 
-/// What a client wrote, fit to be repeated in a line: without control characters, and not longer than [`MAX_ECHO`].
+/// What a client wrote, fit to be repeated in an answer: no control characters, at most [`ECHO_MAX`] characters of it.
 fn echo(text: &str) -> String {
     let mut chars = text.chars();
-    let mut echoed = escape(chars.by_ref().take(MAX_ECHO));
+    let mut echoed = escape(chars.by_ref().take(ECHO_MAX));
     if chars.next().is_some() {
         echoed.push_str("...");
     }
@@ -341,7 +337,7 @@ mod tests {
     use super::*;
 
     fn parse(bytes: &[u8]) -> Result<Command, Answer> {
-        let mut reader = Reader::new();
+        let mut reader = Reader::default();
         match reader.push(bytes)? {
             Some(command) => Ok(command),
             None => reader.end_of_stream(),
@@ -487,13 +483,13 @@ mod tests {
         assert_eq!(parse(b"acl\n\xff\x80x\n\n"), Ok(Command::Acl(strings(&["\\xff\\x80x"]))));
         assert_eq!(Answer::bad_spec("\\xff\u{1b}[2J\n\u{85}").text, "bad spec: \\xff\\u{1b}[2J\\n\\u{85}");
         let long = Answer::bad_spec(&"é".repeat(500));
-        assert_eq!(long.text, format!("bad spec: {}...", "é".repeat(MAX_ECHO)));
-        assert_eq!(Answer::bad_spec(&"x".repeat(MAX_ECHO)).text.len(), "bad spec: ".len() + MAX_ECHO);
+        assert_eq!(long.text, format!("bad spec: {}...", "é".repeat(ECHO_MAX)));
+        assert_eq!(Answer::bad_spec(&"x".repeat(ECHO_MAX)).text.len(), "bad spec: ".len() + ECHO_MAX);
     }
 
     /// What the reader says when it gets the input in these pieces.
     fn parse_pieces<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Result<Command, Answer> {
-        let mut reader = Reader::new();
+        let mut reader = Reader::default();
         for piece in pieces {
             if let Some(command) = reader.push(piece)? {
                 return Ok(command);
@@ -525,12 +521,12 @@ mod tests {
 
     #[test]
     fn limits_are_exact_and_the_same_for_every_split() {
-        let entry = "x".repeat(MAX_LINE);
+        let entry = "x".repeat(LINE_MAX);
         let fits = format!("acl\n{entry}\n\n");
         assert_eq!(parse(fits.as_bytes()), Ok(Command::Acl(vec![entry.clone()])));
         let line = "y".repeat(1023);
         let full = format!("acl{}\n{}", " ".repeat(1020), format!("{line}\n").repeat(63));
-        assert_eq!(full.len(), MAX_COMMAND);
+        assert_eq!(full.len(), COMMAND_MAX);
         let too_long = Err(Answer::failed("line too long"));
         let too_much = Err(Answer::failed("command too long"));
         for (text, expected) in [
@@ -541,8 +537,8 @@ mod tests {
             (format!("{full}\n"), Ok(Command::Acl(vec![line; 63]))),
             (format!("{full}x\n\n"), too_much.clone()),
             (format!("{full}{entry}x\n\n"), too_much.clone()),
-            (format!("{}x\n\n", &full[..MAX_COMMAND - 1]), too_much.clone()),
-            ("acl\n".to_owned() + &"1\n".repeat(MAX_COMMAND), too_much),
+            (format!("{}x\n\n", &full[..COMMAND_MAX - 1]), too_much.clone()),
+            ("acl\n".to_owned() + &"1\n".repeat(COMMAND_MAX), too_much),
         ] {
             assert_eq!(parse(text.as_bytes()), expected);
             for size in [1, 2, 7, 1000, 1024, 1025, 4096, 65_535, 65_536] {
@@ -553,8 +549,8 @@ mod tests {
 
     #[test]
     fn a_reader_is_as_new_after_an_answer() {
-        let mut reader = Reader::new();
-        assert!(reader.push(&[b'x'; MAX_LINE + 1]).is_err());
+        let mut reader = Reader::default();
+        assert!(reader.push(&[b'x'; LINE_MAX + 1]).is_err());
         assert_eq!(reader.push(b"status\n\n"), Ok(Some(Command::Status(StatusForm::default()))));
         assert_eq!(reader.text.capacity(), 0);
         assert_eq!(reader.push(b"break\n"), Ok(None));

@@ -7,7 +7,8 @@
 //! Invariants:
 //!
 //! 1. A record is one line of at most [`LINE_MAX`] bytes, whatever a path or a peer put into its message.
-//! 2. A write to stderr never waits: a line that finds no room is counted, and the count is logged once there is room.
+//! 2. A write to stderr never waits: a line that finds no room is dropped and counted; the count is logged once there is
+//!    room.
 
 use std::fmt::{self, Write as _};
 use std::io::{self, Write as _};
@@ -19,11 +20,11 @@ use log::{Level, LevelFilter, Record};
 
 use crate::sys;
 
-/// Longest line in bytes, its newline included: `PIPE_BUF` of Linux. A write of that size to a pipe is never torn by
-/// another writer's, and a pipe that polls as writable has room for it.
-pub const LINE_MAX: usize = 4096;
+/// The longest line in bytes, with its newline. No other writer's output gets into the middle of a write of that size to
+/// a pipe, and a pipe that polls as writable has room for it (see pipe(7)).
+pub const LINE_MAX: usize = libc::PIPE_BUF;
 
-/// Target of the records that tell why the program ends abnormally; `log` has no level of its own for them.
+/// The target of records that say why the program ends abnormally; `log` has no level for them.
 pub const FATAL: &str = "fatal";
 
 /// Logs why the program is about to end abnormally: level `F`, shown even when quiet.
@@ -43,8 +44,8 @@ pub enum Verbosity {
     Verbose,
 }
 
-/// Starts the log and makes a panic end as any other fatal error: one `F` line and exit code 1, no SIGABRT. Only the
-/// first call in a process has an effect.
+/// Starts the log and makes a panic end the program as any other fatal error does: one `F` line and exit code 1, no
+/// SIGABRT. Only the first call in a process has an effect.
 pub fn init(verbosity: Verbosity) {
     if dispatch(verbosity).apply().is_ok() {
         std::panic::set_hook(Box::new(exit_on_panic));
@@ -100,7 +101,7 @@ fn emit(record: &Record) {
     }
 }
 
-/// Whether stderr had room. Its errors are ignored: there is no other place to report them.
+/// Writes a record if stderr has room, and says whether it had. Errors are ignored: there is no place to report them.
 fn write_now(record: &Record) -> bool {
     let mut stderr = io::stderr().lock();
     let room = sys::writable_now(stderr.as_fd());
@@ -124,7 +125,7 @@ fn line(record: &Record, now_ms: u64, pid: u32, thread: &str) -> String {
     let file = record.file().unwrap_or("unknown");
     let number = record.line().unwrap_or(0);
     let mut line = OneLine(String::new());
-    // Only a Display implementation can fail here, and then what it gave so far is still worth a line.
+    // Only a Display implementation can fail here; what it wrote before that is still worth a line.
     let _ = write!(line, "{now_ms}:{level}:{pid} {thread} {file}:{number}: {}", record.args());
     let mut line = line.0;
     while line.len() >= LINE_MAX {
@@ -135,7 +136,8 @@ fn line(record: &Record, now_ms: u64, pid: u32, thread: &str) -> String {
     line
 }
 
-/// Text without control characters, which would forge lines or drive a terminal; little longer than a line can be.
+/// Collects text up to the length of a line or a little more. Control characters, which could forge lines or drive a
+/// terminal, are escaped.
 struct OneLine(String);
 
 impl fmt::Write for OneLine {
@@ -154,7 +156,7 @@ impl fmt::Write for OneLine {
     }
 }
 
-/// Lets a few of many like messages through per interval, and counts the rest.
+/// Lets a few of many similar messages pass in each interval and counts the others.
 #[derive(Debug, Clone)]
 pub struct Throttle {
     interval_ms: u64,
@@ -165,12 +167,12 @@ pub struct Throttle {
 }
 
 impl Throttle {
-    /// Lets `burst` messages through per `interval_ms` milliseconds, the first at once.
+    /// Lets `burst` messages pass in each `interval_ms` milliseconds, the first of them at once.
     pub const fn new(interval_ms: u64, burst: u32) -> Self {
         Self { interval_ms, burst, began_ms: None, passed: 0, swallowed: 0 }
     }
 
-    /// Whether a message may be logged now; if so, how many were swallowed since the one logged before it.
+    /// `None` if the message must not be logged now; otherwise how many were swallowed since the last one that passed.
     pub fn pass(&mut self, now_ms: u64) -> Option<u64> {
         if self.began_ms.is_none_or(|began_ms| now_ms.saturating_sub(began_ms) >= self.interval_ms) {
             (self.began_ms, self.passed) = (Some(now_ms), 0);

@@ -6,7 +6,7 @@ use flexnbd::command::{encode_command, parse_answer, Answer, Command, Reader};
 
 /// Reads one command, at most `piece()` bytes at once.
 fn read_command(text: &[u8], mut piece: impl FnMut(usize) -> usize) -> Result<Command, Answer> {
-    let (mut reader, mut rest) = (Reader::new(), text);
+    let (mut reader, mut rest) = (Reader::default(), text);
     while !rest.is_empty() {
         let (next, later) = rest.split_at(piece(rest.len()));
         if let Some(command) = reader.push(next)? {

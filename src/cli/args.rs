@@ -1,7 +1,7 @@
 //! The command line as data: every mode, option and help text, and nothing else.
 //!
 //! The build script includes this file to make the manual pages and shell completions, so it imports only `std` and
-//! `clap`. What needs the project to judge (addresses, access control entries) stays text here; [`super`] checks it.
+//! `clap`. What takes the rest of the project to judge (addresses, access control entries) stays text; [`super`] checks it.
 //! Help texts break their own lines (`verbatim_doc_comment`), because `clap` is built without its line wrapping.
 
 #![allow(clippy::doc_markdown, reason = "most comments here are help texts, where backticks would show")]
@@ -11,18 +11,18 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-/// The manual's bound on what one query carries, read or written.
+/// The most bytes one query reads or writes; the manual says so.
 const SIZE_MAX: u64 = 1 << 30;
-/// The manual's bound; with it, offset plus size fits a signed 64-bit file offset.
+/// The largest offset; the manual says so. With it, offset plus size fits a signed 64-bit file offset.
 const FROM_MAX: u64 = 1 << 62;
-/// More connections than any process may have descriptors; keeps a slip of the finger from looking like a limit.
+/// More clients than a process may have descriptors: a larger number is a typing error.
 const CLIENTS_MAX: u64 = 1_000_000;
-/// A year; a longer time limit limits nothing.
+/// A year: a longer time limit would limit nothing.
 const LIMIT_MAX_S: u64 = 365 * 24 * 60 * 60;
-/// The longest name of an export, in bytes: that of the NBD specification ("Conventions").
+/// The longest name of an export, in bytes: that of any string ("Conventions" in the NBD specification).
 pub const EXPORT_MAX: usize = 4096;
-/// The longest pause a server lets a migration be asked to keep to, in milliseconds.
-const PAUSE_MAX_MS: u64 = 60_000;
+/// The longest pause that a server accepts, in milliseconds.
+pub const PAUSE_MAX_MS: u64 = 60_000;
 
 /// What `help` can explain: the names of all [`Mode`]s.
 pub const MODES: [&str; 10] =
@@ -66,7 +66,7 @@ pub struct CommandLine {
 pub enum Mode {
     /// Serve a file until a signal, or until it was migrated.
     #[command(after_help = "\
-SIGINT, SIGQUIT and SIGTERM stop the server at once.
+The server runs until SIGINT, SIGQUIT, SIGTERM or SIGHUP, which stop it at once.
 
 Environment:
   FLEXNBD_MS_REQUEST_LIMIT_SECS  Seconds, such as 60 or 0.5, without progress on

@@ -1,8 +1,8 @@
 //! The command line: raw arguments -> checked configuration -> the mode's entry point -> exit code.
 //!
-//! [`args`] holds the definitions; here their values are checked as far as it takes the project to judge them, before
-//! anything is started. So is what the environment says. Whatever is wrong with them is a usage error, exit code 2, as
-//! `clap`'s own are. An error of the mode itself is one `F` line, exit code 1.
+//! [`args`] defines the options. This file checks what `clap` cannot judge, such as addresses, and the environment,
+//! before anything starts. Whatever is wrong there is a usage error with exit code 2, like `clap`'s own. An error of the
+//! mode itself is one `F` line and exit code 1.
 
 pub mod args;
 
@@ -21,20 +21,25 @@ use crate::acl::{self, Acl};
 use crate::command;
 use crate::endpoint::Endpoint;
 use crate::logging::{self, fatal, Verbosity};
-use crate::remote::{self, Style, Target};
+use crate::proto::wire;
+use crate::remote::{self, ProgressForm, Target};
 use crate::server;
 use args::{
     AclArgs, CommandLine, HelpArgs, ListenArgs, LogFlags, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs, SockArgs,
     StatusArgs, TransferArgs,
 };
 
-/// Stands for the program's name where a command line is made here; the definitions carry the one that is shown.
+/// Fills the place of the program's name in a command line that is made here; help shows the one in [`args`].
 const PROGRAM: &str = "flexnbd";
-/// The environment variable that bounds how long a migration goes on without progress, in decimal seconds.
+/// The environment variable with the longest time a migration goes on without progress, in decimal seconds.
 const REQUEST_LIMIT: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
-/// The bound without it, in milliseconds: that of the predecessor.
+/// The default of [`REQUEST_LIMIT`], in milliseconds: that of the predecessor.
 const REQUEST_LIMIT_MS: u64 = 60_000;
-const _: () = assert!(args::EXPORT_MAX == crate::proto::wire::STRING_MAX, "the longest name of an export");
+
+// `args` imports nothing of the project, because the build script includes it.
+const _: () = assert!(args::EXPORT_MAX == wire::STRING_MAX, "the longest name of an export");
+const _: () = assert!(args::PAUSE_MAX_MS == command::PAUSE_MAX_MS, "the longest pause a server accepts");
+const _: () = assert!(command::LINE_MAX <= wire::STRING_MAX, "a name that fits a command's line is not too long");
 
 /// What a command line asks for, checked.
 #[derive(Debug)]
@@ -47,8 +52,8 @@ enum Job {
     Mirror { sock: PathBuf, words: Vec<String>, wait: bool },
 }
 
-/// Does what the arguments (the program's name first) ask for, and returns the program's exit code: 0 a clean stop,
-/// 1 an abnormal end, 2 wrong usage; in a control mode the code of the server's answer.
+/// Does what the arguments ask for, the first of which is the program's name, and returns the exit code: 0 for a clean
+/// stop, 1 for an abnormal end, 2 for wrong usage; in a control mode, the code of the server's answer.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match parse(args) {
         Ok((verbosity, job)) => {
@@ -56,7 +61,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             perform(job, verbosity)
         }
         Err(answer) => {
-            // Help goes to stdout, a usage error to stderr; if either is closed, nobody is there to be told.
+            // Help goes to stdout, a usage error to stderr. If that is closed, there is nobody to tell.
             let _ = answer.print();
             u8::try_from(answer.exit_code()).map_or(ExitCode::FAILURE, ExitCode::from)
         }
@@ -74,9 +79,9 @@ fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
         }
         Job::Mirror { sock, words, wait } => {
             let progress = wait.then(|| match verbosity {
-                Verbosity::Quiet => Style::Silent,
-                _ if io::stderr().is_terminal() => Style::Redrawn,
-                _ => Style::Lines,
+                Verbosity::Quiet => ProgressForm::Silent,
+                _ if io::stderr().is_terminal() => ProgressForm::Redrawn,
+                _ => ProgressForm::Lines,
             });
             ended(remote::mirror(&sock, &words, progress, &mut io::stdout(), &mut io::stderr()))
         }
@@ -96,7 +101,7 @@ fn ended(outcome: Result<u8, impl Display>) -> ExitCode {
 /// The error is what `clap` wants printed, requested help included.
 fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<(Verbosity, Job), clap::Error> {
     let line = match CommandLine::try_parse_from(args) {
-        // Options but no mode: the same help on stderr as for no arguments at all.
+        // Options without a mode get the same help on stderr as no arguments at all.
         Err(error) if error.kind() == ErrorKind::MissingSubcommand => return parse([PROGRAM]),
         parsed => parsed?,
     };
@@ -124,7 +129,7 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
     Ok((verbosity(line.log, log), job.map_err(|why| usage_error(mode, why))?))
 }
 
-/// The flags after the mode come later than those before it; within each group `clap` keeps only the last one.
+/// The last flag wins. Within each group `clap` keeps only the last one, and those after the mode are the later group.
 fn verbosity(before: LogFlags, after: LogFlags) -> Verbosity {
     let last = if after.verbose || after.quiet { after } else { before };
     match last {
@@ -180,7 +185,7 @@ fn mirror(args: MirrorArgs) -> Result<Job, String> {
     let max_speed = args.max_speed.filter(|&speed| speed != 0);
     let action = if args.unlink { "unlink" } else { "exit" };
     let mut words = vec!["mirror".into(), addr.to_string(), args.port.to_string(), action.into()];
-    // The predecessor's servers know arguments by their place alone, and none of ours: only what is needed is sent.
+    // The predecessor's servers know only positional arguments and refuse keywords: send no more than what is needed.
     if bind.is_some() || max_speed.is_some() {
         words.push(bind.map_or_else(|| "0".into(), |bind| bind.to_string()));
     }
@@ -190,13 +195,13 @@ fn mirror(args: MirrorArgs) -> Result<Job, String> {
     Ok(Job::Mirror { sock: args.sock, words, wait: args.wait })
 }
 
-/// A keyword is a line of the control socket, where white space around it does not count.
+/// A keyword argument is a line of the control socket, where white space around a line is lost.
 fn export_keyword(name: &str) -> Result<String, String> {
     let line = format!("export={name}");
-    if line.len() <= command::MAX_LINE && name.trim_end() == name && !name.contains('\n') {
+    if line.len() <= command::LINE_MAX && name.trim_end() == name && !name.contains('\n') {
         return Ok(line);
     }
-    let most = command::MAX_LINE - "export=".len();
+    let most = command::LINE_MAX - "export=".len();
     let why = format!("expected at most {most} bytes, on one line, without white space at the end");
     Err(invalid("--export <NAME>", name, why))
 }
@@ -247,7 +252,7 @@ fn acl_entry(text: &str) -> Result<acl::Entry, String> {
     text.parse().map_err(|why| invalid("[ACL_ENTRY]", text, why))
 }
 
-/// Worded as `clap` words its own.
+/// In the words of `clap`'s own errors.
 fn invalid(option: &str, value: &str, why: impl Display) -> String {
     format!("invalid value '{value}' for '{option}': {why}")
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// How long a connection may take to be made.
 pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(15);
-/// How often a control socket whose backlog is full is tried again.
+/// How long to wait before another try when the backlog of a UNIX socket is full.
 const BACKLOG_RETRY: Duration = Duration::from_millis(20);
 
 /// Why a mode failed: the text of its one line.
@@ -42,7 +42,7 @@ pub(super) fn connect_tcp(bind: Option<IpAddr>, addr: SocketAddr) -> Result<TcpS
     Ok(stream)
 }
 
-/// Connects to a UNIX socket; a full backlog is waited for, up to `limit`.
+/// Connects to a UNIX socket. If its backlog is full, tries again for up to `limit`.
 pub(super) fn connect_unix(path: &Path, limit: Duration) -> Result<UnixStream, Error> {
     let failed = |error: &dyn fmt::Display| Error(format!("cannot connect to {}: {error}", path.display()));
     let give_up = Instant::now() + limit;
@@ -57,18 +57,19 @@ pub(super) fn connect_unix(path: &Path, limit: Duration) -> Result<UnixStream, E
                 thread::sleep(BACKLOG_RETRY);
             }
             Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                return Err(failed(&"nobody listens there; is it the control socket of a running server?"));
+                return Err(failed(&"nobody listens there; is it the socket of a running server?"));
             }
             Err(error) => return Err(failed(&error)),
         }
     }
 }
 
+/// Bounds how long each read and each write may take.
 pub(super) fn set_limits(fd: &impl AsFd, limit: Duration) -> io::Result<()> {
     sys::net::set_io_timeout(fd.as_fd(), limit)
 }
 
-/// A socket whose time is up says «would block»; a person wants to hear what that means.
+/// The error in words for a person: a socket whose time is up says no more than «would block».
 pub(super) fn explain(error: &io::Error) -> String {
     match error.kind() {
         ErrorKind::WouldBlock => "the server did not move a byte in time".into(),

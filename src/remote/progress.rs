@@ -1,30 +1,30 @@
 //! What `mirror --wait` shows of a migration: a status line in, text for a person out.
 //!
-//! The time comes in as a parameter, and the only thing touched is the writer.
+//! It reads no clock and touches nothing but the writer.
 
 use std::fmt;
 use std::io::Write;
 
-/// How much of a line is redrawn on a terminal, in columns: a line that wraps could not be drawn over, and hardly a
-/// terminal is narrower.
+/// How much of a line a terminal shows, in columns: a line that wraps could not be redrawn, and hardly any terminal is
+/// narrower.
 const COLUMNS: usize = 79;
-/// How often a line is written where none can be redrawn, in milliseconds.
+/// How often a line is written where it cannot be redrawn, in milliseconds.
 const LINE_EVERY_MS: u64 = 5_000;
 /// The units of an amount, each 1024 times the one before.
 const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
 
 /// How progress is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Style {
+pub enum ProgressForm {
     /// Not at all.
     Silent,
-    /// A line now and then, and at every change of phase.
+    /// A new line now and then, and at every change of phase.
     Lines,
-    /// One line, drawn over and over.
+    /// One line that is drawn over and over.
     Redrawn,
 }
 
-/// What a status line says of the migration that is running. Any of it may be missing.
+/// What a status says about the running migration. Anything may be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Report<'a> {
     phase: Option<&'a str>,
@@ -39,8 +39,8 @@ pub struct Report<'a> {
 }
 
 impl<'a> Report<'a> {
-    /// Parses the key=value pairs of a status; `None` if no migration is running. Pairs it has no use for, or that make
-    /// no sense, are left out.
+    /// Parses the key=value pairs of a status; `None` if no migration is running. Pairs that are of no use here or make no
+    /// sense are ignored.
     pub fn parse(status: &'a str) -> Option<Self> {
         let mut running = false;
         let mut report = Self::default();
@@ -62,8 +62,7 @@ impl<'a> Report<'a> {
         running.then_some(report)
     }
 
-    /// The phase, where to connect once more is a part of retrying: against a destination that is gone, the two take
-    /// turns for ever.
+    /// The phase. Connecting again counts as retrying: with a destination that is gone, the two alternate for ever.
     fn phase(&self) -> &'a str {
         match self.phase {
             Some("connecting") if self.last_error.is_some() => "retrying",
@@ -94,7 +93,7 @@ impl fmt::Display for Report<'_> {
                 self.percent().map(|percent| format!("{percent}%")),
                 self.bytes_left.map(|bytes| format!("{} left", amount(bytes))),
                 self.bytes_per_s.map(|bytes| format!("{}/s", amount(bytes))),
-                // Without a speed there is no telling.
+                // Without a speed, nobody can tell.
                 self.seconds_left
                     .filter(|_| self.bytes_per_s != Some(0))
                     .map(|seconds| format!("{} to go", duration(seconds))),
@@ -112,7 +111,7 @@ impl fmt::Display for Report<'_> {
     }
 }
 
-/// Bytes in the unit a person would choose, with one decimal place.
+/// An amount in the unit that a person would choose, with one decimal place.
 fn amount(bytes: u64) -> String {
     let mut unit = 1;
     let mut name = "B";
@@ -137,32 +136,32 @@ fn duration(seconds: u64) -> String {
     }
 }
 
-/// Shows reports in one style. What cannot be written is not shown: progress is no part of the outcome.
+/// Shows reports. Errors of the writer are ignored: progress is no part of the outcome.
 #[derive(Debug)]
-pub struct Progress<W> {
-    style: Style,
+pub struct ProgressLine<W> {
+    form: ProgressForm,
     out: W,
-    /// The phase of the last line that stays, and when it was written.
+    /// The phase of the last new line, and when it was written.
     told: Option<(String, u64)>,
-    /// A line is there that does not stay.
+    /// A line stands there that is to be drawn over.
     drawn: bool,
 }
 
-impl<W: Write> Progress<W> {
-    /// Nothing is shown yet.
-    pub fn new(style: Style, out: W) -> Self {
-        Self { style, out, told: None, drawn: false }
+impl<W: Write> ProgressLine<W> {
+    /// Shows nothing yet.
+    pub fn new(form: ProgressForm, out: W) -> Self {
+        Self { form, out, told: None, drawn: false }
     }
 
-    /// Shows where the migration is, if it is time to.
+    /// Shows how far the migration is, if a line is due.
     pub fn show(&mut self, report: &Report, now_ms: u64) {
-        match self.style {
-            Style::Silent => {}
-            Style::Redrawn => {
+        match self.form {
+            ProgressForm::Silent => {}
+            ProgressForm::Redrawn => {
                 self.write(&format!("\r{:.COLUMNS$}\x1b[K", report.to_string()));
                 self.drawn = true;
             }
-            Style::Lines => {
+            ProgressForm::Lines => {
                 let told = self.told.as_ref().filter(|(phase, _)| phase == report.phase());
                 if told.is_none_or(|&(_, at_ms)| now_ms.saturating_sub(at_ms) >= LINE_EVERY_MS) {
                     self.write(&format!("{report}\n"));
@@ -172,21 +171,20 @@ impl<W: Write> Progress<W> {
         }
     }
 
-    /// Leaves an empty line where one was drawn.
+    /// Wipes a line that was drawn.
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.drawn) {
             self.write("\r\x1b[K");
         }
     }
 
-    /// In one piece, so that the line does not flicker.
+    /// Writes in one piece, so that the line does not flicker.
     fn write(&mut self, text: &str) {
         let _ = self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush());
     }
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, reason = "a test may fail by panic")]
 mod tests {
     use super::*;
 
@@ -200,9 +198,9 @@ mod tests {
         Report::parse(status).unwrap().to_string()
     }
 
-    fn shown(style: Style, reports: &[(&str, u64)]) -> String {
+    fn shown(form: ProgressForm, reports: &[(&str, u64)]) -> String {
         let mut out = Vec::new();
-        let mut progress = Progress::new(style, &mut out);
+        let mut progress = ProgressLine::new(form, &mut out);
         for &(status, now_ms) in reports {
             progress.show(&Report::parse(status).unwrap(), now_ms);
         }
@@ -264,9 +262,12 @@ mod tests {
         let paused = COPYING.replace("copying", "paused");
         let (copying, pausing) = (format!("{}\n", text(COPYING)), format!("{}\n", text(&paused)));
         let reports = [(COPYING, 1000), (COPYING, 5999), (COPYING, 6000), (&paused, 6001), (&paused, 6002)];
-        assert_eq!(shown(Style::Lines, &reports), [&*copying, &*copying, &*pausing].concat());
+        assert_eq!(shown(ProgressForm::Lines, &reports), [&*copying, &*copying, &*pausing].concat());
         let connecting = RETRYING.replace("retrying", "connecting");
-        assert_eq!(shown(Style::Lines, &[(RETRYING, 0), (&connecting, 1), (RETRYING, 2)]), text(RETRYING) + "\n");
+        assert_eq!(
+            shown(ProgressForm::Lines, &[(RETRYING, 0), (&connecting, 1), (RETRYING, 2)]),
+            text(RETRYING) + "\n"
+        );
     }
 
     #[test]
@@ -274,8 +275,8 @@ mod tests {
         let long = RETRYING.replace("refused", &"é".repeat(100));
         let cut: String = text(&long).chars().take(79).collect();
         let expected = format!("\r{}\x1b[K\r{cut}\x1b[K\r\x1b[K", text(COPYING));
-        assert_eq!(shown(Style::Redrawn, &[(COPYING, 0), (&long, 1)]), expected);
-        assert_eq!(shown(Style::Redrawn, &[]), "");
-        assert_eq!(shown(Style::Silent, &[(COPYING, 0)]), "");
+        assert_eq!(shown(ProgressForm::Redrawn, &[(COPYING, 0), (&long, 1)]), expected);
+        assert_eq!(shown(ProgressForm::Redrawn, &[]), "");
+        assert_eq!(shown(ProgressForm::Silent, &[(COPYING, 0)]), "");
     }
 }

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// How long a server may take to greet.
 const GREETING_LIMIT: Duration = Duration::from_secs(5);
-/// How long a request may go without a byte moving.
+/// How long a request may go on without a byte moving.
 const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 
 /// A range of an export of a server.
@@ -46,10 +46,9 @@ pub fn read(target: &Target, out: &mut impl Write) -> Result<(), Error> {
     server.disconnect()
 }
 
-/// Writes the range in one request from standard input. Durable when it returns, where the server offers that.
+/// Writes the range in one request from standard input. The data is durable when it returns, if the server offers FUA.
 ///
-/// All of the input is there before the first byte is sent: a request that ends in the middle would leave the export
-/// half written.
+/// It reads all of the input before it sends the first byte: a request that breaks off would leave the range half written.
 pub fn write(target: &Target) -> Result<(), Error> {
     let mut server = Connection::open(target)?;
     if server.offer.has(transmission::READ_ONLY) {
@@ -103,7 +102,7 @@ impl Connection {
         let give_up = Instant::now() + GREETING_LIMIT;
         let mut offer = None;
         while offer.is_none() {
-            // Each byte has its own limit; one now and then must not make a handshake endless.
+            // The limit of the socket is one for each byte; a byte now and then must not make the handshake endless.
             if Instant::now() >= give_up {
                 let limit_s = GREETING_LIMIT.as_secs();
                 return Err(Error(format!("{}: the handshake took longer than {limit_s} s", connection.server)));
@@ -187,7 +186,8 @@ impl Connection {
     }
 }
 
-/// Standard input, once it is known to hold `length` bytes: a file is asked, anything else is kept in a file first.
+/// Standard input, once it is known that `length` bytes can be read from it: the length of a file is looked up, anything
+/// else is copied to a file first.
 fn whole_input(length: u64) -> Result<File, Error> {
     let failed = |error: io::Error| Error(format!("cannot read the input: {error}"));
     let fd = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;
@@ -208,7 +208,7 @@ fn whole_input(length: u64) -> Result<File, Error> {
     Ok(file)
 }
 
-/// A file without a name in the temporary directory; it goes with the process.
+/// A file in the temporary directory, without a name, so that it goes with the process.
 fn spool_file() -> io::Result<File> {
     let name = format!("flexnbd-write-{}-{}", std::process::id(), sys::monotonic_ms());
     let path = std::env::temp_dir().join(name);
