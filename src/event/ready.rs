@@ -1,4 +1,4 @@
-//! What an edge-triggered poll has reported.
+//! What an edge-triggered poll has reported about one socket.
 //!
 //! Poll reports each change once; [`Ready`] keeps the report until an operation has met its end.
 

@@ -38,7 +38,7 @@ pub struct Target {
 
 /// Reads the range in one request and writes it to `out`.
 pub fn read(target: &Target, out: &mut impl Write) -> Result<(), Error> {
-    let mut server = Connection::open(target)?;
+    let (mut server, _) = Connection::open(target)?;
     server.request(kind::READ, 0, target)?;
     server
         .await_reply(|bytes| out.write_all(bytes).map_err(|error| Error(format!("cannot write to stdout: {error}"))))?;
@@ -50,12 +50,12 @@ pub fn read(target: &Target, out: &mut impl Write) -> Result<(), Error> {
 ///
 /// It reads all of the input before it sends the first byte: a request that breaks off would leave the range half written.
 pub fn write(target: &Target) -> Result<(), Error> {
-    let mut server = Connection::open(target)?;
-    if server.offer.has(transmission::READ_ONLY) {
+    let (mut server, offer) = Connection::open(target)?;
+    if offer.has(transmission::READ_ONLY) {
         return Err(Error(format!("{}: the export is read-only; nothing was written", server.server)));
     }
     let mut input = whole_input(u64::from(target.length))?;
-    let fua = if server.offer.has(transmission::SEND_FUA) { command::FUA } else { 0 };
+    let fua = if offer.has(transmission::SEND_FUA) { command::FUA } else { 0 };
     server.request(kind::WRITE, fua, target)?;
     let mut left = target.length as usize;
     while left > 0 {
@@ -77,14 +77,14 @@ struct Connection {
     stream: File,
     /// Each request is noted with itself.
     session: ClientSession<RequestHead>,
-    offer: Offer,
     /// For what is written, one slice at a time.
     pool: Pool,
     server: String,
 }
 
 impl Connection {
-    fn open(target: &Target) -> Result<Self, Error> {
+    /// Connects, and returns what the server offers, which the range lies inside.
+    fn open(target: &Target) -> Result<(Self, Offer), Error> {
         let server = target.server.to_string();
         let fd: OwnedFd = match &target.server {
             Endpoint::Tcp(addr) => connect_tcp(target.bind, *addr)?.into(),
@@ -95,36 +95,40 @@ impl Connection {
         let mut connection = Self {
             stream: File::from(fd),
             session: ClientSession::new(target.export.clone()),
-            offer: Offer { size: 0, flags: 0 },
             pool: Pool::new(SLICE),
             server,
         };
+        let offer = connection.handshake()?;
+        set_limits(&connection.stream.as_fd(), REQUEST_LIMIT)
+            .map_err(|error| Error(format!("{}: cannot set a limit: {error}", connection.server)))?;
+        if target.offset.saturating_add(u64::from(target.length)) > offer.size {
+            return Err(Error(format!(
+                "{}: {} bytes at offset {} go beyond the end of the export, which has {} bytes",
+                connection.server, target.length, target.offset, offer.size
+            )));
+        }
+        Ok((connection, offer))
+    }
+
+    fn handshake(&mut self) -> Result<Offer, Error> {
         let give_up = Instant::now() + GREETING_LIMIT;
         let mut offer = None;
-        while offer.is_none() {
+        loop {
+            if let Some(offer) = offer {
+                return Ok(offer);
+            }
             // The limit of the socket is one for each byte; a byte now and then must not make the handshake endless.
             if Instant::now() >= give_up {
                 let limit_s = GREETING_LIMIT.as_secs();
-                return Err(Error(format!("{}: the handshake took longer than {limit_s} s", connection.server)));
+                return Err(Error(format!("{}: the handshake took longer than {limit_s} s", self.server)));
             }
-            connection.events(|event| {
+            self.events(|event| {
                 if let Event::Export(found) = event {
                     offer = Some(found);
                 }
                 Ok(())
             })?;
         }
-        connection.offer = offer.unwrap_or(connection.offer);
-        set_limits(&connection.stream.as_fd(), REQUEST_LIMIT)
-            .map_err(|error| Error(format!("{}: cannot set a limit: {error}", connection.server)))?;
-        let size = connection.offer.size;
-        if target.offset.saturating_add(u64::from(target.length)) > size {
-            return Err(Error(format!(
-                "{}: {} bytes at offset {} go beyond the end of the export, which has {size} bytes",
-                connection.server, target.length, target.offset
-            )));
-        }
-        Ok(connection)
     }
 
     fn request(&mut self, kind: u16, flags: u16, target: &Target) -> Result<(), Error> {

@@ -1,4 +1,4 @@
-//! Files: holes, locks, hints, and the rights of what is created.
+//! Files: holes, locks, hints, and the permissions of what is created.
 
 use super::{check, retry};
 use std::ffi::c_int;
@@ -23,19 +23,19 @@ fn fallocate(file: &File, mode: c_int, offset: u64, length: u64) -> io::Result<(
     retry(|| check(unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, length) })).map(drop)
 }
 
-/// Deallocates a range of a file, which then reads as zeroes; its size stays. EOPNOTSUPP where the file system has no
-/// holes; EINVAL when a block device is asked for a part of a block.
+/// Deallocates a range of a file, which then reads as zeroes; the size stays. EOPNOTSUPP where the file system has no
+/// holes; EINVAL for a part of a block of a block device.
 pub fn punch_hole(file: &File, offset: u64, length: u64) -> io::Result<()> {
     fallocate(file, PUNCH_HOLE, offset, length)
 }
 
-/// Makes a range of a file read as zeroes and keeps it allocated; its size stays. Errors as for [`punch_hole`].
+/// Makes a range of a file read as zeroes and keeps it allocated; the size stays. Errors as for [`punch_hole`].
 pub fn zero_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
     fallocate(file, ZERO_RANGE, offset, length)
 }
 
-/// Locks a whole file until it is closed (`flock`): together with others, or alone, which also ends an own lock together
-/// with others. False: somebody else's lock is in the way.
+/// Locks a whole file (`flock`), exclusively if `alone`, otherwise shared, until it is closed or locked again. Does not
+/// wait: false when somebody else's lock is in the way.
 pub fn try_lock(file: &File, alone: bool) -> io::Result<bool> {
     let operation = if alone { libc::LOCK_EX } else { libc::LOCK_SH } | libc::LOCK_NB;
     // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.
@@ -63,8 +63,8 @@ fn seek(file: &File, offset: u64, whence: c_int) -> io::Result<u64> {
     u64::try_from(position).map_err(|_| io::Error::last_os_error())
 }
 
-/// Where data begins at or after `offset`, or `None` when there is none up to the end of the file. A file system that
-/// knows no holes says `offset`. Moves the position of the file.
+/// Where data begins at or after `offset`, or `None` when there is none up to the end of the file. On a file system without
+/// holes that is `offset`. Moves the position of the file.
 pub fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
     match seek(file, offset, libc::SEEK_DATA) {
         Ok(position) => Ok(Some(position)),
@@ -78,7 +78,7 @@ pub fn seek_hole(file: &File, offset: u64) -> io::Result<u64> {
     seek(file, offset, libc::SEEK_HOLE)
 }
 
-/// Runs `create` so that what it creates in the file system is this user's alone.
+/// Runs `create` so that only this user may use what it creates in the file system.
 pub fn with_private_umask<T>(create: impl FnOnce() -> T) -> T {
     // SAFETY: `umask` takes a number, gives one back, and cannot fail.
     let previous = unsafe { libc::umask(0o177) };

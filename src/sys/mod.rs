@@ -1,7 +1,7 @@
 //! The only unsafe code: calls of the C library that std has no words for, behind safe signatures.
 //!
-//! Nothing here keeps state besides a [`SignalFd`] and a [`ring::Ring`], and nothing knows what its callers are for.
-//! This file has what concerns the process as a whole, waiting included, and what the others are made with.
+//! It keeps no state besides a [`SignalFd`] and a [`ring::Ring`], and does not know what its callers want. This file has
+//! the clock, waiting, signals and limits of the process; the other files have the rest.
 
 #![allow(unsafe_code)]
 
@@ -30,7 +30,7 @@ fn check(result: c_int) -> io::Result<c_int> {
     Ok(result)
 }
 
-/// Repeats a call that a signal cut short before it did anything.
+/// Repeats a call that a signal interrupted before it did anything.
 fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -40,7 +40,7 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     }
 }
 
-/// Milliseconds of the monotonic clock (it starts at boot and is never set).
+/// Milliseconds of the monotonic clock, which starts at boot and is never set.
 pub fn monotonic_ms() -> u64 {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `now` is a valid timespec for the call to fill. It cannot fail: Linux always has this clock.
@@ -50,7 +50,7 @@ pub fn monotonic_ms() -> u64 {
     seconds * 1000 + nanoseconds / 1_000_000
 }
 
-/// True when one of `events`, an error or a hang-up is there within `timeout_ms`.
+/// True when one of `events`, an error or a hang-up comes within `timeout_ms`.
 fn poll_one(fd: BorrowedFd, events: c_short, timeout_ms: c_int) -> io::Result<bool> {
     let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
     // SAFETY: `entry` is one valid pollfd, as the count says, and its descriptor is open while it is borrowed.
@@ -87,8 +87,8 @@ pub struct SignalFd {
 }
 
 impl SignalFd {
-    /// Takes the stop signals away from their default action, for good, and makes them readable here. To be called
-    /// while the process has one thread: others would have to block the signals themselves.
+    /// Blocks the stop signals for good and makes them readable here. Call it while the process has a single thread: any
+    /// other would have to block them too.
     pub fn new() -> io::Result<Self> {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: `sigemptyset` initialises the set it is given, and cannot fail on a valid pointer.
@@ -123,8 +123,8 @@ impl SignalFd {
     }
 }
 
-/// True for a signal that whoever started the process wants ignored, as `nohup` does with SIGHUP. Blocked, it would come
-/// all the same.
+/// True for a signal that the parent process has set to be ignored, as `nohup` does with SIGHUP. If it were blocked, it
+/// would be read here all the same.
 fn is_ignored(signal: c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: no action is set, and `action` is valid for the old one, which is plain data.
@@ -150,14 +150,14 @@ pub fn signal_name(signal: i32) -> &'static str {
     }
 }
 
-/// Makes a write beyond the limit on file sizes (`ulimit -f`) an error, as any other, rather than the end of the process.
+/// Makes a write beyond the limit of file sizes (`ulimit -f`) an error like any other, not the end of the process.
 pub fn ignore_file_size_signal() {
     // SAFETY: SIG_IGN is a valid disposition, and no handler of this process is replaced.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// Lets the process open `wanted` descriptors, or as many as it may without privileges. Never lowers the limit. Returns
-/// the limit that now holds.
+/// the new limit.
 pub fn raise_descriptor_limit(wanted: u64) -> io::Result<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a valid rlimit for the call to fill.

@@ -1,4 +1,4 @@
-//! Sockets: what every TCP connection is set to, and connections that begin without waiting.
+//! Sockets: options, deadlines, and connections that start without waiting.
 
 // The kernel's types for lengths and address families are narrower than those of their constants.
 #![allow(clippy::cast_possible_truncation)]
@@ -11,13 +11,13 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-/// Seconds a connection is silent before the kernel asks whether its peer is still there.
+/// Seconds of silence after which the kernel probes whether the peer is still there.
 const KEEPALIVE_IDLE_S: c_int = 30;
 
-/// Seconds between two such questions.
+/// Seconds between two probes.
 const KEEPALIVE_INTERVAL_S: c_int = 10;
 
-/// Unanswered questions after which the connection is dead: with the above, a lost host is noticed within a minute.
+/// Unanswered probes after which the connection counts as dead: a lost host is noticed within a minute.
 const KEEPALIVE_PROBES: c_int = 3;
 
 fn set_option<T: Copy>(fd: BorrowedFd, level: c_int, name: c_int, value: T) -> io::Result<()> {
@@ -26,7 +26,7 @@ fn set_option<T: Copy>(fd: BorrowedFd, level: c_int, name: c_int, value: T) -> i
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), length) }).map(drop)
 }
 
-/// What every TCP connection gets: small replies leave at once, and a peer that vanished is noticed within a minute.
+/// Sets up a TCP connection: small replies leave at once, and a peer that vanished is noticed within a minute.
 pub fn set_tcp_options(fd: BorrowedFd) -> io::Result<()> {
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1 as c_int)?;
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, KEEPALIVE_IDLE_S)?;
@@ -35,8 +35,7 @@ pub fn set_tcp_options(fd: BorrowedFd) -> io::Result<()> {
     set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1 as c_int)
 }
 
-/// Bounds how long one blocking read or write of a socket may wait. Over it, they fail with
-/// [`ErrorKind::WouldBlock`].
+/// Bounds how long one blocking read or write of a socket may wait. After that it fails with [`io::ErrorKind::WouldBlock`].
 pub fn set_io_timeout(fd: BorrowedFd, limit: Duration) -> io::Result<()> {
     let seconds = libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX);
     let value = libc::timeval { tv_sec: seconds, tv_usec: libc::suseconds_t::from(limit.subsec_micros()) };
@@ -44,7 +43,7 @@ pub fn set_io_timeout(fd: BorrowedFd, limit: Duration) -> io::Result<()> {
     set_option(fd, libc::SOL_SOCKET, libc::SO_SNDTIMEO, value)
 }
 
-/// Runs `call` on the address in the form the kernel takes; the pointer is good for the length, while `call` runs.
+/// Runs `call` on the address in the kernel's form. The pointer is valid for the length, while `call` runs.
 fn with_raw_address<T>(address: SocketAddr, call: impl FnOnce(*const libc::sockaddr, libc::socklen_t) -> T) -> T {
     match address {
         SocketAddr::V4(v4) => {
@@ -70,7 +69,7 @@ fn with_raw_address<T>(address: SocketAddr, call: impl FnOnce(*const libc::socka
 }
 
 /// Starts a connection to `to`, from the address `bind` if given, and does not wait for it: the stream is non-blocking
-/// and may still be connecting. It becomes writable when that has ended; `TcpStream::take_error` then says how.
+/// and may still be connecting. When it becomes writable, that is over, and `TcpStream::take_error` says how it went.
 pub fn connect_tcp(bind: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream> {
     let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let kind = libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
