@@ -1,8 +1,8 @@
 //! Memory for bytes on their way between a socket and the disk.
 //!
-//! A [`Buffer`] is a fixed piece of memory with a filled window. It is moved, never shared: a session fills it from
-//! the socket, a disk operation owns it until it is done, the outbox owns it until the socket has taken it.
-//! A [`Pool`] hands buffers out and takes them back, and holds the memory of all clients together under one cap.
+//! A [`Buffer`] is a fixed piece of memory, a window of which is filled. It is moved, never shared: a session fills it from
+//! the socket, a disk operation owns it until it is done, the outbox owns it until the socket has taken its bytes.
+//! A [`Pool`] hands out buffers and takes them back, and keeps the memory of all clients together under one cap.
 
 /// The largest piece of a payload that is in memory at once, in bytes. Longer requests are streamed in slices.
 pub const SLICE: usize = 256 << 10;
@@ -46,7 +46,7 @@ impl Buffer {
         self.bytes.get(self.start..self.end).unwrap_or_default()
     }
 
-    /// The memory behind the filled bytes, to be written and then reported with [`Buffer::advance`].
+    /// The memory behind the filled bytes, to be written to; [`Buffer::advance`] then counts it as filled.
     pub fn spare(&mut self) -> &mut [u8] {
         self.bytes.get_mut(self.end..).unwrap_or_default()
     }
@@ -97,7 +97,7 @@ impl Buffer {
 
 /// Hands out buffers and takes them back.
 ///
-/// Invariant 2: `allocated` is the memory of every buffer of this pool, handed out or free. It exceeds `cap` only by what
+/// Invariant 2: `allocated` is the memory of all buffers of this pool, handed out or free. It exceeds `cap` only by what
 /// was taken beyond it ([`Pool::take_beyond`], [`Pool::take_reserve`]): for each connection at most one buffer to receive
 /// into (16 KiB while it negotiates, else 4 KiB) and one for a payload (64 KiB for a READ with DF, else 4 KiB), and one
 /// slice for the migration.
@@ -109,7 +109,7 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A pool that owns at most `cap` bytes; it owns none yet.
+    /// A pool of at most `cap` bytes. It owns none yet.
     pub fn new(cap: usize) -> Self {
         Self { free: [const { Vec::new() }; CLASSES.len()], allocated: 0, cap }
     }
@@ -130,15 +130,15 @@ impl Pool {
         self.take(len).or_else(|| CLASSES.iter().take(largest).rev().find_map(|&size| self.take(size)))
     }
 
-    /// An empty buffer of at least `len` bytes, even beyond the cap. For what has to go on while others hold all of the
-    /// pool, and for one buffer at a time: the migration, an option, a READ that must not be cut.
+    /// An empty buffer of at least `len` bytes, even beyond the cap. For whoever has to go on while others have all of the
+    /// pool, and needs one buffer at a time: the migration, an option, a READ that must not be cut.
     pub fn take_beyond(&mut self, len: usize) -> Buffer {
         let capacity = CLASSES.get(Self::class_for(len)).copied().unwrap_or(SLICE);
         self.take(len).unwrap_or_else(|| self.allocate(capacity))
     }
 
-    /// An empty buffer of the smallest size, even beyond the cap. For a connection that holds no other buffer, so that
-    /// each goes on, in small steps, while others hold all of the pool.
+    /// An empty buffer of the smallest size, even beyond the cap. For a connection without any other buffer, so that each
+    /// goes on, in small steps, while others have all of the pool.
     pub fn take_reserve(&mut self) -> Buffer {
         self.take_beyond(1)
     }
@@ -154,12 +154,12 @@ impl Pool {
         }
     }
 
-    /// Moves what is filled into the smallest buffer that holds it, so that a few bytes do not keep a large one.
+    /// Moves the filled bytes to the smallest buffer in which they fit, so that a few do not occupy a large one.
     pub fn shrink(&mut self, buffer: Buffer) -> Buffer {
         self.resize(buffer.len(), buffer)
     }
 
-    /// Moves what is filled into a buffer of at least `len` bytes, if there is one; else returns the buffer, compacted.
+    /// Moves the filled bytes to a buffer of at least `len` bytes, if there is one; else returns the same one, compacted.
     pub fn grow(&mut self, len: usize, buffer: Buffer) -> Buffer {
         self.resize(len.max(buffer.len()), buffer)
     }
@@ -175,7 +175,7 @@ impl Pool {
         other
     }
 
-    /// The bytes of memory that could be handed out now.
+    /// How many bytes could be handed out now.
     pub fn available(&self) -> usize {
         let free: usize = self.free.iter().flatten().map(Buffer::capacity).sum();
         self.cap.saturating_sub(self.allocated) + free

@@ -1,8 +1,8 @@
 //! A deadline and its one entry in the wheel.
 //!
-//! The wheel forgets nothing that was armed, so a slot whose deadline moves would leave an entry behind with each move.
-//! Instead it keeps its true deadline to itself and arms the wheel only when that is earlier than the entry there is. When
-//! an entry fires, the slot looks at the true deadline and arms again.
+//! The wheel never forgets an entry, so a slot that armed it with every change of its deadline would leave entries behind.
+//! Instead the slot keeps its true deadline to itself, and arms the wheel only for a time before that of its entry. When
+//! the entry fires, the slot looks at the true deadline and arms again.
 
 use super::slots::Key;
 use super::wheel::Wheel;

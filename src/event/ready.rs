@@ -1,16 +1,16 @@
 //! What an edge-triggered poll has reported about one socket.
 //!
-//! Poll reports each change once; [`Ready`] keeps the report until an operation has met its end.
+//! Poll reports each change once; [`Ready`] remembers it until an operation finds that it no longer holds.
 
 use mio::event::Event;
 use std::io::{self, ErrorKind};
 
 /// What one socket is known to be ready for.
 ///
-/// Invariant 1: a bit that is clear is set again by an event. So `readable` stays set once the peer has closed its
-/// side, because nothing happens to the socket after that: the end of stream must be read without being announced.
+/// Invariant 1: an event will set a bit that is clear. No event follows once the peer has closed its side, so from then on
+/// `readable` stays set until the end of stream was read.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
-#[allow(clippy::struct_excessive_bools)] // bits that a poll reports, independent of each other
+#[allow(clippy::struct_excessive_bools, reason = "a poll reports each on its own")]
 pub struct Ready {
     readable: bool,
     writable: bool,
@@ -21,7 +21,7 @@ pub struct Ready {
 impl Ready {
     /// Adds what `event` reports. An error counts as ready for both: the next operation meets it and says which.
     ///
-    /// A socket that connects is registered only once the connection is under way; before that it looks closed.
+    /// Register a socket only once it has started to connect: before that it looks closed.
     pub fn note(&mut self, event: &Event) {
         self.read_closed |= event.is_read_closed();
         self.hung_up |= event.is_write_closed();
@@ -29,7 +29,7 @@ impl Ready {
         self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
     }
 
-    /// True when the peer is gone: it takes nothing any more.
+    /// True when the peer is gone and takes nothing any more.
     pub fn hung_up(self) -> bool {
         self.hung_up
     }
@@ -44,23 +44,23 @@ impl Ready {
         self.writable
     }
 
-    /// Notes that a read would block, or that a stream gave less than was asked for, which means the same unless the
-    /// peer has closed (invariant 1).
+    /// Notes that a stream gave less than was asked for: the next read would block, unless the peer has closed
+    /// (invariant 1).
     pub fn clear_readable(&mut self) {
         self.readable = self.read_closed;
     }
 
-    /// Notes that a write would block, or that a stream took less than was offered, which means the same.
+    /// Notes that a stream took less than was offered: the next write would block.
     pub fn clear_writable(&mut self) {
         self.writable = false;
     }
 
-    /// The end of the stream has been read: nothing more will come.
+    /// Notes that the end of stream was read: nothing more will come.
     pub fn note_end_of_stream(&mut self) {
         (self.readable, self.read_closed) = (false, false);
     }
 
-    /// Takes an error of a read that was tried. What only means «later» is noted; anything else is given back.
+    /// Takes the error of a read. «Later» and «again» are dealt with; anything else is returned.
     pub fn failed_read(&mut self, error: io::Error) -> io::Result<()> {
         match error.kind() {
             ErrorKind::WouldBlock => (self.readable, self.read_closed) = (false, false),
@@ -70,7 +70,7 @@ impl Ready {
         Ok(())
     }
 
-    /// Takes an error of a write that was tried. What only means «later» is noted; anything else is given back.
+    /// Takes the error of a write. «Later» and «again» are dealt with; anything else is returned.
     pub fn failed_write(&mut self, error: io::Error) -> io::Result<()> {
         match error.kind() {
             ErrorKind::WouldBlock => self.writable = false,

@@ -1,11 +1,11 @@
-//! The slots that could go on although no event will say so, each once.
+//! The slots that can go on although no event will say so, each once.
 
 use super::slots::Key;
 
 /// The slots that have work, in the order in which they came.
 ///
-/// Invariant: `queued[i]` is the key pushed last of those in `queue` whose index is `i`, and `None` when there is
-/// none. So a live key is in the queue at most once; one of an older generation does not keep its successor out.
+/// Invariant 1: `queued[i]` is the last of the keys in `queue` whose index is `i`, or `None` when there is none. So a live
+/// key is in the queue at most once, and one of an older generation does not keep its successor out.
 #[derive(Debug, Default)]
 pub struct RunQueue {
     queue: Vec<Key>,
@@ -13,8 +13,8 @@ pub struct RunQueue {
 }
 
 impl RunQueue {
-    /// Puts `key` at the end, unless it is queued already. The keys are those of one [`super::slots::Slots`], so that
-    /// their indices are small.
+    /// Puts `key` at the end, unless it is in the queue. All keys must be of one [`super::slots::Slots`], so that their
+    /// indices are small.
     pub fn push(&mut self, key: Key) {
         if self.queued.len() <= key.index() {
             self.queued.resize(key.index() + 1, None);
@@ -27,8 +27,8 @@ impl RunQueue {
         }
     }
 
-    /// Moves all keys into `batch`, in order, in place of what it held. What is pushed from now on belongs to the next
-    /// batch. The two exchange their memory, so that a caller who keeps `batch` allocates nothing.
+    /// Moves all keys into `batch`, in order, and drops what was there. What is pushed from then on belongs to the next batch.
+    /// The two swap their memory, so a caller that keeps `batch` allocates nothing.
     pub fn take_batch(&mut self, batch: &mut Vec<Key>) {
         batch.clear();
         std::mem::swap(&mut self.queue, batch);
@@ -39,7 +39,7 @@ impl RunQueue {
         }
     }
 
-    /// Queues everything that another queue holds, which is empty then.
+    /// Moves all keys of another queue to the end of this one.
     pub fn append(&mut self, other: &mut Self) {
         for key in other.queue.drain(..) {
             if let Some(queued) = other.queued.get_mut(key.index()) {

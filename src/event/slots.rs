@@ -1,7 +1,7 @@
 //! A slab whose keys are never mistaken for those of a slot that came later.
 //!
-//! Invariant 1: no two keys handed out by one [`Slots`] are equal, until 2^32 more insertions have passed; a key would
-//! have to be kept that long, and meet its own index again, to find a slot that is not its own.
+//! Invariant 1: no two keys of one [`Slots`] are equal, as long as fewer than 2^32 insertions lie between them. A key would
+//! have to be kept that long, and its index be in use just then, to find a slot that is not its own.
 
 use std::fmt;
 
@@ -16,34 +16,34 @@ pub struct Key {
 }
 
 impl Key {
-    /// The key as a number, for interfaces that carry one along.
+    /// The key as a number, for interfaces that pass a number along.
     pub fn to_u64(self) -> u64 {
         u64::from(self.generation) << 32 | u64::from(self.index)
     }
 
-    /// The key that [`Key::to_u64`] made this number of.
+    /// The key from which [`Key::to_u64`] made this number.
     pub fn from_u64(number: u64) -> Self {
         Self { index: (number & 0xffff_ffff) as u32, generation: (number >> 32) as u32 }
     }
 
     /// The key as the token under which its slot is registered with poll.
     pub fn token(self) -> Token {
-        // By way of bytes, so that a target whose usize is not 64 bits wide does not compile.
+        // By way of bytes, so that this does not compile for a target whose usize is not 64 bits wide.
         Token(usize::from_ne_bytes(self.to_u64().to_ne_bytes()))
     }
 
-    /// The key that [`Key::token`] made this token of.
+    /// The key from which [`Key::token`] made this token.
     pub fn from_token(token: Token) -> Self {
         Self::from_u64(u64::from_ne_bytes(token.0.to_ne_bytes()))
     }
 
-    /// The place of its slot, small and soon used again.
+    /// The place of its slot: a small number that is soon used again.
     pub(super) fn index(self) -> usize {
         self.index as usize
     }
 }
 
-/// The index alone: short, and unique among what is alive.
+/// Only the index: short, and unique among the slots that are there.
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.index.fmt(f)
@@ -70,8 +70,8 @@ impl<T> Default for Slots<T> {
 }
 
 impl<T> Slots<T> {
-    /// Inserts the value that `make` makes of its own key, such as a socket registered under it. When `make` fails,
-    /// nothing is inserted, the error is handed on, and the key is not used again.
+    /// Inserts the value that `make` makes for its key, such as a socket registered under it. When `make` fails, nothing is
+    /// inserted, the error is returned and the key is not used again.
     pub fn try_insert_with<E>(&mut self, make: impl FnOnce(Key) -> Result<T, E>) -> Result<Key, E> {
         let generation = self.next_generation;
         self.next_generation = generation.wrapping_add(1);
@@ -91,7 +91,7 @@ impl<T> Slots<T> {
         self.slab.get_mut(key.index()).filter(|slot| slot.generation == key.generation).map(|slot| &mut slot.value)
     }
 
-    /// Takes the value of `key` out, if it is still there. From now on the key finds nothing.
+    /// Removes the value of `key`, if it is still there. From then on the key finds nothing.
     pub fn remove(&mut self, key: Key) -> Option<T> {
         self.get(key)?;
         self.slab.try_remove(key.index()).map(|slot| slot.value)

@@ -1,15 +1,15 @@
 //! A hierarchical timer wheel: deadlines in milliseconds, found in order, armed in constant time.
 //!
-//! Level `l` has 64 slots of 64^l ms each. An entry lies on the lowest level on which its slot is not the one that holds
-//! the present; when the present reaches a slot of a higher level, its entries move down, until they lie on level 0,
-//! where a slot is one millisecond.
+//! Level `l` has 64 slots of 64^l ms each. An entry lies on the lowest level on which its slot is not that of the present.
+//! When the present reaches a slot of a higher level, its entries move down, in the end to level 0, where a slot is one
+//! millisecond.
 //!
-//! The wheel is lazy: an entry is never removed or moved. Whoever armed it keeps the true deadline, compares when the
-//! entry fires, and arms it again if it fired too early. So a deadline put off costs a store and nothing else.
+//! The wheel is lazy: an entry is never cancelled or postponed. Whoever armed it keeps the true deadline, compares when the
+//! entry fires, and arms again if that was too early (see [`super::alarm`]). So postponing a deadline costs one store.
 //!
 //! - Invariant 1: no entry lies before the present; [`Wheel::arm`] raises a deadline that has passed.
-//! - Invariant 2: on levels above 0, the slot that holds the present is empty. So every occupied slot of a level lies
-//!   ahead, and before every occupied slot of the levels above it.
+//! - Invariant 2: on levels above 0, the slot of the present is empty. So every occupied slot of a level lies ahead, and
+//!   before every occupied slot of the levels above.
 //! - Invariant 3: bit `s` of `occupied` is set exactly when `heads[s]` names an entry.
 
 use slab::Slab;
@@ -22,7 +22,10 @@ const SLOTS: u64 = 64;
 /// log2 of [`SLOTS`].
 const SLOT_BITS: usize = 6;
 
-/// Five levels cover 12 days, longer than any deadline of a server; a sixth would only cost memory.
+const _: () =
+    assert!(SLOTS == u64::BITS as u64 && SLOTS == 1 << SLOT_BITS, "one bit a slot, and so many bits of a time");
+
+/// Five levels reach 12 days ahead, further than any deadline of a server.
 const LEVELS: usize = 5;
 
 /// How far ahead an entry can lie, in milliseconds: all slots of the last level but the present one (invariant 2).
@@ -46,7 +49,7 @@ struct Level {
 
 /// Deadlines and the keys they belong to.
 ///
-/// One list of entries a slot, all in one piece of memory, which is as large as the most entries there ever were.
+/// The entries of a slot form a list. All of them are in one piece of memory, as large as the most entries there ever were.
 #[derive(Debug)]
 pub struct Wheel {
     now_ms: u64,
@@ -55,7 +58,7 @@ pub struct Wheel {
 }
 
 impl Wheel {
-    /// A wheel without entries whose present is `now_ms`.
+    /// A wheel without entries, whose present is `now_ms`.
     pub fn new(now_ms: u64) -> Self {
         Self { now_ms, levels: [Level { occupied: 0, heads: [NONE; 1 << SLOT_BITS] }; LEVELS], entries: Slab::new() }
     }
@@ -68,9 +71,9 @@ impl Wheel {
         self.link(entry);
     }
 
-    /// When to call [`Wheel::expire`] next, in milliseconds, or `None` without entries. Never later than the earliest
-    /// deadline. It is earlier while that lies on a higher level: then it is the start of its slot, where its entries
-    /// move down and nothing may fire. That happens at most once a level, so an entry costs at most four such wake-ups.
+    /// When to call [`Wheel::expire`] next, in milliseconds, or `None` without entries. It is never after the earliest
+    /// deadline. While that lies on a higher level, it is the start of its slot: entries move down then, and perhaps none
+    /// fires. An entry costs at most one such wake-up a level, that is four.
     pub fn next_expiry(&self) -> Option<u64> {
         self.levels.iter().enumerate().find_map(|(number, level)| {
             let present = self.now_ms >> shift(number);
@@ -80,8 +83,8 @@ impl Wheel {
         })
     }
 
-    /// Moves the present on to `now_ms` and appends the key of every entry due by then to `fired`, in no particular
-    /// order. The cost depends on the entries that fire or move, not on the time that has passed. A `now_ms` before the
+    /// Moves the present on to `now_ms` and appends to `fired` the key of every entry that is due, in no particular order.
+    /// What it costs depends on the entries that fire or move, not on the time that has passed. A `now_ms` before the
     /// present counts as the present.
     pub fn expire(&mut self, now_ms: u64, fired: &mut Vec<Key>) {
         let before_ms = self.now_ms;
@@ -103,7 +106,7 @@ impl Wheel {
         self.levels.get(number).map_or(0, |level| level.occupied & passed)
     }
 
-    /// Fires the entries of a slot that are due and links the others anew, all on lower levels (invariant 2).
+    /// Fires the entries of a slot that are due and moves the others to lower levels (invariant 2).
     fn empty_slot(&mut self, number: usize, slot: u32, fired: &mut Vec<Key>) {
         let Some(level) = self.levels.get_mut(number) else { return };
         let Some(head) = level.heads.get_mut(slot as usize) else { return };
@@ -121,7 +124,7 @@ impl Wheel {
         }
     }
 
-    /// Puts an entry at the head of the slot where it belongs as seen from the present.
+    /// Puts an entry at the head of the slot where it belongs, as seen from the present.
     fn link(&mut self, index: usize) {
         let Some(entry) = self.entries.get_mut(index) else { return };
         debug_assert!(self.now_ms <= entry.deadline_ms, "invariant 1");
@@ -145,8 +148,8 @@ fn slot_of(time: u64) -> u32 {
     (time % SLOTS) as u32
 }
 
-/// The lowest level on which the two times lie in different slots, 0 if there is none. The last level also takes what
-/// differs only beyond it: within [`SPAN_MS`] its slots still differ.
+/// The lowest level on which the slot of the deadline is not that of the present; 0 if there is none. The last level also
+/// takes what differs only beyond it: within [`SPAN_MS`] the slots of that level differ too.
 fn level_of(now_ms: u64, deadline_ms: u64) -> usize {
     let highest_bit = (now_ms ^ deadline_ms).checked_ilog2().unwrap_or(0) as usize;
     (highest_bit / SLOT_BITS).min(LEVELS - 1)
