@@ -8,26 +8,25 @@
 //!     └── 1 s ─ no attempt <───┘  once started; a failure before that is answered and ends it
 //! ```
 
+use super::attempt::{Asked, Attempt, Stage, Task};
 use super::dial::{Destination, Dial, Failure};
 use super::effect::Effect;
 use super::life::Life;
 use super::reason::{Next, Reason};
 use super::shared::Shared;
 use super::socket::Socket;
-use crate::buffer::{Buffer, SLICE};
+use crate::buffer::SLICE;
 use crate::command::{Answer, Ending};
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
 use crate::logging::Throttle;
-use crate::migrate::{Abilities, Plan, Progress, Step, DATA_MAX};
+use crate::migrate::{Abilities, Plan, Progress, Step};
 use crate::proto::client::Event;
-use crate::proto::error::Errno;
 use crate::proto::export::Offer;
 use crate::proto::wire::{kind, transmission};
-use crate::work::{Action, Done, Extent, Op};
+use crate::work::{Action, Done, Extent};
 use log::{info, warn};
 use std::fmt;
-use std::ops::Range;
 
 /// How long after a failure the next attempt begins, in milliseconds.
 const RETRY_MS: u64 = 1_000;
@@ -54,79 +53,6 @@ pub struct Settings {
     pub request_limit_ms: u64,
 }
 
-/// What an unanswered request was for.
-#[derive(Debug)]
-enum Asked {
-    Range(Range<u64>),
-    Flush,
-}
-
-/// Where an attempt stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Dialling,
-    Copying,
-    /// DISC is on its way to the socket. Where the file is gone, the copy at the destination counts already.
-    Committing {
-        unlinked: bool,
-    },
-    /// DISC has gone, and the destination has to close.
-    Leaving,
-}
-
-/// What an operation of the disk is for.
-#[derive(Debug)]
-enum Task {
-    /// Data of this range.
-    Read(Range<u64>),
-    /// The answer to a [`Step::Look`] at this offset.
-    Look(u64),
-}
-
-/// One connection to the destination, and what is under way on its behalf.
-#[derive(Debug)]
-struct Attempt {
-    dial: Dial<Asked>,
-    stage: Stage,
-    can: Abilities,
-    /// Operations the disk has, by their tags.
-    tasks: Vec<(u32, Task)>,
-    /// Memory of data that the disk fills, in bytes.
-    reading: usize,
-}
-
-impl Attempt {
-    /// Memory of data that the disk fills or that waits to be sent, in bytes.
-    fn buffered(&self) -> usize {
-        self.reading + self.dial.session.buffered()
-    }
-
-    /// True when something that moves says that the destination is alive. A FLUSH that everything else has overtaken is
-    /// waited for by itself.
-    fn counts_progress(&self) -> bool {
-        self.stage == Stage::Copying && !matches!(self.dial.session.oldest(), Some(Asked::Flush))
-    }
-
-    /// Queues a request without a payload.
-    fn send_request(&mut self, kind: u16, range: Range<u64>) {
-        let length = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
-        self.dial.session.command(kind, 0, range.start, length, Asked::Range(range));
-    }
-
-    /// Queues a WRITE of what is filled in `buffer`.
-    fn send_data(&mut self, range: Range<u64>, buffer: Buffer) {
-        self.send_request(kind::WRITE, range);
-        self.dial.session.push_payload(buffer);
-    }
-
-    /// Hands an operation to the disk, which has room for it.
-    fn submit(&mut self, action: Action, task: Task, tag: u32, key: Key, sh: &mut Shared) {
-        let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
-        debug_assert!(taken.is_ok(), "it had room");
-        self.tasks.push((tag, task));
-    }
-}
-
 /// The migration.
 #[derive(Debug)]
 pub struct Mirror {
@@ -143,8 +69,8 @@ pub struct Mirror {
     /// When the plan wants to be asked again.
     wake_ms: Option<u64>,
     alarm: Alarm,
-    /// Of the next operation, so that those of an attempt that is over are told apart.
-    next_tag: u32,
+    /// Of the last operation, so that those of an attempt that is over are told apart.
+    last_tag: u32,
     failures: Throttle,
 }
 
@@ -161,7 +87,7 @@ impl Mirror {
             deadline_ms: u64::MAX,
             wake_ms: None,
             alarm: Alarm::default(),
-            next_tag: 0,
+            last_tag: 0,
             failures: Throttle::new(FAILURES_LOG_MS, FAILURES_LOGGED),
         };
         mirror.connect(key, sh).map_err(|failure| failure.answer())?;
@@ -170,9 +96,7 @@ impl Mirror {
 
     fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
         self.attempts += 1;
-        let dial = Dial::start(&self.settings.destination, key, sh)?;
-        let can = Abilities::default();
-        self.attempt = Some(Attempt { dial, stage: Stage::Dialling, can, tasks: Vec::new(), reading: 0 });
+        self.attempt = Some(Attempt::new(Dial::start(&self.settings.destination, key, sh)?));
         self.arm(key, sh);
         Ok(Next::Idle)
     }
@@ -201,41 +125,30 @@ impl Mirror {
 
     /// Takes what the disk has done. Data goes out in the write step of the same turn.
     pub fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
-        let Some(attempt) = &mut self.attempt else { return Self::give_back(done, sh) };
-        let Some(at) = attempt.tasks.iter().position(|(tag, _)| *tag == done.tag) else {
-            return Self::give_back(done, sh);
-        };
-        match (attempt.tasks.swap_remove(at).1, done.buffer) {
-            (Task::Read(range), Some(buffer)) => {
-                attempt.reading -= buffer.capacity();
-                if let Err(error) = done.result {
-                    sh.pool.give(buffer);
-                    let why = format!("cannot read the image at offset {}: {error}", range.start);
-                    return self.failed(&Failure::Broken(why), key, sh);
+        let task = self.attempt.as_mut().and_then(|attempt| Some((attempt.take_task(done.tag)?, attempt)));
+        match (task, done.buffer) {
+            (Some((Task::Read(range), attempt)), Some(buffer)) => {
+                match attempt.read_done(range, buffer, done.result, &mut sh.pool) {
+                    Ok(()) => Next::Idle,
+                    Err(why) => self.failed(&why, key, sh),
                 }
-                attempt.send_data(range, buffer);
-                Next::Idle
             }
-            (Task::Look(offset), _) => {
+            (Some((Task::Look(offset), _)), _) => {
                 // What the disk cannot tell counts as data.
                 let found = done.extents.into_iter().next();
                 if let Some(plan) = sh.life.plan() {
-                    let found = found.unwrap_or(Extent { range: offset..u64::MAX, is_hole: false });
-                    plan.note_extent(found);
+                    plan.note_extent(found.unwrap_or(Extent { range: offset..u64::MAX, is_hole: false }));
                 }
                 Next::Again
             }
-            (Task::Read(_), None) => {
-                debug_assert!(false, "a read has a buffer");
+            // It belongs to an attempt that is over.
+            (_, buffer) => {
+                if let Some(buffer) = buffer {
+                    sh.pool.give(buffer);
+                }
                 Next::Idle
             }
         }
-    }
-
-    /// Takes the memory of an operation that belongs to an attempt that is over.
-    fn give_back(done: Done, sh: &mut Shared) -> Next {
-        done.buffer.into_iter().for_each(|buffer| sh.pool.give(buffer));
-        Next::Idle
     }
 
     /// Sends once.
@@ -324,14 +237,7 @@ impl Mirror {
 
     /// What it is doing, in one word.
     pub fn phase(&self, plan: &Plan) -> &'static str {
-        match self.attempt.as_ref().map(|attempt| attempt.stage) {
-            None => "retrying",
-            Some(Stage::Dialling) => "connecting",
-            Some(Stage::Committing { .. } | Stage::Leaving) => "finishing",
-            Some(Stage::Copying) if plan.pauses_clients() => "paused",
-            Some(Stage::Copying) if plan.progress().pass > 1 => "converging",
-            Some(Stage::Copying) => "copying",
-        }
+        self.attempt.as_ref().map_or("retrying", |attempt| attempt.phase(plan))
     }
 
     /// True when the destination keeps to itself how durable what it has is: it offers no FLUSH.
@@ -368,7 +274,7 @@ impl Mirror {
             match attempt.dial.next_event()? {
                 None => return Ok(true),
                 Some(Event::Export(offer)) => self.greeted(offer, key, sh)?,
-                Some(Event::Reply { note, error }) => answered(&note, error, sh)?,
+                Some(Event::Reply { note, error }) => note.answered(error, sh)?,
                 // Nothing is read from the destination.
                 Some(Event::Data { .. }) => {}
             }
@@ -409,7 +315,7 @@ impl Mirror {
         }
         self.wake_ms = None;
         if plan.is_quiescing() {
-            if sh.disk.in_flight() > attempt.tasks.len() {
+            if sh.disk.in_flight() > attempt.in_disk() {
                 return Ok(Next::WaitDisk);
             }
             plan.quiesced();
@@ -424,36 +330,27 @@ impl Mirror {
             }
             // It has to be there before the plan is asked, because what the plan says is to be done has to be done.
             let buffer = if buffered == 0 { Some(sh.pool.take_beyond(SLICE)) } else { sh.pool.take(SLICE) };
-            let Some(mut buffer) = buffer else { return Ok(Next::Idle) };
+            let Some(buffer) = buffer else { return Ok(Next::Idle) };
             let Some(plan) = sh.life.plan() else { return Ok(Next::Idle) };
-            let step = plan.next(sh.now_ms);
-            match step {
+            let step = match plan.next(sh.now_ms) {
                 Step::Data(range) => {
-                    attempt.reading += buffer.capacity();
-                    let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
-                    let action = Action::Read { offset: range.start, length, skip_hole: false, buffer };
-                    attempt.submit(action, Task::Read(range), self.next_tag, key, sh);
-                    self.next_tag = self.next_tag.wrapping_add(1);
+                    self.last_tag = self.last_tag.wrapping_add(1);
+                    attempt.read(range, buffer, self.last_tag, key, sh);
                     continue;
                 }
                 Step::Zero(range) if !attempt.can.zero => {
-                    debug_assert!(range.end - range.start <= DATA_MAX, "zeroes as data come in pieces of data");
-                    let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
-                    if let Some(zeroes) = buffer.spare().get_mut(..length) {
-                        zeroes.fill(0);
-                    }
-                    buffer.advance(length);
-                    attempt.send_data(range, buffer);
+                    attempt.send_zeroes(range, buffer);
                     continue;
                 }
-                _ => sh.pool.give(buffer),
-            }
+                step => step,
+            };
+            sh.pool.give(buffer);
             match step {
                 Step::Look(offset) => {
                     let length = sh.disk.size().saturating_sub(offset);
                     let action = Action::Map { offset, length, most: 1 };
-                    attempt.submit(action, Task::Look(offset), self.next_tag, key, sh);
-                    self.next_tag = self.next_tag.wrapping_add(1);
+                    self.last_tag = self.last_tag.wrapping_add(1);
+                    attempt.submit(action, Task::Look(offset), self.last_tag, key, sh);
                 }
                 Step::Zero(range) => attempt.send_request(kind::WRITE_ZEROES, range),
                 Step::Flush => {
@@ -576,30 +473,6 @@ impl Mirror {
         } else {
             sh.life = Life::Serving;
             sh.effects.push_back(Effect::ResumeClients);
-        }
-    }
-}
-
-/// Takes the reply to a request.
-fn answered(asked: &Asked, error: u32, sh: &mut Shared) -> Result<(), Failure> {
-    if error != 0 {
-        let name = Errno::name(error);
-        return Err(Failure::Broken(format!("the destination answered {asked} with {name} ({error})")));
-    }
-    if let Some(plan) = sh.life.plan() {
-        match asked {
-            Asked::Range(range) => plan.acked(range, sh.now_ms),
-            Asked::Flush => plan.flushed(sh.now_ms),
-        }
-    }
-    Ok(())
-}
-
-impl fmt::Display for Asked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Range(range) => write!(f, "a write of {} bytes at offset {}", range.end - range.start, range.start),
-            Self::Flush => f.write_str("FLUSH"),
         }
     }
 }

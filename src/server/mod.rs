@@ -19,13 +19,15 @@
 //!  mod          the turn                     start, apply, commands, status   opening; effects; what commands do; facts
 //!  reactor      the slots and their queues   slot                             the kinds of slot
 //!  client, control, mirror, listener, signals                                 one kind each
-//!  dial         an outgoing connection       shared                           what every slot is lent
+//!  attempt      one try of a migration       dial                             an outgoing connection
+//!  shared       what every slot is lent
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
 //!  reason, socket, bind, config              why a slot closes; the door to a peer; listening; what to do
 //! ```
 
 mod admit;
 mod apply;
+mod attempt;
 mod bind;
 mod client;
 mod commands;

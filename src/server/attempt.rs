@@ -1,0 +1,184 @@
+//! One attempt of a migration: a connection to the destination, and what is under way on its behalf. To drop it forgets all
+//! of that.
+
+use super::dial::{Dial, Failure};
+use super::shared::Shared;
+use crate::buffer::{Buffer, Pool, SLICE};
+use crate::event::slots::Key;
+use crate::migrate::{Abilities, Plan, DATA_MAX};
+use crate::proto::error::Errno;
+use crate::proto::wire::kind;
+use crate::work::{Action, Op};
+use std::fmt;
+use std::io;
+use std::ops::Range;
+
+/// What an unanswered request was for.
+#[derive(Debug)]
+pub enum Asked {
+    /// A WRITE or `WRITE_ZEROES` of this range.
+    Range(Range<u64>),
+    /// A FLUSH.
+    Flush,
+}
+
+/// Where an attempt stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The connection is being made, or the greeting has not come.
+    Dialling,
+    /// The plan is carried out.
+    Copying,
+    /// DISC is on its way to the socket. Where the file is gone, the copy at the destination counts already.
+    Committing {
+        /// The file here is gone.
+        unlinked: bool,
+    },
+    /// DISC has gone, and the destination has to close.
+    Leaving,
+}
+
+/// What an operation of the disk is for.
+#[derive(Debug)]
+pub enum Task {
+    /// Data of this range.
+    Read(Range<u64>),
+    /// The answer to a [`Step::Look`] at this offset.
+    Look(u64),
+}
+
+/// One connection to the destination, and what is under way on its behalf.
+#[derive(Debug)]
+pub struct Attempt {
+    /// The connection.
+    pub dial: Dial<Asked>,
+    /// Where it stands.
+    pub stage: Stage,
+    /// What the destination can do.
+    pub can: Abilities,
+    /// Operations the disk has, by their tags.
+    tasks: Vec<(u32, Task)>,
+    /// Memory of data that the disk fills, in bytes.
+    reading: usize,
+}
+
+impl Attempt {
+    /// An attempt over a connection that is being made.
+    pub fn new(dial: Dial<Asked>) -> Self {
+        Self { dial, stage: Stage::Dialling, can: Abilities::default(), tasks: Vec::new(), reading: 0 }
+    }
+
+    /// What it is doing, in one word.
+    pub fn phase(&self, plan: &Plan) -> &'static str {
+        match self.stage {
+            Stage::Dialling => "connecting",
+            Stage::Committing { .. } | Stage::Leaving => "finishing",
+            Stage::Copying if plan.pauses_clients() => "paused",
+            Stage::Copying if plan.progress().pass > 1 => "converging",
+            Stage::Copying => "copying",
+        }
+    }
+
+    /// Memory of data that the disk fills or that waits to be sent, in bytes.
+    pub fn buffered(&self) -> usize {
+        self.reading + self.dial.session.buffered()
+    }
+
+    /// True when something that moves says that the destination is alive. A FLUSH that everything else has overtaken is
+    /// waited for by itself.
+    pub fn counts_progress(&self) -> bool {
+        self.stage == Stage::Copying && !matches!(self.dial.session.oldest(), Some(Asked::Flush))
+    }
+
+    /// Queues a request without a payload.
+    pub fn send_request(&mut self, kind: u16, range: Range<u64>) {
+        let length = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
+        self.dial.session.command(kind, 0, range.start, length, Asked::Range(range));
+    }
+
+    /// Queues a WRITE of what is filled in `buffer`.
+    fn send_data(&mut self, range: Range<u64>, buffer: Buffer) {
+        self.send_request(kind::WRITE, range);
+        self.dial.session.push_payload(buffer);
+    }
+
+    /// Hands an operation to the disk, which has room for it.
+    pub fn submit(&mut self, action: Action, task: Task, tag: u32, key: Key, sh: &mut Shared) {
+        let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
+        debug_assert!(taken.is_ok(), "it had room");
+        self.tasks.push((tag, task));
+    }
+
+    /// How many operations the disk has for it.
+    pub fn in_disk(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// What an operation that is done was for; `None` when it was another attempt's.
+    pub fn take_task(&mut self, tag: u32) -> Option<Task> {
+        let at = self.tasks.iter().position(|(own, _)| *own == tag)?;
+        Some(self.tasks.swap_remove(at).1)
+    }
+
+    /// Hands a read of the image to the disk, which has room for it.
+    pub fn read(&mut self, range: Range<u64>, buffer: Buffer, tag: u32, key: Key, sh: &mut Shared) {
+        self.reading += buffer.capacity();
+        let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
+        let action = Action::Read { offset: range.start, length, skip_hole: false, buffer };
+        self.submit(action, Task::Read(range), tag, key, sh);
+    }
+
+    /// Takes what was read, and queues it as a WRITE.
+    pub fn read_done(
+        &mut self,
+        range: Range<u64>,
+        buffer: Buffer,
+        result: io::Result<()>,
+        pool: &mut Pool,
+    ) -> Result<(), Failure> {
+        self.reading -= buffer.capacity();
+        if let Err(error) = result {
+            pool.give(buffer);
+            return Err(Failure::Broken(format!("cannot read the image at offset {}: {error}", range.start)));
+        }
+        self.send_data(range, buffer);
+        Ok(())
+    }
+
+    /// Queues zeroes as a WRITE, for a destination that knows no other way.
+    pub fn send_zeroes(&mut self, range: Range<u64>, mut buffer: Buffer) {
+        debug_assert!(range.end - range.start <= DATA_MAX, "zeroes as data come in pieces of data");
+        let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
+        if let Some(zeroes) = buffer.spare().get_mut(..length) {
+            zeroes.fill(0);
+        }
+        buffer.advance(length);
+        self.send_data(range, buffer);
+    }
+}
+
+impl Asked {
+    /// Takes the reply.
+    pub fn answered(&self, error: u32, sh: &mut Shared) -> Result<(), Failure> {
+        if error != 0 {
+            let name = Errno::name(error);
+            return Err(Failure::Broken(format!("the destination answered {self} with {name} ({error})")));
+        }
+        if let Some(plan) = sh.life.plan() {
+            match self {
+                Self::Range(range) => plan.acked(range, sh.now_ms),
+                Self::Flush => plan.flushed(sh.now_ms),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Asked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Range(range) => write!(f, "a write of {} bytes at offset {}", range.end - range.start, range.start),
+            Self::Flush => f.write_str("FLUSH"),
+        }
+    }
+}
