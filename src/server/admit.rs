@@ -8,7 +8,7 @@ use std::net::IpAddr;
 /// Control connections served at once; further ones wait in the backlog.
 pub const CONTROLS_MAX: usize = 64;
 
-/// How many clients that end badly are logged, one by one, in so many milliseconds; more are counted.
+/// At most so many clients that end badly are logged in this many milliseconds; the rest are counted.
 const BAD_ENDS_LOGGED: u32 = 10;
 const BAD_ENDS_LOG_MS: u64 = 10_000;
 
@@ -21,9 +21,9 @@ pub struct Admission {
     clients_max: usize,
     clients: usize,
     controls: usize,
-    /// What clients that are gone have had done.
+    /// What was done for clients that are gone.
     closed: Tally,
-    /// Clients that end badly are logged, but not as fast as they can come.
+    /// Bounds the log lines about clients that end badly.
     pub bad_ends: Throttle,
 }
 
@@ -71,12 +71,12 @@ impl Admission {
         CONTROLS_MAX.saturating_sub(self.controls)
     }
 
-    /// What clients that are gone have had done.
+    /// What was done for clients that are gone.
     pub fn closed(&self) -> Tally {
         self.closed
     }
 
-    /// A client is gone, having had this much done.
+    /// A client is gone; this was done for it.
     pub fn client_left(&mut self, tally: Tally) {
         self.closed += tally;
         self.clients -= 1;

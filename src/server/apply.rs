@@ -16,7 +16,7 @@ use std::fmt;
 use std::io;
 
 impl Reactor {
-    /// Does what one slot asked of others.
+    /// Carries out what one slot asked of others.
     pub fn apply(&mut self, effect: Effect) -> Result<(), Fatal> {
         match effect {
             Effect::Accepted(listener, socket, peer, purpose) => self.admit(listener, socket, peer, purpose),
@@ -38,7 +38,7 @@ impl Reactor {
                     }
                 }
             }
-            // Each may have requests that no event will announce again.
+            // Each may have requests in its socket or inbox that no event will announce again.
             Effect::ResumeClients => {
                 let clients = self.keys_of(|slot| matches!(slot, Slot::Client(_)));
                 self.run.extend(clients);
@@ -49,7 +49,7 @@ impl Reactor {
         Ok(())
     }
 
-    /// What a sender has sent is durable, or cannot be made so.
+    /// The fdatasync of a received image has ended.
     pub fn sealed(&mut self, result: io::Result<()>) -> Result<(), Fatal> {
         result.map_err(|error| Fatal(format!("cannot make the migrated image durable: {error}")))?;
         let sh = &mut self.shared;
@@ -97,7 +97,7 @@ impl Reactor {
         }
     }
 
-    /// A migration whose own connection comes back in, and what it wants next.
+    /// The migration whose own connection this is, if its destination is this server, and what it wants next.
     fn meets_itself(&mut self, socket: &Socket) -> Option<(Key, Next)> {
         let key = self.shared.life.mirror()?;
         match self.slots.get_mut(key) {

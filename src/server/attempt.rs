@@ -1,5 +1,5 @@
-//! One attempt of a migration: a connection to the destination, and what is under way on its behalf. To drop it forgets all
-//! of that.
+//! One attempt of a migration: a connection to the destination and everything that is under way over it. Dropping the
+//! attempt forgets all of that.
 
 use super::dial::{Dial, Failure};
 use super::shared::Shared;
@@ -84,8 +84,8 @@ impl Attempt {
         self.reading + self.dial.session.buffered()
     }
 
-    /// True when something that moves says that the destination is alive. A FLUSH that everything else has overtaken is
-    /// waited for by itself.
+    /// True when a byte that moves shows that the destination is alive. It does not while the oldest request is a FLUSH,
+    /// which has a deadline of its own.
     pub fn counts_progress(&self) -> bool {
         self.stage == Stage::Copying && !matches!(self.dial.session.oldest(), Some(Asked::Flush))
     }
@@ -114,7 +114,7 @@ impl Attempt {
         self.tasks.len()
     }
 
-    /// What an operation that is done was for; `None` when it was another attempt's.
+    /// Takes what a finished operation was for; `None` when it belonged to an earlier attempt.
     pub fn take_task(&mut self, tag: u32) -> Option<Task> {
         let at = self.tasks.iter().position(|(own, _)| *own == tag)?;
         Some(self.tasks.swap_remove(at).1)

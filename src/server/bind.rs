@@ -13,9 +13,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net;
 use std::path::{Path, PathBuf};
 
-/// How long an address may be on its way to this machine, in milliseconds.
+/// How long to wait for an address that this machine does not have yet, in milliseconds.
 const ADDRESS_WAIT_MS: u64 = 10_000;
-/// How often it is tried meanwhile, in milliseconds.
+/// How often to try meanwhile, in milliseconds.
 const ADDRESS_RETRY_MS: u64 = 250;
 /// A listening socket, and the path that goes with it.
 #[derive(Debug)]

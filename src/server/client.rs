@@ -22,15 +22,15 @@ use std::io::{self, IoSlice, IoSliceMut};
 /// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
 const FAILED_LOG_MS: u64 = 10_000;
 
-/// How long a sender may be silent after that, in milliseconds. A migration at a few bytes per second says less often
-/// that it goes on, but anybody else has gone.
-const NEXT_WRITE_MS: u64 = 600_000;
-/// How far ahead the wheel holds an entry of a client, in milliseconds.
-const ARM_MS: u64 = 1_000;
 /// How long a negotiation may take, in milliseconds.
 const HANDSHAKE_MS: u64 = 10_000;
 /// How long a sender may be connected before its first write, in milliseconds.
 const FIRST_WRITE_MS: u64 = 60_000;
+/// How long a sender may be silent after a write, in milliseconds. Even a migration limited to a few bytes per second
+/// sends more often than that.
+const NEXT_WRITE_MS: u64 = 600_000;
+/// How far ahead the wheel may hold an entry of a client, in milliseconds.
+const ARM_MS: u64 = 1_000;
 
 /// A connected client.
 #[derive(Debug)]
@@ -40,11 +40,11 @@ pub struct Client {
     socket: Socket,
     session: ServerSession,
     opened_ms: u64,
-    /// The session has found no room: it wants another turn when something is completed or sent.
+    /// The session has no room for its next request: it gets another turn when something is completed or sent.
     stalled: bool,
-    /// Since when the gate keeps its next request; that time is not the client's.
+    /// Since when the gate has kept its next request; that time does not count against the client.
     kept_since_ms: Option<u64>,
-    /// For how long the gate has kept it from its negotiation or its first write, in milliseconds.
+    /// How long the gate has kept requests of this client altogether, in milliseconds.
     kept_ms: u64,
     alarm: Alarm,
     failed: Throttle,
@@ -158,12 +158,12 @@ impl Client {
         Next::WaitDisk
     }
 
-    /// The gate keeps what comes next from this client.
+    /// Notes that the gate keeps the next request of this client from now on.
     pub fn keep(&mut self, now_ms: u64) {
         self.kept_since_ms = self.kept_since_ms.or(Some(now_ms));
     }
 
-    /// Takes the time in which the gate has kept the next request off the age of that request.
+    /// Subtracts from the age of the next request the time for which the gate has kept it.
     fn excuse(&mut self, now_ms: u64) {
         if let Some(since_ms) = &mut self.kept_since_ms {
             let ms = now_ms.saturating_sub(std::mem::replace(since_ms, now_ms));
@@ -223,7 +223,7 @@ impl Client {
             (None, _) | (Some(_), Life::Sealing { .. }) => Next::Idle,
             (Some(End::Disconnect), Life::Receiving { incoming, .. }) if incoming.is_complete() => {
                 sh.life.seal(key);
-                // The completion is the server's business: it has to come also when this slot is gone.
+                // The loop takes the completion, because it has to be taken even if this slot is gone by then.
                 let taken = sh.disk.submit(Op { owner: SEAL, tag: 0, action: Action::Flush });
                 debug_assert!(taken.is_ok(), "one sender does not fill the queue");
                 Next::Idle
@@ -241,7 +241,7 @@ impl Client {
         Ok(())
     }
 
-    /// A wheel entry has fired: the true deadline is looked at.
+    /// A wheel entry has fired: looks at the true deadlines and arms the wheel again.
     pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         if !self.alarm.fired(sh.now_ms) {
             return Next::Idle;
@@ -264,14 +264,14 @@ impl Client {
         Next::Idle
     }
 
-    /// Starts the deadlines that run from the beginning.
+    /// Starts the deadlines that run from the moment of connecting.
     pub fn opened(&mut self, key: Key, sh: &mut Shared) {
         if let Some((due_ms, _)) = self.first_step_due(sh) {
             self.arm(due_ms, key, sh);
         }
     }
 
-    /// When a client has to have come to its requests; a sender, to its first write, and then to its next: whoever only
+    /// The deadline of a negotiation; of a sender, that of its first write, then of its next one. A sender that only
     /// connects, or stops, would keep the real one out.
     fn first_step_due(&self, sh: &Shared) -> Option<(u64, Reason)> {
         let since_ms = self.opened_ms.saturating_add(self.kept_ms);

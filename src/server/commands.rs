@@ -1,4 +1,4 @@
-//! What control commands do to the server, and how a migration begins and ends.
+//! What control commands do.
 
 use super::admit::CONTROLS_MAX;
 use super::dial::Destination;
@@ -119,7 +119,7 @@ impl Reactor {
         let now_ms = self.shared.now_ms;
         let plan = self.shared.life.plan().ok_or_else(|| Answer::failed("Not currently mirroring"))?;
         plan.set_limit(limit, now_ms);
-        // It may be waiting for a time that does not count any more.
+        // The migration may be waiting for a time that the old limit had set.
         self.run.extend(self.shared.life.mirror());
         Ok("updated".into())
     }

@@ -13,7 +13,7 @@ use std::io::{IoSlice, IoSliceMut};
 
 /// How long a control connection may take to send its command, and then to take its answer, in milliseconds.
 const DEADLINE_MS: u64 = 10_000;
-/// How much is received at once, in bytes: every sensible command.
+/// How much is received at once, in bytes: a whole command, as a rule.
 const RECEIVE_MAX: usize = 4096;
 
 #[derive(Debug)]
@@ -54,7 +54,7 @@ impl Control {
     /// Receives once; a complete command becomes an effect.
     pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let State::Reading(reader) = &mut self.state else {
-            // Whoever waits for a migration may give up; its place is wanted.
+            // A client that waits for a migration may give up, and others want its place.
             return if self.socket.hung_up() { Next::Close(Reason::HungUp) } else { Next::Idle };
         };
         if !self.socket.readable() {

@@ -45,12 +45,12 @@ impl fmt::Display for Destination {
     }
 }
 
-/// Why a connection is of no use.
+/// Why a connection cannot be used.
 #[derive(Debug)]
 pub enum Failure {
-    /// There was none.
+    /// No connection was made.
     Connect(String),
-    /// There was no greeting in time.
+    /// The greeting did not come in time.
     NoGreeting,
     /// The export is not as large as it has to be.
     Size {
@@ -148,7 +148,7 @@ impl<T> Dial<T> {
         self.socket.note(event);
     }
 
-    /// When it has failed, unless it is open by then.
+    /// When the connection has failed unless it is open by then.
     pub fn deadline_ms(&self) -> Option<u64> {
         (self.stage != Stage::Open).then_some(self.deadline_ms)
     }
@@ -164,7 +164,7 @@ impl<T> Dial<T> {
         }
     }
 
-    /// Finds out whether it is connected, or receives once. False: nothing came, and an event will say when.
+    /// Learns whether the connection was made, or receives once. False: nothing has come yet, and an event will say when.
     pub fn receive(&mut self, now_ms: u64) -> Result<bool, Failure> {
         if self.stage == Stage::Connecting {
             if !self.socket.writable() {

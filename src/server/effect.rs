@@ -12,9 +12,9 @@ pub enum Effect {
     Accepted(Key, Socket, Peer, Purpose),
     /// A control connection has sent a command and waits for the answer.
     Command(Key, Command),
-    /// What a control connection asked for has come to its end.
+    /// The command of this control connection has been carried out.
     Answer(Key, Answer),
-    /// So has the migration, and with it what its waiters wait for.
+    /// The migration has ended: the answer for every control connection that waits for that.
     AnswerWaiters(Answer),
     /// Clients are paused from now on.
     PauseClients,

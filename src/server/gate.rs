@@ -2,7 +2,7 @@
 //!
 //! A migration closes the gate in two ways. Before its end nothing passes at all ([`Life::pauses_clients`]). While
 //! clients change the image faster than it can be sent, what changes the image waits, and the rest passes. Time in which
-//! a request is kept is not the client's: see [`super::client::Client`].
+//! a request is kept does not count against its client.
 
 use super::life::Life;
 use crate::event::run_queue::RunQueue;
@@ -18,7 +18,7 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// What may pass now; `None` is nothing, and clients are not even read from.
+    /// What may pass now. `None`: nothing, and clients are not read from.
     pub fn pass(life: &mut Life, now_ms: u64) -> Option<Pass> {
         if life.pauses_clients() {
             return None;
@@ -27,7 +27,7 @@ impl Gate {
         Some(if keeps_changes { Pass::Reads } else { Pass::Everything })
     }
 
-    /// Counts what has passed, for what it will cost the migration to send it again.
+    /// Charges a change that has passed for what it will cost the migration to send the range again.
     pub fn passed(life: &mut Life, changes: Option<Range<u64>>) {
         if let (Some(plan), Some(range)) = (life.plan(), changes) {
             plan.note_submitted(&range);

@@ -1,4 +1,4 @@
-//! Listening sockets: how they come to be, and accepting from them.
+//! Listening sockets: they accept, and nothing else.
 
 use super::bind::{self, Bound};
 use super::config::{Dialect, Fatal, Purpose};
@@ -21,9 +21,9 @@ use std::path::Path;
 
 /// Connections accepted in one turn: a burst of them must not keep clients waiting.
 const ACCEPTS_PER_TURN: usize = 16;
-/// How long accepting rests when descriptors have run out, in milliseconds.
+/// How long to wait before accepting again when descriptors have run out, in milliseconds.
 const REST_MS: u64 = 200;
-/// How many refused connections are logged, one by one, in so many milliseconds; more are counted.
+/// At most so many refused connections are logged in this many milliseconds; the rest are counted.
 const REFUSED_LOGGED: u32 = 5;
 const REFUSED_LOG_MS: u64 = 10_000;
 
@@ -39,7 +39,7 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens for NBD clients. An address that this machine does not have yet is waited for; `None`: a signal has ended the wait.
+    /// Listens for NBD clients, once this machine has the address. `None`: a signal has ended the wait for that.
     pub fn nbd(addr: &Endpoint, dialect: Dialect, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
         let bound = match addr {
             Endpoint::Tcp(addr) => bind::tcp(*addr, signals)?,
@@ -118,7 +118,7 @@ impl Listener {
         }
     }
 
-    /// Says that a connection was not served, and why; not as fast as they can come.
+    /// Logs that a connection was not served, and why, at a bounded rate.
     pub fn log_refused(&mut self, now_ms: u64, what: &dyn fmt::Display) {
         match self.refused.pass(now_ms) {
             None => {}

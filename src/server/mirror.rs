@@ -36,7 +36,7 @@ const LEAVING_MS: u64 = 10_000;
 const BUFFERED_MAX: usize = 4 * SLICE;
 /// Steps of the plan in one turn: clients come first.
 const STEPS_PER_TURN: usize = 64;
-/// How many failed attempts are logged, one by one, in so many milliseconds; more are counted.
+/// At most so many failed attempts are logged in this many milliseconds; the rest are counted.
 const FAILURES_LOGGED: u32 = 3;
 const FAILURES_LOG_MS: u64 = 30_000;
 /// The smallest image that can be migrated, in bytes; the manual says so.
@@ -69,7 +69,7 @@ pub struct Mirror {
     /// When the plan wants to be asked again.
     wake_ms: Option<u64>,
     alarm: Alarm,
-    /// Of the last operation, so that those of an attempt that is over are told apart.
+    /// The tag of the last operation. Tags are not reused, so that operations of an earlier attempt are told apart.
     last_tag: u32,
     failures: Throttle,
 }
@@ -229,7 +229,7 @@ impl Mirror {
         self.failed(&Failure::Itself, key, sh)
     }
 
-    /// True as long as it can be stopped, wherever it is.
+    /// True as long as the migration can be stopped: the copy here still counts.
     pub fn may_stop(&self) -> bool {
         let stage = self.attempt.as_ref().map(|attempt| attempt.stage);
         !matches!(stage, Some(Stage::Leaving | Stage::Committing { unlinked: true }))
@@ -240,7 +240,7 @@ impl Mirror {
         self.attempt.as_ref().map_or("retrying", |attempt| attempt.phase(plan))
     }
 
-    /// True when the destination keeps to itself how durable what it has is: it offers no FLUSH.
+    /// True when the destination offers no FLUSH, so that only it knows how durable the copy is.
     pub fn lacks_flush(&self) -> bool {
         self.attempt.as_ref().is_some_and(|attempt| attempt.stage != Stage::Dialling && !attempt.can.flush)
     }
@@ -302,7 +302,7 @@ impl Mirror {
         if let Some(starter) = self.starter.take() {
             sh.effects.push_back(Effect::Answer(starter, Answer::ok("Mirror started")));
         }
-        // The plan wants to be asked, and no event will say so.
+        // The plan has its first step ready, and no event will say so.
         sh.effects.push_back(Effect::Run(key));
         Ok(())
     }
@@ -328,7 +328,7 @@ impl Mirror {
             if buffered >= BUFFERED_MAX {
                 return Ok(Next::Idle);
             }
-            // It has to be there before the plan is asked, because what the plan says is to be done has to be done.
+            // The buffer has to be there before the plan is asked, because a step that the plan has given out has to be done.
             let buffer = if buffered == 0 { Some(sh.pool.take_beyond(SLICE)) } else { sh.pool.take(SLICE) };
             let Some(buffer) = buffer else { return Ok(Next::Idle) };
             let Some(plan) = sh.life.plan() else { return Ok(Next::Idle) };
@@ -394,7 +394,7 @@ impl Mirror {
     /// destination's copy counts already.
     fn failed(&mut self, why: &Failure, key: Key, sh: &mut Shared) -> Next {
         match self.attempt.as_ref().map(|attempt| attempt.stage) {
-            // It has everything and has been told so: how it goes does not matter.
+            // The destination has everything and has been told so: how the connection ends does not matter.
             Some(Stage::Leaving) => return Next::Close(Reason::Migrated),
             Some(Stage::Committing { unlinked: true }) => {
                 warn!("{self}: {why}; it has everything, and the file here is gone, so that its copy counts");
