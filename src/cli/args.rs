@@ -82,8 +82,9 @@ Example: serve disk.img to one address and one network, with a control socket:
 One sender at a time is taken. Until one has sent the whole image and said that
 it is complete, every attempt that fails is followed by waiting for the next;
 what was received so far is not an image to use. When the image is complete and
-on stable storage, the exit code is 0. After a signal, or an error of the file,
-it is 1. The file must exist and have the size of the image that comes.
+on stable storage, the exit code is 0. After SIGINT, SIGQUIT, SIGTERM or SIGHUP,
+or an error of the file, it is 1. The file must exist and have the size of the
+image that comes.
 
 The options are those of serve. --killswitch bounds what one request of the
 sender may take; --max-clients matters after --serve only.

@@ -1,11 +1,11 @@
-//! One fdatasync for all that wait for one, and its error, which stays.
+//! One fdatasync for all operations that wait for one, and its error, which sticks.
 
 use super::image::Image;
 
-/// What the log says, once and at level E, when an fdatasync has failed.
-pub const SYNC_LOST: &str = "fdatasync failed, written data may be lost; every later flush will fail until a restart";
+/// What the log says, once and at level E, after an fdatasync has failed.
+const SYNC_LOST: &str = "fdatasync failed, written data may be lost; every later flush will fail until a restart";
 
-/// Whether what was written is on stable storage.
+/// Puts on stable storage what was written.
 #[derive(Default)]
 pub(super) struct Commit {
     /// The errno of the fdatasync that failed.
@@ -19,8 +19,8 @@ impl Commit {
         self.syncs
     }
 
-    /// One fdatasync. After one has failed there is no other: the kernel may have dropped the pages it could not write
-    /// and count them as clean, so that the next one would succeed without them. Every later one fails the same way.
+    /// Calls fdatasync, unless it has failed before: then every later call fails in the same way. The kernel may count the
+    /// pages that it could not write as clean and drop them, so that another fdatasync would succeed without them.
     pub(super) fn sync(&mut self, image: &Image) -> Result<(), i32> {
         if let Some(errno) = self.errno {
             return Err(errno);

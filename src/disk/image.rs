@@ -2,7 +2,7 @@
 
 use std::fs::File;
 
-/// The unit of an image's size, in bytes: the smallest sector there is. A rest of the file is not served.
+/// The unit of an image's size, in bytes: the smallest sector there is. A shorter rest of the file is not served.
 pub const SECTOR: u64 = 512;
 
 /// What the engines and the search for holes work on.

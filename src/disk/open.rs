@@ -1,8 +1,9 @@
-//! What can be served, and how it is refused; the calls on the file that are no operations of the queue.
+//! What can be served and how anything else is refused; and the other calls that bypass the queue.
 //!
-//! These calls are synchronous, and each is rare and short: opening and locking come before anything is served, `fstat` of an
-//! open file is answered from memory (a `status` of a migration asks), and the name of the file is removed while the image
-//! stays open, so that no block is freed; the fdatasync of its folder writes one entry, when clients are paused anyway.
+//! These calls are synchronous because each is rare and short. The image is opened and locked before it is served; a later
+//! lock only downgrades the first. `fstat` of an open file, which the status of a migration takes, is answered from memory.
+//! At the end of a migration the name of the file is removed while the image stays open, so no block is freed, and the fsync
+//! of its folder writes one entry; clients are paused anyway.
 
 use super::image::{Image, SECTOR};
 use crate::sys;
@@ -12,25 +13,26 @@ use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Opens a regular file or a block device for reading and writing. The bytes beyond its last whole sector come too.
+/// Opens a regular file or a block device for reading and writing. Also returns the number of bytes beyond its last whole
+/// sector.
 pub(super) fn open(path: &Path) -> Result<(Image, u64), OpenError> {
     try_open(path).map_err(|problem| OpenError { path: path.to_owned(), problem })
 }
 
 fn try_open(path: &Path) -> Result<(Image, u64), Problem> {
-    // The kind is looked at before it is opened: to open a FIFO or a character device can wait, or do things.
+    // Look at the kind before opening: opening a FIFO or a character device can wait, or have an effect.
     let kind = fs::metadata(path).map_err(Problem::from_lookup)?.file_type();
     if let Some(name) = unfit(kind) {
         return Err(Problem::Kind(name));
     }
     let mut options = OpenOptions::new();
-    // Should it have become a FIFO meanwhile, this still does not wait, and the seek then fails.
+    // If it has become a FIFO meanwhile, O_NONBLOCK keeps this from waiting, and the seek fails.
     options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
     let mut file = options.open(path).map_err(|error| match File::open(path) {
         Ok(_) => Problem::NotWritable(error),
         Err(error) => Problem::NotReadable(error),
     })?;
-    // A block device says no length in its metadata.
+    // The metadata of a block device have no length.
     let bytes = file.seek(SeekFrom::End(0)).map_err(Problem::NotReadable)?;
     let tail = bytes % SECTOR;
     let size = bytes - tail;
@@ -68,14 +70,14 @@ pub(super) fn named_path(image: &Image, path: &Path) -> io::Result<PathBuf> {
 pub(super) fn unlink(image: &Image, path: &Path) -> io::Result<()> {
     let path = named_path(image, path)?;
     fs::remove_file(&path)?;
-    // Or else a power failure could bring the name back, when it counts that it is gone. It is gone already, so
-    // this cannot fail the operation any more.
+    // Without this a power failure could bring the name back, when somebody relies on it being gone. It is gone by now, so
+    // an error does not fail the operation.
     let synced = path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all());
     synced.unwrap_or_else(|error| log::warn!("{}: the unlink may not be durable: {error}", path.display()));
     Ok(())
 }
 
-/// What a file is that cannot be served, or `None` for one that can.
+/// What kind of file it is if it cannot be served, `None` if it can.
 fn unfit(kind: FileType) -> Option<&'static str> {
     if kind.is_file() || kind.is_block_device() {
         None
@@ -118,7 +120,7 @@ impl Problem {
 
 impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Quoted, so that a path with a line break in it still makes one line.
+        // Quoted, so that the message stays one line even with a line break in the path.
         write!(f, "cannot open {:?}: ", self.path.display())?;
         match &self.problem {
             Problem::Missing => f.write_str("it does not exist; create it first, with the size the disk shall have"),

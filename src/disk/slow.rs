@@ -1,4 +1,4 @@
-//! An engine for tests of what is above the queue: every operation takes a while, and the thread that kicked does not wait.
+//! An engine for tests of what is above the queue: each operation completes a while after the kick, which does not wait.
 
 use super::image::Image;
 use super::sync;
@@ -58,5 +58,42 @@ impl Engine {
 
     pub(super) fn notifier(&self) -> BorrowedFd<'_> {
         self.ours.as_fd()
+    }
+}
+
+mod tests {
+    use super::super::tests::{buffer, TempFile};
+    use super::super::Disk;
+    use super::Duration;
+    use crate::sys;
+    use crate::work::{Action, Op};
+
+    #[test]
+    fn what_flies_is_no_work_until_the_notifier_says_so() {
+        const DELAY_MS: u64 = 300;
+        let temp = TempFile::new("slow");
+        temp.file.set_len(8192).unwrap();
+        let mut disk = Disk::open_slow(&temp.path, Duration::from_millis(DELAY_MS));
+        assert!(!disk.has_work());
+        for tag in 0..2 {
+            let action = Action::Write { offset: 0, payload: buffer(b"abc"), fua: false };
+            disk.submit(Op { owner: 7, tag, action }).unwrap();
+        }
+        assert!(disk.has_work(), "a kick would start them");
+        let kicked_ms = sys::monotonic_ms();
+        disk.kick();
+        assert_eq!((disk.in_flight(), disk.has_work(), disk.pop_done().is_none()), (2, false, true));
+        assert!(sys::wait_readable(disk.notifier().unwrap(), 60_000).unwrap());
+        assert!(sys::monotonic_ms() >= kicked_ms + DELAY_MS);
+        assert!(disk.has_work());
+        disk.kick();
+        assert_eq!(disk.pop_done().unwrap().tag, 0);
+        while disk.in_flight() > 0 {
+            disk.kick();
+            if let Some(done) = disk.pop_done() {
+                assert_eq!((done.tag, done.result.is_ok()), (1, true));
+            }
+        }
+        assert!(!disk.has_work());
     }
 }

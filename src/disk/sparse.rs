@@ -1,8 +1,8 @@
 //! Holes: where they are, and writes that keep them.
 //!
-//! The file is asked each time. What it says holds only until the next write, and a map built at start would cost
-//! memory in proportion to the image, so nothing is remembered beyond one operation. An image that cannot tell (a block
-//! device, a file system without holes, a failing call) counts as data everywhere, which is never wrong.
+//! Every operation asks the file anew: an answer is good only until the next write, and a map of all holes would take memory
+//! in proportion to the image. An image that cannot tell (a block device, a file system without holes, a failing call)
+//! counts as data everywhere, which is never wrong.
 
 use super::image::Image;
 use crate::sys;
@@ -15,11 +15,11 @@ use std::os::unix::fs::FileExt;
 const BLOCK_LEN: usize = 4096;
 const _: () = assert!(BLOCK_LEN as u64 == BLOCK, "one block");
 
-/// The hole or the data that begins at `offset`, up to `limit` (an offset, too) or the end of the image, whichever comes
-/// first. Empty only when that is at or before `offset`. Holes read as zeroes; what cannot be told is data.
+/// The hole or the data that begins at `offset`, cut at the offset `limit` and at the end of the image. Empty only when one
+/// of those is not after `offset`.
 ///
-/// The end of data can take milliseconds to find in a large file, however near `limit` is, so whoever walks the image asks
-/// with a far limit and keeps the answer.
+/// It takes one `SEEK_DATA` and at most one `SEEK_HOLE`. In a large file the latter may take milliseconds, however near `limit`
+/// is, so whoever walks through the image asks with a far limit and keeps the answer.
 pub(super) fn extent(image: &Image, offset: u64, limit: u64) -> Extent {
     let limit = limit.min(image.size).max(offset);
     let data = next_data(image, offset);
@@ -27,18 +27,18 @@ pub(super) fn extent(image: &Image, offset: u64, limit: u64) -> Extent {
         return Extent { range: offset..data.min(limit), is_hole: true };
     }
     let end = if image.is_device { limit } else { sys::file::seek_hole(&image.file, offset).unwrap_or(limit) };
-    // A file that was cut short says that a hole is here. It must count as data, so that the read of it fails.
+    // A file that was cut short has its end here. That must count as data, so that reading it fails.
     let end = if end > offset { end.min(limit) } else { limit };
     Extent { range: offset..end, is_hole: false }
 }
 
-/// The hole that the range begins with, if it does.
+/// The hole at the beginning of the range, if there is one.
 pub(super) fn hole(image: &Image, range: Range<u64>) -> Option<Extent> {
     let end = next_data(image, range.start).min(range.end);
     (end > range.start).then_some(Extent { range: range.start..end, is_hole: true })
 }
 
-/// The extents of the range in their order, cut at its end.
+/// The extents of the range, in order.
 pub(super) fn map(image: &Image, range: Range<u64>) -> impl Iterator<Item = Extent> + '_ {
     let mut at = range.start;
     std::iter::from_fn(move || {
@@ -55,16 +55,16 @@ fn next_data(image: &Image, offset: u64) -> u64 {
     }
     match sys::file::seek_data(&image.file, offset) {
         Ok(Some(data)) => data.min(image.size).max(offset),
-        // Beyond the end of the file there is no data either, but that is no hole of the image: someone cut it short.
+        // Not so if the file was cut short: beyond its end there is no data either, but that is no hole of the image.
         Ok(None) if image.file.metadata().is_ok_and(|file| file.len() >= image.size) => image.size.max(offset),
         _ => offset,
     }
 }
 
-/// Writes `bytes` at `offset`, except for the blocks that are zero and lie over a hole.
+/// Writes `bytes` at `offset`, except for blocks that are zero and lie over a hole.
 ///
-/// The question is always where data begins, never where it ends: that may walk every page of a large file (10 ms per
-/// GiB on tmpfs), while this one is answered from where it stands.
+/// It only ever asks where data begins, never where data ends: to find that, the kernel may visit every page of a large
+/// file (10 ms per GiB on tmpfs).
 pub(super) fn write(image: &Image, offset: u64, bytes: &[u8]) -> io::Result<()> {
     let to_block = (offset.wrapping_neg() % BLOCK) as usize;
     let mut written = 0;
@@ -88,13 +88,13 @@ pub(super) fn write(image: &Image, offset: u64, bytes: &[u8]) -> io::Result<()> 
     write_part(image, offset, bytes, written..bytes.len())
 }
 
-/// Writes the bytes `part` of a payload that belongs at `offset`.
+/// Writes the bytes `part` of a payload whose place is at `offset`.
 fn write_part(image: &Image, offset: u64, bytes: &[u8], part: Range<usize>) -> io::Result<()> {
     let start = offset + part.start as u64;
     image.file.write_all_at(bytes.get(part).unwrap_or_default(), start)
 }
 
-/// True when every byte is zero. Data nearly always shows in its first word, so that is looked at alone.
+/// True when every byte is zero. The first word is looked at on its own, because in data it is hardly ever zero.
 fn is_zero(bytes: &[u8]) -> bool {
     // Long enough to be compared in wide registers, short enough to stop soon.
     const STRIDE: usize = 256;
@@ -103,7 +103,7 @@ fn is_zero(bytes: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation)] // of sizes that the tests chose
+#[allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 mod tests {
     use super::super::tests::{Random, TempFile};
     use super::*;

@@ -1,5 +1,5 @@
-//! Each operation is done by the thread that calls [`Engine::kick`], with pread, pwrite, fallocate
-//! and fdatasync. A cold read or an fdatasync holds that thread; that is the price of its simplicity.
+//! The engine that carries out every operation in the thread that calls [`Engine::kick`], with pread, pwrite, fallocate and
+//! fdatasync. A cold read or an fdatasync makes that thread wait: the price of simplicity.
 //!
 //! Invariant 1: an operation is in `queue`, in `committing` or, as its `Done`, in `done`; `committing` is empty between
 //! two kicks.
@@ -19,11 +19,11 @@ use std::io::{self, ErrorKind};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-/// After this many operations that need more steps, or walk through the file, a kick leaves the rest of the queue to the
-/// next: many long ranges hold the loop for 16 MiB of written zeroes, not for 1 MiB each.
+/// After so many operations that need more steps or walk through the file, a kick leaves the rest of the queue to the next
+/// one: it takes as long as writing 16 MiB of zeroes, however many long ranges there are.
 const SLOW_PER_KICK_MAX: usize = 16;
 
-/// An operation on its way. What is left of a long one is in its action.
+/// An operation on its way. The range in the action of a long one is what is left of it.
 struct Job {
     op: Op,
     touched: Option<Range<u64>>,
@@ -44,7 +44,7 @@ impl Job {
 #[derive(Default)]
 pub(super) struct Engine {
     queue: VecDeque<Job>,
-    /// Done but for the fdatasync they share.
+    /// Done but for the fdatasync that they share.
     committing: Vec<Job>,
     done: VecDeque<Done>,
     zeroes: Zeroes,
@@ -57,7 +57,7 @@ impl Engine {
         self.queue.push_back(Job { op, touched, extents: Vec::new() });
     }
 
-    /// Takes each queued operation one step further, then does the fdatasync for all that are waiting for one.
+    /// Takes each queued operation one step further, then calls fdatasync for all that wait for it.
     pub(super) fn kick(&mut self, image: &Image) {
         debug_assert!(self.committing.is_empty(), "invariant 1");
         let mut slow = 0;
@@ -97,7 +97,7 @@ impl Engine {
         self.commit.syncs()
     }
 
-    /// Does what can be done of an action at once, and says whether that was all of it.
+    /// Carries out one step of an action; returns whether that was the last.
     fn step(&mut self, image: &Image, action: &mut Action, extents: &mut Vec<Extent>) -> io::Result<bool> {
         match action {
             Action::Read { offset, length, skip_hole, buffer } => {
@@ -121,7 +121,7 @@ impl Engine {
             }
             Action::Flush => Ok(true),
             Action::Cache { offset, length } => {
-                // A hint that is not taken harms nobody.
+                // It is a hint: no harm if the kernel does not take it.
                 let _ = sys::file::will_need(&image.file, *offset, *length);
                 Ok(true)
             }
@@ -140,7 +140,7 @@ fn read(file: &File, offset: u64, length: usize, buffer: &mut Buffer) -> io::Res
     Ok(())
 }
 
-/// Takes `done` bytes off the front of a range and says whether it is empty now.
+/// Takes `done` bytes off the front of a range; returns whether it is empty now.
 fn proceed(offset: &mut u64, length: &mut u64, done: u64) -> bool {
     debug_assert!(done <= *length, "invariant 2");
     *offset = offset.saturating_add(done);
@@ -149,7 +149,7 @@ fn proceed(offset: &mut u64, length: &mut u64, done: u64) -> bool {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation)] // of sizes that the tests chose
+#[allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 mod tests {
     use super::super::tests::{buffer, Random, TempFile};
     use super::super::zero::FILE_STEP;

@@ -1,4 +1,4 @@
-//! Zeroes and trims, in steps: the front of a range by one call that does not take long, and then the rest.
+//! Zeroes and trims in steps: each deals with the front of a range, by one call that does not take long.
 
 use super::image::Image;
 use super::sparse;
@@ -8,21 +8,21 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 
-/// How much of a file one call of fallocate takes: few calls for a range of many GiB, and each takes milliseconds.
+/// How much of a file one fallocate deals with, in bytes: few calls for a range of many GiB, each of some milliseconds.
 pub(super) const FILE_STEP: u64 = 256 << 20;
 
-/// The same for a block device, where the kernel may write the zeroes itself, at the speed of the medium.
+/// The same for a block device, where the kernel may write zeroes, at the speed of the medium.
 const DEVICE_STEP: u64 = 16 << 20;
 
-/// How many zeroes are written in one step, in bytes.
+/// How many zeroes are written in one step.
 const WRITE_STEP: usize = 1 << 20;
 
-/// What is known of the image's ways to make zeroes.
+/// How the image can be zeroed, as far as it is known.
 pub(super) struct Zeroes {
-    /// False once the image has said that it does not know the call.
+    /// False once the image has turned out not to support the call.
     pub(super) can_punch: bool,
     pub(super) can_zero_range: bool,
-    /// From the heap and never written, so it costs neither memory nor room in the program.
+    /// On the heap and never written to, so it takes up neither memory nor space in the program.
     pub(super) blank: Box<[u8]>,
 }
 
@@ -33,7 +33,7 @@ impl Default for Zeroes {
 }
 
 impl Zeroes {
-    /// Of an image that has no other way than to write them.
+    /// For an image that can only be zeroed by writing.
     #[cfg(test)]
     pub(super) fn unable() -> Self {
         Self { can_punch: false, can_zero_range: false, ..Self::default() }
@@ -49,7 +49,7 @@ impl Zeroes {
         fast: bool,
     ) -> io::Result<u64> {
         if fast && image.is_device && (offset | length) % BLOCK != 0 {
-            // Its ends would have to be written, before it is known whether the rest can be done without.
+            // Its ends would have to be written before it is known whether the rest can do without writing.
             return Err(ErrorKind::Unsupported.into());
         }
         let piece = match piece(image, offset, length) {
@@ -59,7 +59,7 @@ impl Zeroes {
         if !no_hole && supported(sys::file::punch_hole, &mut self.can_punch, image, offset, piece)? {
             return Ok(piece);
         }
-        // On a device this call may mean that the kernel writes the zeroes, so it is no way to be fast.
+        // On a device this call may make the kernel write zeroes, which is not fast.
         let may_zero = !(fast && image.is_device);
         if may_zero && supported(sys::file::zero_range, &mut self.can_zero_range, image, offset, piece)? {
             return Ok(piece);
@@ -70,7 +70,7 @@ impl Zeroes {
         self.write_zeroes(image, offset, piece, no_hole)
     }
 
-    /// Writes zeroes at the front of a range; returns how many. Holes are kept unless it shall be allocated.
+    /// Writes zeroes to the front of a range; returns how many. Holes stay, unless `no_hole`.
     fn write_zeroes(&self, image: &Image, offset: u64, length: u64, no_hole: bool) -> io::Result<u64> {
         let n = usize::try_from(length).unwrap_or(usize::MAX).min(self.blank.len());
         let zeroes = self.blank.get(..n).unwrap_or_default();
@@ -82,7 +82,7 @@ impl Zeroes {
         Ok(n as u64)
     }
 
-    /// Gives the front of a range back where the image can; returns how many bytes are dealt with.
+    /// Deallocates the front of a range if the image can do that; returns how many bytes are dealt with.
     pub(super) fn trim_step(&mut self, image: &Image, offset: u64, length: u64) -> io::Result<u64> {
         match piece(image, offset, length) {
             Piece::Ragged(n) => Ok(n),
@@ -93,9 +93,9 @@ impl Zeroes {
 
 /// The front of a range, in bytes.
 enum Piece {
-    /// What one call of fallocate may take.
+    /// What one fallocate may deal with.
     Whole(u64),
-    /// A part of a block of a device, which takes whole ones only.
+    /// A part of a block of a device, which deals with whole blocks only.
     Ragged(u64),
 }
 
@@ -109,7 +109,7 @@ fn piece(image: &Image, offset: u64, length: u64) -> Piece {
     }
 }
 
-/// Tries a mode of fallocate; false if it is not to be had here, which `can` remembers.
+/// Tries a mode of fallocate; false if this image does not support it, which `can` remembers.
 fn supported(
     call: fn(&File, u64, u64) -> io::Result<()>,
     can: &mut bool,
@@ -123,7 +123,7 @@ fn supported(
     let Err(error) = call(&image.file, offset, length) else { return Ok(true) };
     match error.raw_os_error() {
         Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV) => *can = false,
-        // This range does not suit a device with unusually large blocks; the next one may.
+        // A device with unusually large blocks does not take this range; it may take the next one.
         Some(libc::EINVAL) => {}
         _ => return Err(error),
     }

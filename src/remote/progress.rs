@@ -97,7 +97,7 @@ impl fmt::Display for Report<'_> {
                 self.seconds_left
                     .filter(|_| self.bytes_per_s != Some(0))
                     .map(|seconds| format!("{} to go", duration(seconds))),
-                self.write_limit_bytes_per_s.map(|bytes| format!("writes held to {}/s", amount(bytes))),
+                self.write_limit_bytes_per_s.map(|bytes| format!("writes limited to {}/s", amount(bytes))),
             ]
             .into_iter()
             .flatten()
@@ -214,7 +214,7 @@ mod tests {
         let converging = COPYING.replace("copying", "converging").replace("pass=1", "pass=4");
         assert!(text(&converging).starts_with("converging, pass 4: 42%"), "{converging}");
         let slow = COPYING.replace("speed=124780544", "speed=0 migration_write_limit=131072");
-        assert_eq!(text(&slow), "copying: 42%, 585.9 KiB left, 0 B/s, writes held to 128.0 KiB/s");
+        assert_eq!(text(&slow), "copying: 42%, 585.9 KiB left, 0 B/s, writes limited to 128.0 KiB/s");
         assert_eq!(text(RETRYING), "retrying, attempt 3: 10.0.0.2:4779: connection refused");
         assert_eq!(text(&RETRYING.replace("retrying", "connecting")), text(RETRYING));
         assert_eq!(text(&RETRYING.replace("retrying", "copying")), "copying, attempt 3: 0%, 1.0 KiB left");

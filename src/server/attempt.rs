@@ -13,6 +13,8 @@ use std::fmt;
 use std::io;
 use std::ops::Range;
 
+const _: () = assert!(DATA_MAX == SLICE as u64, "a piece of data fills one buffer");
+
 /// What an unanswered request was for.
 #[derive(Debug)]
 pub enum Asked {

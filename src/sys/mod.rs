@@ -3,7 +3,7 @@
 //! It keeps no state besides a [`SignalFd`] and a [`ring::Ring`], and does not know what its callers want. This file has
 //! the clock, waiting, signals and limits of the process; the other files have the rest.
 
-#![allow(unsafe_code)]
+#![allow(unsafe_code, reason = "this is the place for it")]
 
 pub mod file;
 pub mod net;

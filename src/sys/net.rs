@@ -1,7 +1,6 @@
 //! Sockets: options, deadlines, and connections that start without waiting.
 
-// The kernel's types for lengths and address families are narrower than those of their constants.
-#![allow(clippy::cast_possible_truncation)]
+#![allow(clippy::cast_possible_truncation, reason = "types of the kernel are narrower than those of their constants")]
 
 use super::check;
 use std::ffi::c_int;

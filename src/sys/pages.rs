@@ -111,8 +111,11 @@ pub fn file_system(file: &File) -> io::Result<FileSystem> {
     retry(|| check(unsafe { libc::fstatfs(file.as_raw_fd(), found.as_mut_ptr()) }))?;
     // SAFETY: zeroed memory is a valid statfs, and the call has filled it.
     let found = unsafe { found.assume_init() };
-    // The numbers have 32 bits; the type of the field differs between architectures.
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "the numbers have 32 bits; the type of the field differs between architectures"
+    )]
     let magic = found.f_type as u32;
     Ok(match magic {
         _ if MEMORY.contains(&magic) => FileSystem::Memory,
