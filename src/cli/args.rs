@@ -20,12 +20,12 @@ const CLIENTS_MAX: u64 = 1_000_000;
 /// A year: a longer time limit would limit nothing.
 const LIMIT_MAX_S: u64 = 365 * 24 * 60 * 60;
 /// The longest name of an export, in bytes: that of any string ("Conventions" in the NBD specification).
-pub const EXPORT_MAX: usize = 4096;
+pub(crate) const EXPORT_MAX: usize = 4096;
 /// The longest pause that a server accepts, in milliseconds.
-pub const PAUSE_MAX_MS: u64 = 60_000;
+pub(crate) const PAUSE_MAX_MS: u64 = 60_000;
 
 /// What `help` can explain: the names of all [`Mode`]s.
-pub const MODES: [&str; 10] =
+pub(crate) const MODES: [&str; 10] =
     ["serve", "listen", "mirror", "mirror-speed", "break", "acl", "status", "read", "write", "help"];
 
 /// A fast NBD server.
@@ -52,7 +52,7 @@ Exit codes:
 The exit code of serve is 0 after a signal or a completed migration, and 1 if a
 signal ended it during a migration. That of listen is 1 after a signal."
 )]
-pub struct CommandLine {
+pub(crate) struct CommandLine {
     /// Verbosity given before the mode.
     #[command(flatten)]
     pub log: LogFlags,
@@ -63,7 +63,7 @@ pub struct CommandLine {
 
 /// The modes, one of which every command line names.
 #[derive(Debug, Subcommand)]
-pub enum Mode {
+pub(crate) enum Mode {
     /// Serve a file until a signal, or until it was migrated.
     #[command(after_help = "\
 The server runs until SIGINT, SIGQUIT, SIGTERM or SIGHUP, which stop it at once.
@@ -168,7 +168,7 @@ Example:
 
 /// How much to log; given before the mode, after it, or both.
 #[derive(Debug, Clone, Copy, Args)]
-pub struct LogFlags {
+pub(crate) struct LogFlags {
     /// Log all there is to stderr, not only what goes wrong.
     #[arg(short, long, overrides_with_all = ["verbose", "quiet"], help_heading = "Global options")]
     pub verbose: bool,
@@ -180,7 +180,7 @@ pub struct LogFlags {
 /// Options of `serve`, and of `listen` with more.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct ServeArgs {
+pub(crate) struct ServeArgs {
     /// Address to listen on: IPv4, IPv6 (also as [IPv6]), 0 for all IPv4
     /// addresses, or the path of a UNIX socket, which begins with '/'.
     #[arg(short = 'l', long, verbatim_doc_comment)]
@@ -239,7 +239,7 @@ pub struct ServeArgs {
 /// Options of `listen`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct ListenArgs {
+pub(crate) struct ListenArgs {
     /// All that `serve` takes.
     #[command(flatten)]
     pub serve: ServeArgs,
@@ -252,7 +252,7 @@ pub struct ListenArgs {
 /// Options of `mirror`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct MirrorArgs {
+pub(crate) struct MirrorArgs {
     /// IP address of the destination: IPv4, or IPv6 (also as [IPv6]).
     #[arg(short = 'l', long)]
     pub addr: String,
@@ -310,7 +310,7 @@ pub struct MirrorArgs {
 /// Options of `mirror-speed`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct MirrorSpeedArgs {
+pub(crate) struct MirrorSpeedArgs {
     /// Control socket of the server.
     #[arg(short, long)]
     pub sock: PathBuf,
@@ -325,7 +325,7 @@ pub struct MirrorSpeedArgs {
 /// Options of `read` and `write`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct TransferArgs {
+pub(crate) struct TransferArgs {
     /// Address of the server: IPv4, IPv6 (also as [IPv6]), or the path of its
     /// UNIX socket, which begins with '/'.
     #[arg(short = 'l', long, verbatim_doc_comment)]
@@ -357,7 +357,7 @@ pub struct TransferArgs {
 /// Options of `acl`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct AclArgs {
+pub(crate) struct AclArgs {
     /// Control socket of the server.
     #[arg(short, long)]
     pub sock: PathBuf,
@@ -373,7 +373,7 @@ pub struct AclArgs {
 /// Options of `status`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct StatusArgs {
+pub(crate) struct StatusArgs {
     /// Control socket of the server.
     #[arg(short, long)]
     pub sock: PathBuf,
@@ -393,7 +393,7 @@ pub struct StatusArgs {
 /// Options of `break`, which says nothing but which server is meant.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct SockArgs {
+pub(crate) struct SockArgs {
     /// Control socket of the server.
     #[arg(short, long)]
     pub sock: PathBuf,
@@ -405,7 +405,7 @@ pub struct SockArgs {
 /// Options of `help`.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
-pub struct HelpArgs {
+pub(crate) struct HelpArgs {
     /// Mode to explain; without one, flexnbd as a whole.
     #[arg(value_parser = MODES, hide_possible_values = true)]
     pub mode: Option<String>,
@@ -462,7 +462,7 @@ fn digits(text: &str) -> Option<u64> {
 }
 
 /// Parses seconds with up to three decimal places, above zero, into milliseconds.
-pub fn seconds_to_ms(text: &str) -> Result<u64, String> {
+pub(crate) fn seconds_to_ms(text: &str) -> Result<u64, String> {
     let parse = || {
         let (seconds, fraction) = text.split_once('.').unwrap_or((text, "0"));
         let fraction_ms = digits(&format!("{fraction:0<3}")).filter(|_| (1..=3).contains(&fraction.len()))?;

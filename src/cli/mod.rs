@@ -1,10 +1,10 @@
 //! The command line: raw arguments -> checked configuration -> the mode's entry point -> exit code.
 //!
-//! [`args`] defines the options. This file checks what `clap` cannot judge, such as addresses, and the environment,
+//! `args` defines the options. This file checks what `clap` cannot judge, such as addresses, and the environment,
 //! before anything starts. Whatever is wrong there is a usage error with exit code 2, like `clap`'s own. An error of the
 //! mode itself is one `F` line and exit code 1.
 
-pub mod args;
+mod args;
 
 use std::env;
 use std::ffi::{OsStr, OsString};

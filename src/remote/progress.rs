@@ -26,7 +26,7 @@ pub enum ProgressForm {
 
 /// What a status says about the running migration. Anything may be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Report<'a> {
+pub(super) struct Report<'a> {
     phase: Option<&'a str>,
     pass: Option<u64>,
     attempts: Option<u64>,
@@ -41,7 +41,7 @@ pub struct Report<'a> {
 impl<'a> Report<'a> {
     /// Parses the key=value pairs of a status; `None` if no migration is running. Pairs that are of no use here or make no
     /// sense are ignored.
-    pub fn parse(status: &'a str) -> Option<Self> {
+    pub(super) fn parse(status: &'a str) -> Option<Self> {
         let mut running = false;
         let mut report = Self::default();
         for (key, value) in status.split_ascii_whitespace().filter_map(|pair| pair.split_once('=')) {
@@ -138,7 +138,7 @@ fn duration(seconds: u64) -> String {
 
 /// Shows reports. Errors of the writer are ignored: progress is no part of the outcome.
 #[derive(Debug)]
-pub struct ProgressLine<W> {
+pub(super) struct ProgressLine<W> {
     form: ProgressForm,
     out: W,
     /// The phase of the last new line, and when it was written.
@@ -149,12 +149,12 @@ pub struct ProgressLine<W> {
 
 impl<W: Write> ProgressLine<W> {
     /// Shows nothing yet.
-    pub fn new(form: ProgressForm, out: W) -> Self {
+    pub(super) fn new(form: ProgressForm, out: W) -> Self {
         Self { form, out, told: None, drawn: false }
     }
 
     /// Shows how far the migration is, if a line is due.
-    pub fn show(&mut self, report: &Report, now_ms: u64) {
+    pub(super) fn show(&mut self, report: &Report, now_ms: u64) {
         match self.form {
             ProgressForm::Silent => {}
             ProgressForm::Redrawn => {
@@ -172,7 +172,7 @@ impl<W: Write> ProgressLine<W> {
     }
 
     /// Wipes a line that was drawn.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         if std::mem::take(&mut self.drawn) {
             self.write("\r\x1b[K");
         }
