@@ -6,7 +6,7 @@ const KEPT_MS: u64 = 100;
 /// Lets so many bytes per second pass; what is over is waited for afterwards.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bucket {
-    pub(super) bytes_per_s: u64,
+    bytes_per_s: u64,
     /// What may pass without a wait, or what is over if negative, in thousandths of bytes: what a slow rate earns in a
     /// millisecond is no whole byte.
     left: i64,
@@ -16,6 +16,10 @@ pub(super) struct Bucket {
 impl Bucket {
     pub(super) fn new(bytes_per_s: u64, now_ms: u64) -> Self {
         Self { bytes_per_s: bytes_per_s.max(1), left: 0, at_ms: now_ms }
+    }
+
+    pub(super) fn bytes_per_s(&self) -> u64 {
+        self.bytes_per_s
     }
 
     /// The time from which on something may pass: now, or later.

@@ -9,14 +9,28 @@ pub(super) struct Meter {
     since_ms: u64,
     bytes: u64,
     /// There was a moment in which more could have been on its way: this stretch shows what is possible at least.
-    pub(super) idle: bool,
-    /// The speed so far, once there is one.
-    pub(super) bytes_per_s: Option<u64>,
+    is_idle: bool,
+    bytes_per_s: Option<u64>,
 }
 
 impl Meter {
     pub(super) fn new(now_ms: u64) -> Self {
-        Self { since_ms: now_ms, bytes: 0, idle: false, bytes_per_s: None }
+        Self { since_ms: now_ms, bytes: 0, is_idle: false, bytes_per_s: None }
+    }
+
+    /// The speed so far, in bytes per second, once there is one.
+    pub(super) fn bytes_per_s(&self) -> Option<u64> {
+        self.bytes_per_s
+    }
+
+    /// More could be on its way now: this stretch shows what is possible at least.
+    pub(super) fn note_idle(&mut self) {
+        self.is_idle = true;
+    }
+
+    /// Believes in half of the speed from now on.
+    pub(super) fn halve(&mut self) {
+        self.bytes_per_s = self.bytes_per_s.map(|speed| speed / 2);
     }
 
     /// Counts bytes that were answered for.
@@ -29,10 +43,10 @@ impl Meter {
         let sample = self.bytes.saturating_mul(1000) / elapsed_ms;
         self.bytes_per_s = match self.bytes_per_s {
             None => Some(sample),
-            Some(before) if self.idle => Some(before.max(sample)),
+            Some(before) if self.is_idle => Some(before.max(sample)),
             Some(before) => Some(before.midpoint(sample)),
         };
-        (self.since_ms, self.bytes, self.idle) = (now_ms, 0, false);
+        (self.since_ms, self.bytes, self.is_idle) = (now_ms, 0, false);
     }
 }
 
@@ -55,11 +69,11 @@ mod tests {
         assert_eq!(meter.bytes_per_s, Some(1_000_000));
 
         // Nobody wrote for a while: that says nothing.
-        meter.idle = true;
+        meter.note_idle();
         meter.note(1_000, 9_000);
         assert_eq!(meter.bytes_per_s, Some(1_000_000));
         // Even so, more is more.
-        meter.idle = true;
+        meter.note_idle();
         answers(&mut meter, 9_001..9_201, 3_000);
         assert_eq!(meter.bytes_per_s, Some(3_000_000));
 

@@ -191,7 +191,7 @@ impl Mirror {
         if plan.pause_ends_ms().is_none_or(|end_ms| end_ms > sh.now_ms) {
             return;
         }
-        let paused_ms = sh.now_ms.saturating_sub(plan.paused_at_ms());
+        let paused_ms = plan.paused_ms(sh.now_ms);
         warn!("{self}: the destination did not take the rest within {paused_ms} ms; clients go on");
         plan.give_up_pause();
         sh.effects.push_back(Effect::ResumeClients);
@@ -453,7 +453,7 @@ impl Mirror {
         let migrated = matches!(reason, Reason::Migrated);
         if let (true, Some(plan)) = (migrated, sh.life.plan()) {
             let Progress { sent_bytes, zeroed_bytes, .. } = plan.progress();
-            let pause_ms = sh.now_ms.saturating_sub(plan.paused_at_ms());
+            let pause_ms = plan.paused_ms(sh.now_ms);
             let took_ms = sh.now_ms.saturating_sub(self.started_ms);
             info!(
                 "{self}: complete: {sent_bytes} bytes sent, {zeroed_bytes} bytes zeroed, {}.{:03} s, clients paused \

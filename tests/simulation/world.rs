@@ -7,7 +7,7 @@
 //! after its answer was answered.
 
 use crate::random::Random;
-use flexnbd::migrate::{Abilities, Plan, Step, DATA_MAX, MAX_IN_FLIGHT};
+use flexnbd::migrate::{Abilities, Plan, Step, DATA_MAX, IN_FLIGHT_MAX};
 use flexnbd::work::Extent;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
@@ -591,7 +591,7 @@ impl World {
         for other in self.requests.values() {
             assert!(other.range.end <= range.start || range.end <= other.range.start, "requests in flight overlap");
         }
-        assert!(self.requests.len() < MAX_IN_FLIGHT, "too many in flight");
+        assert!(self.requests.len() < IN_FLIGHT_MAX, "too many in flight");
         let len = range.end - range.start;
         let number = self.number();
         if is_data {
@@ -664,7 +664,7 @@ impl World {
 
     fn quiesce(&mut self) {
         assert!(self.plan.is_quiescing() && self.plan.pauses_clients());
-        assert_eq!(self.plan.paused_at_ms(), self.now_ms());
+        assert_eq!(self.plan.paused_ms(self.now_ms() + 7), 7);
         assert!(self.paused_us.is_none(), "a pause within a pause");
         if let Some((resumed_us, paused_us)) = self.resumed {
             let went_on_us = self.now_us - resumed_us;
