@@ -87,8 +87,9 @@ pub struct SignalFd {
 }
 
 impl SignalFd {
-    /// Blocks the stop signals for good and makes them readable here. Call it while the process has a single thread: any
-    /// other would have to block them too.
+    /// Blocks the stop signals for good and makes them readable here, also those that the parent process has set to be
+    /// ignored: a blocked signal is never ignored. Only a SIGHUP that is ignored stays so. Call it while the process has a
+    /// single thread: any other would have to block them too.
     pub fn new() -> io::Result<Self> {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: `sigemptyset` initialises the set it is given, and cannot fail on a valid pointer.
@@ -96,7 +97,10 @@ impl SignalFd {
             libc::sigemptyset(set.as_mut_ptr());
             set.assume_init()
         };
-        for signal in STOP_SIGNALS.into_iter().filter(|&signal| !is_ignored(signal)) {
+        // `nohup` ignores SIGHUP for a reason. A shell ignores SIGINT and SIGQUIT of what a script starts with `&` because of
+        // its own terminal, and a server whose script sends them is meant to stop.
+        let ignored = |&signal: &c_int| signal == libc::SIGHUP && is_ignored(signal);
+        for signal in STOP_SIGNALS.into_iter().filter(|signal| !ignored(signal)) {
             // SAFETY: `set` is initialised, `signal` is a valid number.
             check(unsafe { libc::sigaddset(&raw mut set, signal) })?;
         }
@@ -123,8 +127,7 @@ impl SignalFd {
     }
 }
 
-/// True for a signal that the parent process has set to be ignored, as `nohup` does with SIGHUP. If it were blocked, it
-/// would be read here all the same.
+/// True for a signal that the parent process has set to be ignored.
 fn is_ignored(signal: c_int) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: no action is set, and `action` is valid for the old one, which is plain data.

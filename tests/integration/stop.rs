@@ -1,6 +1,6 @@
 //! Stopping: at once, whatever peers are doing, with nothing left behind.
 
-use crate::support::{kind, request, run_command, wait_for, Client, Process, Server, BIN, SOON};
+use crate::support::{kind, peers, request, run_command, wait_for, Client, Process, Server, BIN, SOON};
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -32,6 +32,24 @@ fn signals_stop_it_whatever_clients_do() {
         assert!(!server.sock.exists(), "{signal}: the control socket is removed");
         idle.expect_closed();
         assert!(server.log().contains(signal), "{}", server.log());
+    }
+}
+
+/// A script's `&` makes SIGINT and SIGQUIT ignored, and `trap '' TERM` does the same for SIGTERM; `nohup` is meant.
+#[test]
+fn signals_that_are_inherited_as_ignored_stop_it_all_the_same() {
+    let ignore = "trap '' INT QUIT TERM HUP; exec";
+    for signal in ["INT", "QUIT", "TERM"] {
+        let script = format!("{ignore} \"$@\"");
+        let mut server = Server::serve().size(4096).through(&["sh", "-c", &script, "sh"]).start();
+        server.process.signal("HUP");
+        server.connect().expect_alive();
+        assert_eq!(server.stop_by(signal).code(), Some(0), "{signal}: {}", server.log());
+        let mut listener = peers::listen_after(0, ignore).size(4096).start();
+        listener.process.signal("HUP");
+        listener.connect().expect_alive();
+        assert_eq!(listener.stop_by(signal).code(), Some(1), "{signal}: nothing has been migrated");
+        assert!(listener.log().contains(":F:"), "{}", listener.log());
     }
 }
 
