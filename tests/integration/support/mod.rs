@@ -1,6 +1,7 @@
 //! The harness: the real binary, raw clients, scripted peers, and waits for conditions. Nothing here sleeps a guess, and
 //! nothing waits without a deadline.
 
+pub mod fuse;
 pub mod newstyle;
 pub mod peers;
 

@@ -106,8 +106,14 @@ impl Loop {
     /// `None` where the machine has none to give; that has been told then.
     #[track_caller]
     pub fn attach(file: &Path) -> Option<Self> {
+        Self::attach_with(file, &[])
+    }
+
+    #[track_caller]
+    fn attach_with(file: &Path, options: &[&str]) -> Option<Self> {
         let needs = [Need::Root, Need::Program("losetup"), Need::Kernel("losetup --find")];
-        has(&needs).then(|| Self(must("losetup", &["--find", "--show", file.to_str().unwrap()]).trim().to_owned()))
+        let args = [&["--find", "--show"], options, &[file.to_str().unwrap()]].concat();
+        has(&needs).then(|| Self(must("losetup", &args).trim().to_owned()))
     }
 
     /// The device.
@@ -145,14 +151,26 @@ impl Mount {
     /// A new file system of this kind, on a loop device. `None` as in [`Mount::tmpfs`].
     #[track_caller]
     pub fn make(kind: &str) -> Option<Self> {
+        let dir = TempDir::new();
+        let disk = dir.join("disk");
+        File::create(&disk).unwrap().set_len(512 << 20).unwrap();
+        Self::format(kind, &disk, &[], dir)
+    }
+
+    /// A new file system of this kind, on a loop device over this file, of which the kernel caches nothing more than
+    /// what the file system does. `None` as in [`Mount::tmpfs`].
+    #[track_caller]
+    pub fn over(kind: &str, file: &Path) -> Option<Self> {
+        Self::format(kind, file, &["--direct-io=on"], TempDir::new())
+    }
+
+    #[track_caller]
+    fn format(kind: &str, file: &Path, options: &[&str], dir: TempDir) -> Option<Self> {
         let mkfs = format!("mkfs.{kind}");
         if !has(&[Need::Root, Need::Program("mount"), Need::Program(&mkfs), Need::FileSystem(kind)]) {
             return None;
         }
-        let dir = TempDir::new();
-        let disk = dir.join("disk");
-        File::create(&disk).unwrap().set_len(512 << 20).unwrap();
-        let device = Loop::attach(&disk)?;
+        let device = Loop::attach_with(file, options)?;
         must(&mkfs, &[&device.0]);
         let path = device.0.clone();
         Some(Self::on(dir, Some(device), &["-t", kind, &path]))
@@ -174,6 +192,7 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        let _ = program("umount").arg(&self.point).status();
+        // At the latest when programs that other tests are starting have closed the files they inherited.
+        let _ = program("umount").arg("--lazy").arg(&self.point).status();
     }
 }
