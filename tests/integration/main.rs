@@ -5,6 +5,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 
 mod acl;
+mod bad_disk;
 mod bench_client;
 mod cli;
 mod control;
