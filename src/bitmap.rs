@@ -1,11 +1,7 @@
-//! Which ranges of a file: those to send again, and those that have been written.
-//!
-//! - [`Bitmap`] rounds outwards to blocks and is constant in memory. It serves where marking too much does no harm.
-//! - [`Covered`] is exact to the byte and bounded in memory. It serves where counting too much would lose data.
+//! PURE: a bit for each block of a file. It marks whole blocks, so it serves where marking too much does no harm.
 //!
 //! Offsets and lengths are bytes of the file. What lies beyond its end is ignored, so no range can overflow.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Bits of a word of the map.
@@ -59,12 +55,6 @@ impl Bitmap {
                 *word &= !mask;
             }
         }
-    }
-
-    /// Clears everything.
-    pub fn clear(&mut self) {
-        self.words.fill(0);
-        self.set_blocks = 0;
     }
 
     /// True when the block that holds the byte at `offset` is set.
@@ -166,120 +156,19 @@ fn memory_index(word: u64) -> usize {
     usize::try_from(word).unwrap_or(usize::MAX)
 }
 
-/// The smallest block in which [`Covered`] counts, in bytes: what file systems and most senders align to.
-const COVERED_BLOCK: u64 = 4 << 10;
-
-/// The most bits of the map of [`Covered`]: 2 MiB of memory. Files over 64 GiB get larger blocks instead of a larger map.
-const COVERED_BITS: u64 = 1 << 24;
-
-/// The most pieces of blocks that [`Covered`] remembers, about 128 KiB of memory. A sender that writes in sequence needs
-/// two for each request in flight.
-const MAX_PIECES: usize = 4096;
-
-/// Which bytes of a file have been written, whatever the order and the sizes of the writes.
-///
-/// It never claims a byte that was not noted. When a sender leaves more unfinished blocks behind than are remembered, it
-/// forgets some of their bytes: those must be noted again before the file counts as complete.
-///
-/// - Invariant 1: a block is set in `whole` only when each of its bytes has been noted.
-/// - Invariant 2: a piece (`start -> end`) is a part of one block that is not set. It is not empty, not the whole block,
-///   and does not overlap or touch another of that block.
-/// - Invariant 3: there are at most [`MAX_PIECES`] pieces.
-#[derive(Debug, Clone)]
-pub struct Covered {
-    whole: Bitmap,
-    pieces: BTreeMap<u64, u64>,
-}
-
-impl Covered {
-    /// Nothing covered of a file of `size` bytes.
-    pub fn new(size: u64) -> Self {
-        let block = size.div_ceil(COVERED_BITS).max(COVERED_BLOCK);
-        Self { whole: Bitmap::new(size, block.next_power_of_two()), pieces: BTreeMap::new() }
-    }
-
-    /// Notes that the range has been written.
-    pub fn note(&mut self, offset: u64, len: u64) {
-        let end = offset.saturating_add(len).min(self.whole.size);
-        if offset >= end {
-            return;
-        }
-        let head = self.block_around(offset);
-        if head.end >= end {
-            return self.note_within(&head, offset..end);
-        }
-        let tail = self.block_around(end - 1);
-        self.note_within(&head, offset..head.end);
-        if head.end < tail.start {
-            self.whole.set_range(head.end, tail.start - head.end);
-            while let Some((&piece, _)) = self.pieces.range(head.end..tail.start).next() {
-                self.pieces.remove(&piece);
-            }
-        }
-        self.note_within(&tail, tail.start..end);
-    }
-
-    /// True when every byte of the file has been noted.
-    pub fn is_complete(&self) -> bool {
-        self.whole.set_bytes() == self.whole.size
-    }
-
-    /// How many bytes have been noted and are remembered.
-    pub fn bytes(&self) -> u64 {
-        let pieces: u64 = self.pieces.iter().map(|(start, end)| end - start).sum();
-        self.whole.set_bytes() + pieces
-    }
-
-    /// Forgets everything.
-    pub fn reset(&mut self) {
-        self.whole.clear();
-        self.pieces.clear();
-    }
-
-    /// The block that holds the byte at `offset`, as bytes. The last one ends with the file.
-    fn block_around(&self, offset: u64) -> Range<u64> {
-        let start = offset & !(self.whole.block() - 1);
-        start..start.saturating_add(self.whole.block()).min(self.whole.size)
-    }
-
-    /// Notes a range that lies in one block, joined with the pieces it overlaps or touches.
-    fn note_within(&mut self, block: &Range<u64>, mut range: Range<u64>) {
-        if self.whole.is_set(block.start) {
-            return;
-        }
-        while let Some((&start, &end)) = self.pieces.range(block.start..=range.end.min(block.end - 1)).next_back() {
-            if end < range.start {
-                break;
-            }
-            range = range.start.min(start)..range.end.max(end);
-            self.pieces.remove(&start);
-        }
-        if range == *block {
-            self.whole.set_range(block.start, block.end - block.start);
-            return;
-        }
-        if self.pieces.len() >= MAX_PIECES {
-            // Senders go upwards, so the lowest piece is the one that has waited longest for its other half.
-            self.pieces.pop_first();
-        }
-        self.pieces.insert(range.start, range.end);
-        debug_assert!(self.pieces.len() <= MAX_PIECES, "invariant 3");
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// Xorshift: reproducible, and enough to reach every corner.
-    struct Random(u64);
+    pub(crate) struct Random(u64);
 
     impl Random {
-        fn new(seed: u64) -> Self {
+        pub(crate) fn new(seed: u64) -> Self {
             Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))
         }
 
-        fn below(&mut self, bound: u64) -> u64 {
+        pub(crate) fn below(&mut self, bound: u64) -> u64 {
             self.0 ^= self.0 << 13;
             self.0 ^= self.0 >> 7;
             self.0 ^= self.0 << 17;
@@ -287,7 +176,9 @@ mod tests {
         }
     }
 
-    const SIZES: [u64; 12] = [0, 1, 511, 512, 513, 4096, 32_768, 32_769, 65_535, 100_000, 1 << 17, (1 << 17) + 700];
+    /// Sizes of files: none, odd, and around what blocks and words of blocks end at.
+    pub(crate) const SIZES: [u64; 12] =
+        [0, 1, 511, 512, 513, 4096, 32_768, 32_769, 65_535, 100_000, 1 << 17, (1 << 17) + 700];
 
     #[test]
     fn a_bitmap_agrees_with_a_naive_model() {
@@ -313,10 +204,6 @@ mod tests {
                         for (number, bit) in model.iter_mut().enumerate() {
                             *bit &= !(offset <= bytes(number).start && bytes(number).end <= end);
                         }
-                    }
-                    _ if random.below(20) == 0 => {
-                        map.clear();
-                        model.fill(false);
                     }
                     _ => {}
                 }
@@ -355,76 +242,5 @@ mod tests {
         map.clear_range(u64::MAX, u64::MAX);
         map.clear_range(1, u64::MAX - 1);
         assert_eq!(map.set_bytes(), 1 << 50);
-        let mut covered = Covered::new(size);
-        covered.note(1, u64::MAX);
-        covered.note(u64::MAX, 1);
-        assert!(!covered.is_complete());
-        covered.note(0, 1);
-        assert!(covered.is_complete());
-    }
-
-    #[test]
-    fn nothing_is_complete_when_there_is_nothing() {
-        assert!(Covered::new(0).is_complete());
-        assert!(!Covered::new(1).is_complete());
-    }
-
-    #[test]
-    fn coverage_agrees_with_a_naive_model() {
-        for (seed, size) in (1_u64..).zip(SIZES.into_iter().skip(1).cycle().take(110)) {
-            let mut random = Random::new(seed);
-            let mut covered = Covered::new(size);
-            let mut model = vec![false; memory_index(size)];
-            for _ in 0..300 {
-                let offset = random.below(size + 10);
-                let len = random.below(size + 10) >> random.below(16);
-                covered.note(offset, len);
-                let end = memory_index((offset + len).min(size));
-                model.get_mut(memory_index(offset)..end).unwrap_or_default().fill(true);
-                assert_eq!(covered.is_complete(), !model.contains(&false), "seed {seed}");
-            }
-            for (start, chunk) in (0..).step_by(64).zip(model.chunks(64)) {
-                for (at, _) in (start..).zip(chunk).filter(|(_, written)| !**written) {
-                    assert!(!covered.is_complete());
-                    covered.note(at, 1);
-                }
-            }
-            assert!(covered.is_complete(), "seed {seed}");
-            assert!(covered.pieces.is_empty());
-            covered.reset();
-            assert!(!covered.is_complete());
-        }
-    }
-
-    #[test]
-    fn odd_writes_that_meet_within_blocks_count() {
-        let size = 100_003;
-        for step in [1, 7, 511, 513, 4095, 4097, 65_537, size] {
-            let mut covered = Covered::new(size);
-            let offsets: Vec<u64> = (0..size).step_by(memory_index(step)).collect();
-            for &offset in offsets.iter().rev().filter(|&&offset| offset != 0) {
-                covered.note(offset, step);
-            }
-            assert!(!covered.is_complete());
-            covered.note(0, step);
-            assert!(covered.is_complete());
-        }
-    }
-
-    #[test]
-    fn memory_is_bounded_and_what_is_forgotten_is_missing() {
-        let blocks = MAX_PIECES as u64 + 100;
-        let mut covered = Covered::new(blocks * COVERED_BLOCK);
-        for block in 0..blocks {
-            covered.note(block * COVERED_BLOCK, 100);
-        }
-        assert_eq!(covered.pieces.len(), MAX_PIECES);
-        for block in 0..blocks {
-            covered.note(block * COVERED_BLOCK + 100, COVERED_BLOCK - 100);
-        }
-        assert!(!covered.is_complete());
-        covered.note(0, blocks * COVERED_BLOCK / 2);
-        assert!(covered.is_complete());
-        assert!(Covered::new(1 << 62).whole.words.len() <= memory_index(COVERED_BITS / WORD));
     }
 }

@@ -17,7 +17,7 @@
 //!  disk      the image
 //!  work      what may be asked of an image
 //!  sys       libc and io_uring, the only unsafe code
-//!  buffer    memory for payloads             bitmap    ranges of a file
+//!  buffer    memory for payloads             bitmap    a bit for each block
 //!  endpoint  where a server is
 //! ```
 //!

@@ -1,4 +1,4 @@
-//! PURE: what a migration sends next. Time comes in as a parameter, in milliseconds.
+//! PURE: what a migration sends next, and what has been received of one. Time comes in as a parameter, in milliseconds.
 //!
 //! ```text
 //!  Copying ──> Quiescing ──> LastPass ──> Committed
@@ -11,6 +11,8 @@
 //! blocks in order; what clients write meanwhile belongs to the next pass. When another pass would gain nothing and what
 //! is left can be sent within the pause target, clients are paused and the rest is sent. Where clients dirty blocks faster
 //! than they can be sent, their writes are slowed down, twice as much after every pass that gained nothing.
+//!
+//! The destination ([`Incoming`]) counts which bytes its sender has written: only all of them are an image.
 //!
 //! Nothing here reads, sends or waits: a [`Step`] says what to do, and the caller says what came of it.
 //!
@@ -25,11 +27,13 @@
 mod bucket;
 mod flush;
 mod holes;
+mod incoming;
 mod meter;
 mod pace;
 mod pass;
 mod pause;
 mod plan;
 
+pub use incoming::Incoming;
 pub use pass::IN_FLIGHT_MAX;
 pub use plan::{Abilities, Plan, Progress, Step, DATA_MAX};

@@ -3,6 +3,7 @@
 use super::config::Dialect;
 use super::effect::Effect;
 use super::gate::Gate;
+use super::inbound;
 use super::life::{Life, SEAL};
 use super::reason::{Next, Reason};
 use super::shared::Shared;
@@ -191,7 +192,7 @@ impl Client {
     pub fn disk_done(&mut self, done: Done, sh: &mut Shared) -> Next {
         let completed = self.session.complete(done, &mut sh.pool);
         if let (Life::Receiving { incoming, .. }, Some(completed)) = (&mut sh.life, &completed) {
-            if let Err(why) = incoming.note(completed) {
+            if let Err(why) = inbound::note(incoming, completed) {
                 sh.effects.push_back(Effect::Fail(why));
             }
         }

@@ -5,9 +5,8 @@
 //!  listen:  Receiving ──> Sealing ──> Over, or Serving
 //! ```
 
-use super::inbound::Incoming;
 use crate::event::slots::Key;
-use crate::migrate::Plan;
+use crate::migrate::{Incoming, Plan};
 
 /// Owner of the operation that makes a received image durable; no slot has this key.
 pub const SEAL: u64 = u64::MAX;
