@@ -1,6 +1,7 @@
 //! PURE: the oracle of a client that listens to a hostile server.
 
 use super::choices::Choices;
+use super::drive::hear;
 use super::CHOICES;
 use flexnbd::buffer::Pool;
 use flexnbd::proto::client::{ClientSession, Event};
@@ -21,26 +22,6 @@ pub(super) fn take_sent<T>(client: &mut ClientSession<T>) -> Vec<u8> {
         client.sent(bytes.len() - before, &mut Pool::new(0));
     }
     bytes
-}
-
-/// Lets a client receive, and passes on what it understands.
-pub(super) fn hear<T>(
-    client: &mut ClientSession<T>,
-    mut bytes: &[u8],
-    mut take: impl FnMut(Event<'_, T>),
-) -> Result<(), Violation> {
-    while !bytes.is_empty() {
-        let space = client.recv_space();
-        let (next, later) = bytes.split_at(bytes.len().min(space.len()));
-        assert!(!next.is_empty(), "it needs bytes and has no space");
-        space.iter_mut().zip(next).for_each(|(to, from)| *to = *from);
-        client.received(next.len());
-        bytes = later;
-        while let Some(event) = client.next_event()? {
-            take(event);
-        }
-    }
-    Ok(())
 }
 
 /// What a [`ClientSession`] has understood.

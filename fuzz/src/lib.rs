@@ -17,7 +17,8 @@ mod acl;
 mod choices;
 mod client;
 mod control;
-mod drive;
+pub mod drive;
+mod export;
 mod haggling;
 mod newstyle;
 mod oldstyle;
@@ -29,13 +30,5 @@ pub use haggling::haggling;
 pub use newstyle::newstyle_session;
 pub use oldstyle::session;
 
-use flexnbd::buffer::SLICE;
-
 /// How many bytes of choices stand before what the peer sends.
 pub const CHOICES: usize = 16;
-/// The export of the sessions, in bytes: several slices, the last of them short.
-const EXPORT: u64 = 2 * SLICE as u64 + 512;
-/// The pools of the sessions, in bytes: from one of reserve buffers alone to one that never binds.
-const POOLS: [usize; 4] = [0, 12 << 10, SLICE, 16 << 20];
-/// The most payload one conversation asks for, in bytes, so that no input takes seconds.
-const ENOUGH: u64 = 1 << 20;

@@ -1,23 +1,18 @@
 //! PURE: the oracle of a whole newstyle session.
 
 use super::choices::Choices;
-use super::drive::{converse, done};
+use super::drive::{converse, Client, Server};
+use super::export::{check_data, check_error, content, Pattern, PAYLOAD_MAX, POOLS, SIZE};
 use super::haggling::{haggle, Negotiation};
-use super::{ENOUGH, EXPORT, POOLS};
-use flexnbd::buffer::SLICE;
-use flexnbd::proto::error::{Errno, Violation};
-use flexnbd::proto::export::{Agreed, Export, Style};
+use flexnbd::proto::error::Violation;
+use flexnbd::proto::export::{Agreed, Style};
 use flexnbd::proto::server::handshake::Haggled;
-use flexnbd::proto::server::request::refuse;
 use flexnbd::proto::server::{End, ServerSession};
 use flexnbd::proto::wire::{
     chunk, command, extent, kind, Fields, RequestHead, CHUNK_LEN, REQUEST_LEN, REQUEST_MAGIC, SIMPLE_REPLY_LEN,
     SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
-use flexnbd::work::{Action, Done, Extent};
-
-/// The unit of the holes of the export, in bytes.
-const HOLE: u64 = 4096;
+use std::borrow::Cow;
 
 /// One request, and what came back so far.
 struct Asked {
@@ -35,8 +30,9 @@ struct Oracle {
     greeting: Vec<u8>,
     /// The request with the cookie 1, 2, ...
     asked: Vec<Asked>,
-    /// All that it sends.
+    /// All that it sends, and how much of it has been received.
     stream: Vec<u8>,
+    said: usize,
     /// How the conversation should end.
     end: Result<End, Violation>,
     unparsed: Vec<u8>,
@@ -53,6 +49,7 @@ impl Oracle {
             greeting: said,
             asked: Vec::new(),
             stream: taken.to_vec(),
+            said: 0,
             end: Ok(End::EndOfStream),
             unparsed: Vec::new(),
         };
@@ -72,12 +69,12 @@ impl Oracle {
     }
 
     fn ask(&mut self, mut input: &[u8], made_up: bool) {
-        let mut enough = ENOUGH;
+        let mut enough = PAYLOAD_MAX;
         while let Some((bytes, rest)) = input.split_first_chunk::<REQUEST_LEN>() {
             let (magic, head) = RequestHead::parse(bytes);
             let head = RequestHead { cookie: self.asked.len() as u64 + 1, ..head };
             let payload = u64::from(head.length);
-            let reads = head.kind == kind::READ && payload <= EXPORT;
+            let reads = head.kind == kind::READ && payload <= SIZE;
             if head.kind != kind::WRITE && reads && payload > enough {
                 return;
             }
@@ -114,18 +111,6 @@ impl Oracle {
         self.stream.extend(input);
     }
 
-    /// Takes what the server sends.
-    fn receive(&mut self, bytes: &[u8]) {
-        self.unparsed.extend(bytes);
-        let expected = self.greeting.len().min(self.unparsed.len());
-        assert_eq!(self.unparsed.get(..expected), self.greeting.get(..expected), "what haggling alone would say");
-        self.unparsed.drain(..expected);
-        self.greeting.drain(..expected);
-        while let Some(used) = self.message() {
-            self.unparsed.drain(..used);
-        }
-    }
-
     /// Takes one whole message; its length in bytes.
     fn message(&mut self) -> Option<usize> {
         let mut fields = Fields(&self.unparsed);
@@ -139,7 +124,7 @@ impl Oracle {
                 let data = self.unparsed.get(SIMPLE_REPLY_LEN..SIMPLE_REPLY_LEN + length)?;
                 assert!(!structured || !reads && (asked.head.kind != kind::BLOCK_STATUS || error != 0));
                 check_data(data, asked.head.offset);
-                check_error(&asked.head, error, self.agreed);
+                check_error(&asked.head, error, Style::Newstyle(self.agreed));
                 assert!(!std::mem::replace(&mut asked.answered, true), "answered twice");
                 Some(SIMPLE_REPLY_LEN + length)
             }
@@ -152,6 +137,31 @@ impl Oracle {
                 Some(CHUNK_LEN + length as usize)
             }
             magic => unreachable!("no reply begins with {magic:#x}"),
+        }
+    }
+}
+
+impl Client for Oracle {
+    fn says(&self) -> Cow<'_, [u8]> {
+        self.stream[self.said..].into()
+    }
+
+    fn said(&mut self, n: usize, _: u64) {
+        self.said += n;
+    }
+
+    fn is_done(&self) -> bool {
+        true
+    }
+
+    fn hear(&mut self, bytes: &[u8]) {
+        self.unparsed.extend(bytes);
+        let expected = self.greeting.len().min(self.unparsed.len());
+        assert_eq!(self.unparsed.get(..expected), self.greeting.get(..expected), "what haggling alone would say");
+        self.unparsed.drain(..expected);
+        self.greeting.drain(..expected);
+        while let Some(used) = self.message() {
+            self.unparsed.drain(..used);
         }
     }
 }
@@ -204,7 +214,7 @@ impl Asked {
                 let (error, text) = (fields.u32().unwrap_or_default(), fields.u16().unwrap_or_default());
                 assert!(error != 0 && fields.0.len() == usize::from(text) && text <= 4096);
                 assert!(self.error.replace(error).is_none());
-                check_error(&self.head, error, agreed);
+                check_error(&self.head, error, Style::Newstyle(agreed));
             }
             _ => unreachable!("chunks of type {kind} mean nothing here"),
         }
@@ -220,85 +230,6 @@ impl Asked {
     }
 }
 
-/// Fails unless the request may be answered like that: what must be refused is, what must not is at most unlucky.
-fn check_error(head: &RequestHead, error: u32, agreed: Agreed) {
-    match refuse(head, EXPORT, Style::Newstyle(agreed)) {
-        Some(refusal) => assert_eq!(error, refusal.errno.to_wire(), "{head}"),
-        None => assert!(error == 0 || error == Errno::Io.to_wire(), "{head}: {error}"),
-    }
-}
-
-fn check_data(bytes: &[u8], offset: u64) {
-    assert!(bytes.iter().zip(offset..).all(|(&byte, at)| byte == content(at)), "other data");
-}
-
-/// The byte of the export at `offset`.
-fn content(offset: u64) -> u8 {
-    if is_hole(offset) {
-        0
-    } else {
-        (offset ^ (offset >> 8)).to_le_bytes()[0] | 1
-    }
-}
-
-/// Every third block of the first slice is a hole, and all that is behind it.
-fn is_hole(offset: u64) -> bool {
-    offset >= SLICE as u64 || (offset / HOLE) % 3 == 1
-}
-
-/// The extents of a range.
-fn extents(mut offset: u64, length: u64) -> Vec<Extent> {
-    let end = offset + length;
-    let mut found = Vec::new();
-    while offset < end {
-        let block = offset / HOLE;
-        // Blocks 1, 4, 7, ... are holes, the two between are one piece of data.
-        let border = match is_hole(offset) {
-            true if offset >= SLICE as u64 => end,
-            true => (block + 1) * HOLE,
-            false => ((block + 1) / 3 * 3 + 1) * HOLE,
-        };
-        let next = border.min(end);
-        found.push(Extent { range: offset..next, is_hole: is_hole(offset) });
-        offset = next;
-    }
-    found
-}
-
-/// Does what a disk would.
-fn work(tag: u32, action: Action) -> Done {
-    let mut done = done(tag);
-    let (offset, length) = match action {
-        Action::Read { offset, length, skip_hole, mut buffer } => {
-            let first = extents(offset, length as u64).into_iter().next();
-            let hole = first.filter(|extent| skip_hole && extent.is_hole);
-            let skipped = hole.as_ref().map_or(0, Extent::length);
-            let bytes: Vec<u8> = (offset + skipped..offset + length as u64).map(content).collect();
-            assert_eq!((buffer.len(), buffer.append(&bytes)), (0, bytes.len()), "an empty buffer that is large enough");
-            assert!(buffer.capacity() >= length);
-            done.extents.extend(hole);
-            done.buffer = Some(buffer);
-            (offset, length as u64)
-        }
-        Action::Write { offset, payload, .. } => {
-            let length = payload.len() as u64;
-            done.buffer = Some(payload);
-            (offset, length)
-        }
-        Action::Zero { offset, length, .. }
-        | Action::Trim { offset, length, .. }
-        | Action::Cache { offset, length } => (offset, length),
-        Action::Map { offset, length, most } => {
-            done.extents = extents(offset, length);
-            done.extents.truncate(most);
-            (offset, length)
-        }
-        Action::Flush => return done,
-    };
-    assert!(length > 0 && offset.checked_add(length).is_some_and(|end| end <= EXPORT), "inside the export");
-    done
-}
-
 /// A newstyle conversation from the server's side: haggling and requests, cut up, against a disk that has holes, is slow
 /// and fails now and then.
 ///
@@ -307,11 +238,10 @@ fn work(tag: u32, action: Action) -> Done {
 /// when the session holds too much, keeps memory for itself or gets stuck.
 pub fn newstyle_session(data: &[u8]) {
     let (mut choices, input) = Choices::split(data);
-    let cap = POOLS.get(choices.next() % POOLS.len()).copied().unwrap_or_default();
+    let cap = POOLS[choices.next() % POOLS.len()];
     let mut oracle = Oracle::new(input, choices.next() % 2 == 0);
-    let stream = std::mem::take(&mut oracle.stream);
-    let session = ServerSession::newstyle(Export { size: EXPORT }, 0);
-    let end = converse(session, &stream, &mut choices, cap, work, |piece| oracle.receive(piece));
+    let server = Server { begin: ServerSession::newstyle, size: SIZE, cap };
+    let (end, _) = converse(server, &mut oracle, &mut Pattern, &mut choices.schedule());
     if !matches!(end, Err(Violation::ReplyCutShort(_))) {
         assert_eq!(end, oracle.end);
     }

@@ -1,22 +1,23 @@
 //! PURE: the oracle of a whole oldstyle session.
 
 use super::choices::Choices;
-use super::client::{hear, take_sent};
-use super::drive::{converse, done};
-use super::{ENOUGH, EXPORT, POOLS};
+use super::client::take_sent;
+use super::drive::{converse, hear, Client, Server};
+use super::export::{check_data, check_error, Pattern, PAYLOAD_MAX, POOLS, SIZE};
 use flexnbd::proto::client::{ClientSession, Event};
 use flexnbd::proto::error::Violation;
-use flexnbd::proto::export::{Export, Offer};
+use flexnbd::proto::export::{Offer, Style};
 use flexnbd::proto::server::{End, ServerSession};
 use flexnbd::proto::wire::{kind, RequestHead, REQUEST_LEN, REQUEST_MAGIC};
-use flexnbd::work::{Action, Done};
+use std::borrow::Cow;
 
 /// The client that [`session`] talks to: it knows what was asked, and so what may come back.
 struct Oracle {
     /// Each request is noted with itself.
     client: ClientSession<RequestHead>,
-    /// All that it sends.
+    /// All that it sends, and how much of it has been received.
     stream: Vec<u8>,
+    said: usize,
     /// How the conversation should end.
     end: Result<End, Violation>,
     /// How much has come of the data of a READ, in bytes.
@@ -28,13 +29,14 @@ impl Oracle {
     /// is made up if `made_up`.
     fn new(mut input: &[u8], made_up: bool) -> Self {
         let client = ClientSession::new(String::new());
-        let mut this = Self { client, stream: Vec::new(), end: Ok(End::EndOfStream), data_bytes: 0 };
-        let mut enough = ENOUGH;
+        let mut this = Self { client, stream: Vec::new(), said: 0, end: Ok(End::EndOfStream), data_bytes: 0 };
+        let mut enough = PAYLOAD_MAX;
         while let Some((bytes, rest)) = input.split_first_chunk::<REQUEST_LEN>() {
             let (magic, mut head) = RequestHead::parse(bytes);
             let broken = magic != REQUEST_MAGIC;
             if broken {
-                head.kind = kind::FLUSH;
+                // It is answered as one of a kind that nobody knows.
+                head.kind = u16::MAX;
             }
             match head.kind {
                 kind::DISC => this.client.disconnect(),
@@ -64,7 +66,7 @@ impl Oracle {
                     }
                     input = rest;
                 }
-                kind::READ if payload <= EXPORT => {}
+                kind::READ if payload <= SIZE => {}
                 _ => continue,
             }
             let Some(left) = enough.checked_sub(payload) else {
@@ -79,48 +81,37 @@ impl Oracle {
         this.stream.extend(input);
         this
     }
+}
 
-    /// Takes what the server sends.
-    fn receive(&mut self, bytes: &[u8]) {
+impl Client for Oracle {
+    fn says(&self) -> Cow<'_, [u8]> {
+        self.stream[self.said..].into()
+    }
+
+    fn said(&mut self, n: usize, _: u64) {
+        self.said += n;
+    }
+
+    fn is_done(&self) -> bool {
+        true
+    }
+
+    fn hear(&mut self, bytes: &[u8]) {
         let data_bytes = &mut self.data_bytes;
         let heard = hear(&mut self.client, bytes, |event| match event {
-            Event::Export(Offer { size, .. }) => assert_eq!(size, EXPORT),
+            Event::Export(Offer { size, .. }) => assert_eq!(size, SIZE),
             Event::Data { note, bytes } => {
-                let offset = note.offset + *data_bytes;
-                assert!(bytes.iter().zip(offset..).all(|(&byte, at)| byte == content(at)), "other data");
+                check_data(bytes, note.offset + *data_bytes);
                 *data_bytes += bytes.len() as u64;
             }
             Event::Reply { note, error } => {
+                check_error(&note, error, Style::Oldstyle);
                 let brings = if note.kind == kind::READ && error == 0 { note.length } else { 0 };
                 assert_eq!(std::mem::take(data_bytes), u64::from(brings), "all of the data comes with a good reply");
             }
         });
         assert_eq!(heard, Ok(()));
     }
-}
-
-/// The byte of the export at `offset`.
-fn content(offset: u64) -> u8 {
-    (offset ^ (offset >> 8)).to_le_bytes()[0]
-}
-
-/// Does what a disk would.
-fn work(tag: u32, action: Action) -> Done {
-    let (offset, length, buffer) = match action {
-        Action::Read { offset, length, mut buffer, .. } => {
-            let bytes: Vec<u8> = (offset..).take(length).map(content).collect();
-            assert_eq!((buffer.len(), buffer.append(&bytes)), (0, length), "an empty buffer that is large enough");
-            (offset, length as u64, Some(buffer))
-        }
-        Action::Write { offset, payload, .. } => (offset, payload.len() as u64, Some(payload)),
-        Action::Zero { offset, length, .. }
-        | Action::Trim { offset, length, .. }
-        | Action::Cache { offset, length }
-        | Action::Map { offset, length, .. } => (offset, length, None),
-        Action::Flush => return done(tag),
-    };
-    assert!(length > 0 && offset.checked_add(length).is_some_and(|end| end <= EXPORT), "inside the export");
-    Done { buffer, ..done(tag) }
 }
 
 /// A conversation from the server's side: requests, cut up, against a disk that is slow and fails now and then.
@@ -130,11 +121,10 @@ fn work(tag: u32, action: Action) -> Done {
 /// when the session holds too much, keeps memory for itself or gets stuck.
 pub fn session(data: &[u8]) {
     let (mut choices, input) = Choices::split(data);
-    let cap = POOLS.get(choices.next() % POOLS.len()).copied().unwrap_or_default();
+    let cap = POOLS[choices.next() % POOLS.len()];
     let mut oracle = Oracle::new(input, choices.next() % 2 == 0);
-    let stream = std::mem::take(&mut oracle.stream);
-    let session = ServerSession::oldstyle(Export { size: EXPORT }, 0);
-    let end = converse(session, &stream, &mut choices, cap, work, |piece| oracle.receive(piece));
+    let server = Server { begin: ServerSession::oldstyle, size: SIZE, cap };
+    let (end, _) = converse(server, &mut oracle, &mut Pattern, &mut choices.schedule());
     if !matches!(end, Err(Violation::ReplyCutShort(_))) {
         assert_eq!(end, oracle.end);
     }

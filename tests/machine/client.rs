@@ -1,19 +1,38 @@
 //! A `ClientSession` that speaks for itself to a `ServerSession`, cut up at every byte in both directions: from the
 //! greeting to the last reply, in both dialects.
 
+use crate::disk::Faulty;
+use crate::oracles::drive::{self, hear, Act, Can, Client, Schedule, Server};
 use flexnbd::buffer::{Pool, SLICE};
 use flexnbd::proto::client::{ClientSession, Event};
 use flexnbd::proto::error::{Errno, Violation};
-use flexnbd::proto::export::{Export, Offer, Style};
+use flexnbd::proto::export::{Agreed, Export, Offer, Style};
 use flexnbd::proto::outbox::PIECES_MAX;
-use flexnbd::proto::server::request::Request;
-use flexnbd::proto::server::{End, Pass, ServerSession, Step};
-use flexnbd::proto::wire::{command, kind, transmission};
-use flexnbd::work::{Action, Done};
-use std::io::{IoSlice, Read};
+use flexnbd::proto::server::{End, ServerSession};
+use flexnbd::proto::wire::{command, kind, transmission, RequestHead};
+use std::borrow::Cow;
+use std::io::IoSlice;
 
 /// The export, in bytes.
 const SIZE: usize = 4096;
+/// Either pool, in bytes.
+const CAP: usize = 4 * SLICE;
+
+/// What a client may want: kind, flags, offset, length, and the pieces of the payload.
+type Wish = (u16, u16, u64, u32, &'static [&'static [u8]]);
+
+/// Everything it may want, with payloads in one and in two pieces.
+const COMMANDS: [Wish; 9] = [
+    (kind::WRITE, 0, 100, 11, &[b"hello ", b"world"]),
+    (kind::READ, 0, 98, 15, &[]),
+    (kind::WRITE, command::FUA, 4090, 6, &[b"at end"]),
+    (kind::READ, 0, 4090, 7, &[]),
+    (kind::WRITE_ZEROES, command::NO_HOLE, 100, 5, &[]),
+    (kind::TRIM, 0, 105, 1, &[]),
+    (kind::FLUSH, 0, 0, 0, &[]),
+    (kind::READ, 0, 99, 8, &[]),
+    (kind::READ, 0, 0, 0, &[]),
+];
 
 /// How many bytes may go one way at once: so many the first time, so many from then on.
 #[derive(Debug, Clone, Copy)]
@@ -30,6 +49,28 @@ impl Cut {
     }
 }
 
+/// A schedule in which the server is idle when the client speaks, and the client when the server does.
+struct Turns {
+    out: Cut,
+    back: Cut,
+}
+
+impl Schedule for Turns {
+    fn choose(&mut self, can: &Can) -> Act {
+        match can {
+            Can { complete: 1.., .. } => Act::Complete(0),
+            Can { go_on: true, .. } => Act::GoOn,
+            Can { receive: most @ 1.., .. } => Act::Receive(self.out.next().min(*most)),
+            Can { send: most @ 1.., .. } => Act::Send(self.back.next().min(*most)),
+            _ => Act::HangUp,
+        }
+    }
+
+    fn now_ms(&mut self) -> u64 {
+        0
+    }
+}
+
 /// What the client has heard of its commands, in the order of their numbers.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Heard {
@@ -41,153 +82,88 @@ struct Heard {
     received: usize,
 }
 
-/// Both sides, and the disk behind the server.
-struct Both {
-    client: ClientSession<usize>,
-    server: ServerSession,
+/// A client that gives its commands when it may, and leaves when they are answered.
+struct Speaker {
+    session: ClientSession<usize>,
     pool: Pool,
-    disk: Vec<u8>,
     heard: Heard,
+    left: bool,
+    violation: Option<Violation>,
 }
 
-/// Everything a client may want, with payloads in one and in two pieces.
-fn give_commands(client: &mut ClientSession<usize>, pool: &mut Pool) {
-    let mut payload = |bytes: &[u8]| {
-        let mut buffer = pool.take(bytes.len()).unwrap();
-        buffer.append(bytes);
-        buffer
-    };
-    client.command(kind::WRITE, 0, 100, 11, 0);
-    client.push_payload(payload(b"hello "));
-    client.push_payload(payload(b"world"));
-    client.command(kind::READ, 0, 98, 15, 1);
-    client.command(kind::WRITE, command::FUA, 4090, 6, 2);
-    client.push_payload(payload(b"at end"));
-    client.command(kind::READ, 0, 4090, 7, 3);
-    client.command(kind::WRITE_ZEROES, command::NO_HOLE, 100, 5, 4);
-    client.command(kind::TRIM, 0, 105, 1, 5);
-    client.command(kind::FLUSH, 0, 0, 0, 6);
-    client.command(kind::READ, 0, 99, 8, 7);
-    client.command(kind::READ, 0, 0, 0, 8);
-}
-
-impl Both {
-    /// Does all the work that the server has understood.
-    fn serve(&mut self) -> Option<End> {
-        loop {
-            match self.server.next_step(Pass::Everything, &mut self.pool) {
-                Step::Request(Request { tag, action, .. }) => {
-                    let touched = action.touches();
-                    let buffer = match action {
-                        Action::Read { offset, length, mut buffer, .. } => {
-                            buffer.append(&self.disk[offset as usize..][..length]);
-                            Some(buffer)
-                        }
-                        Action::Write { offset, payload, .. } => {
-                            self.disk[offset as usize..][..payload.len()].copy_from_slice(payload.filled());
-                            Some(payload)
-                        }
-                        Action::Zero { offset, length, .. } | Action::Trim { offset, length, .. } => {
-                            self.disk[offset as usize..][..length as usize].fill(0);
-                            None
-                        }
-                        _ => None,
-                    };
-                    let done = Done { owner: 0, tag, buffer, touched, extents: Vec::new(), result: Ok(()) };
-                    self.server.complete(done, &mut self.pool).expect("not answered yet");
-                }
-                Step::Refused(_) => {}
-                Step::NeedBytes => return self.server.finished(),
-                step => panic!("{step:?}"),
+impl Speaker {
+    fn give_commands(&mut self) {
+        for (number, (kind, flags, offset, length, payload)) in COMMANDS.into_iter().enumerate() {
+            self.session.command(kind, flags, offset, length, number);
+            for piece in payload {
+                let mut buffer = self.pool.take(piece.len()).unwrap();
+                buffer.append(piece);
+                self.session.push_payload(buffer);
             }
         }
     }
+}
 
-    /// Takes all that the server has said.
-    fn hear(&mut self) -> Result<(), Violation> {
-        let mut entered = false;
-        while let Some(event) = self.client.next_event()? {
-            match event {
-                Event::Export(offer) => {
-                    assert_eq!(self.heard.offer.replace(offer), None);
-                    entered = true;
-                }
-                Event::Data { note, bytes } => match self.heard.data.last_mut() {
-                    Some((of, data)) if of == note => data.extend(bytes),
-                    _ => self.heard.data.push((*note, bytes.to_vec())),
-                },
-                Event::Reply { note, error } => self.heard.replies.push((note, error)),
+impl Client for Speaker {
+    fn says(&self) -> Cow<'_, [u8]> {
+        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
+        let filled = if self.violation.is_none() { self.session.to_send(&mut slices) } else { 0 };
+        slices[..filled].iter().flat_map(|slice| slice.to_vec()).collect()
+    }
+
+    fn said(&mut self, n: usize, _: u64) {
+        self.session.sent(n, &mut self.pool);
+        self.heard.sent += n;
+    }
+
+    fn is_done(&self) -> bool {
+        self.left || self.violation.is_some()
+    }
+
+    fn hear(&mut self, bytes: &[u8]) {
+        let (heard, mut entered) = (&mut self.heard, false);
+        heard.received += bytes.len();
+        let understood = hear(&mut self.session, bytes, |event| match event {
+            Event::Export(offer) => {
+                assert_eq!(heard.offer.replace(offer), None);
+                entered = true;
             }
-        }
+            Event::Data { note, bytes } => match heard.data.last_mut() {
+                Some((of, data)) if of == note => data.extend(bytes),
+                _ => heard.data.push((*note, bytes.to_vec())),
+            },
+            Event::Reply { note, error } => heard.replies.push((note, error)),
+        });
+        self.violation = understood.err();
         if entered {
-            give_commands(&mut self.client, &mut self.pool);
+            self.give_commands();
+        } else if self.session.is_quiet() && self.heard.offer.is_some() && !self.left {
+            self.left = true;
+            self.session.disconnect();
         }
-        Ok(())
-    }
-
-    /// Moves what waits at the client to the server.
-    fn send(&mut self, most: usize) {
-        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
-        let pieces = self.client.to_send(&mut slices);
-        let mut bytes: Vec<u8> = slices[..pieces].iter().flat_map(|slice| slice.to_vec()).collect();
-        bytes.truncate(most);
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let mut n = 0;
-            for space in self.server.recv_space(&mut self.pool) {
-                n += rest.read(space).unwrap();
-            }
-            self.server.received(n, 0);
-            self.serve();
-        }
-        self.heard.sent += bytes.len();
-        self.client.sent(bytes.len(), &mut self.pool);
-    }
-
-    /// Moves what waits at the server to the client.
-    fn receive(&mut self, most: usize) -> Result<(), Violation> {
-        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
-        let pieces = self.server.to_send(&mut slices);
-        let mut bytes: Vec<u8> = slices[..pieces].iter().flat_map(|slice| slice.to_vec()).collect();
-        bytes.truncate(most);
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            let n = rest.read(self.client.recv_space()).unwrap();
-            assert!(n > 0, "it needs bytes and has no space");
-            self.client.received(n);
-            self.hear()?;
-        }
-        self.heard.received += bytes.len();
-        self.server.sent(bytes.len(), &mut self.pool);
-        Ok(())
     }
 }
 
-/// Holds the conversation; the client leaves when everything is answered.
-fn converse(server: ServerSession, name: &str, mut out: Cut, mut back: Cut) -> Result<Heard, Violation> {
-    let disk = (0..SIZE).map(|at| at as u8).collect();
-    let client = ClientSession::new(name.into());
-    let mut both = Both { client, server, pool: Pool::new(4 * SLICE), disk, heard: Heard::default() };
-    let mut left = false;
-    loop {
-        if both.client.wants_send() {
-            both.send(out.next());
-        } else if both.server.wants_send() {
-            both.receive(back.next())?;
-        } else if let Some(end) = both.serve() {
-            assert_eq!((end, left), (End::Disconnect, true));
-            assert!(both.client.is_quiet());
-            assert_eq!(both.client.buffered(), 0);
-            both.server.release(&mut both.pool);
-            both.client.release(&mut both.pool);
-            assert_eq!(both.pool.available(), 4 * SLICE, "all memory comes back");
-            return Ok(both.heard);
-        } else {
-            assert!(!left && both.client.is_quiet(), "stuck");
-            left = true;
-            both.client.disconnect();
-        }
+/// Holds the conversation. A client that hears what it must not hangs up.
+fn converse(begin: fn(Export, u64) -> ServerSession, name: &str, mut turns: Turns) -> Result<Heard, Violation> {
+    let session = ClientSession::new(name.into());
+    let mut client = Speaker { session, pool: Pool::new(CAP), heard: Heard::default(), left: false, violation: None };
+    let heads = (1..)
+        .zip(COMMANDS)
+        .map(|(cookie, (kind, flags, offset, length, _))| (RequestHead { flags, kind, cookie, offset, length }, None));
+    let mut disk = Faulty::new((0..SIZE).map(|at| at as u8).collect(), heads);
+    let server = Server { begin, size: SIZE as u64, cap: CAP };
+    let (end, _) = drive::converse(server, &mut client, &mut disk, &mut turns);
+    client.session.release(&mut client.pool);
+    assert_eq!(client.pool.available(), CAP, "all memory comes back");
+    if let Some(violation) = client.violation {
+        assert_eq!(end, Ok(End::EndOfStream));
+        return Err(violation);
     }
+    assert_eq!(end, Ok(End::Disconnect));
+    assert!(client.session.is_quiet());
+    assert_eq!(client.session.buffered(), 0);
+    Ok(client.heard)
 }
 
 fn check(style: Style, heard: &Heard) {
@@ -206,9 +182,9 @@ fn check(style: Style, heard: &Heard) {
 #[test]
 fn both_sides_understand_each_other_wherever_they_are_cut() {
     type Begin = fn(Export, u64) -> ServerSession;
-    let newstyle = Style::Newstyle(flexnbd::proto::export::Agreed::default());
+    let newstyle = Style::Newstyle(Agreed::default());
     for (style, begin) in [(Style::Oldstyle, ServerSession::oldstyle as Begin), (newstyle, ServerSession::newstyle)] {
-        let run = |out, back| converse(begin(Export { size: SIZE as u64 }, 0), "", out, back).unwrap();
+        let run = |out, back| converse(begin, "", Turns { out, back }).unwrap();
         let whole = run(WHOLE, WHOLE);
         check(style, &whole);
         for first in 1..whole.sent {
@@ -228,12 +204,10 @@ fn both_sides_understand_each_other_wherever_they_are_cut() {
 
 #[test]
 fn a_name_that_is_not_there_is_refused_wherever_it_is_cut() {
-    let export = Export { size: SIZE as u64 };
     for then in 1..200 {
         let cut = Cut { first: then, then };
-        let oldstyle = converse(ServerSession::oldstyle(export, 0), "other", cut, cut);
-        assert_eq!(oldstyle, Err(Violation::NoExportNames));
-        let newstyle = converse(ServerSession::newstyle(export, 0), "other", cut, cut);
-        assert_eq!(newstyle, Err(Violation::OptionRefused(0x8000_0006)));
+        let converse = |begin| converse(begin, "other", Turns { out: cut, back: cut });
+        assert_eq!(converse(ServerSession::oldstyle), Err(Violation::NoExportNames));
+        assert_eq!(converse(ServerSession::newstyle), Err(Violation::OptionRefused(0x8000_0006)));
     }
 }

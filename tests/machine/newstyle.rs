@@ -1,24 +1,21 @@
 //! A newstyle conversation with structured replies: haggling and every request there is, cut up at every byte and by
 //! chance. What must come back is worked out here, without the code under test.
 
-use crate::pair::{Act, Can, Schedule, ROOMY};
+use crate::disk::{extents, Fault, Faulty, BLOCK};
+use crate::oracles::drive::{converse, Client, Schedule, Server};
+use crate::pair::ROOMY;
 use crate::plan::head;
 use crate::scripts::{Fixed, EAGER, LATE};
 use crate::simulation::{Chance, Rng, Seed};
-use flexnbd::buffer::{Pool, SLICE};
+use flexnbd::buffer::SLICE;
 use flexnbd::proto::error::{Errno, Violation};
-use flexnbd::proto::export::Export;
-use flexnbd::proto::outbox::PIECES_MAX;
-use flexnbd::proto::server::request::Request;
-use flexnbd::proto::server::{End, Pass, ServerSession, Step, BUFFERED_MAX, IN_FLIGHT_MAX};
+use flexnbd::proto::server::request::Refusal;
+use flexnbd::proto::server::{End, ServerSession};
 use flexnbd::proto::wire::{command, kind, option, RequestHead};
-use flexnbd::work::{Action, Done, Extent};
-use std::io::{ErrorKind, IoSlice};
+use std::borrow::Cow;
 
 /// The export of the scripts, in bytes: blocks of data and of nothing by turns.
 const SIZE: usize = 32 << 10;
-/// A block of zeroes of this size is a hole.
-const BLOCK: usize = 4096;
 /// Pools from none at all to one that never binds.
 const CAPS: [usize; 4] = [0, 12 << 10, SLICE, ROOMY];
 /// How many conversations one run of the simulation holds.
@@ -39,8 +36,7 @@ enum Answer {
 #[derive(Debug, Clone)]
 struct Ask {
     head: RequestHead,
-    /// The piece that holds this byte of the range fails, and nothing of the request has an effect.
-    fault: Option<u32>,
+    fault: Option<Fault>,
     answer: Answer,
 }
 
@@ -84,27 +80,6 @@ fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn is_hole(block: &[u8]) -> bool {
-    block.iter().all(|&byte| byte == 0)
-}
-
-/// What a disk says of a range: lengths of at most a block's rest each, merged.
-fn extents(disk: &[u8], offset: usize, length: usize) -> Vec<(u32, u32)> {
-    let mut found: Vec<(u32, u32)> = Vec::new();
-    let mut at = offset;
-    while at < offset + length {
-        let start = at - at % BLOCK;
-        let next = (start + BLOCK).min(offset + length);
-        let flags = if is_hole(&disk[start..(start + BLOCK).min(disk.len())]) { 3 } else { 0 };
-        match found.last_mut() {
-            Some((length, before)) if *before == flags => *length += (next - at) as u32,
-            _ => found.push(((next - at) as u32, flags)),
-        }
-        at = next;
-    }
-    found
-}
-
 impl Talk {
     /// Haggles with something of everything, up to GO.
     pub fn new(size: usize) -> Self {
@@ -143,9 +118,9 @@ impl Talk {
             (Some(errno), _) => Answer::Error(errno.to_wire()),
             (None, kind::READ) => Answer::Data(self.after[start..start + length].to_vec()),
             (None, kind::BLOCK_STATUS) => {
-                let mut found = extents(&self.after, start, length);
-                found.truncate(if head.flags & command::REQ_ONE != 0 { 1 } else { usize::MAX });
-                Answer::Extents(found)
+                let most = if head.flags & command::REQ_ONE != 0 { 1 } else { usize::MAX };
+                let found = extents(&self.after, start..start + length).into_iter().take(most);
+                Answer::Extents(found.map(|found| (found.length() as u32, if found.is_hole { 3 } else { 0 })).collect())
             }
             (None, _) => Answer::Done,
         };
@@ -154,6 +129,7 @@ impl Talk {
             kind::TRIM | kind::WRITE_ZEROES if answer == Answer::Done => self.after[start..start + length].fill(0),
             _ => {}
         }
+        let fault = fault.map(|at| Fault { at, errno: Errno::Io });
         self.asks.push(Ask { head, fault, answer });
         self
     }
@@ -199,61 +175,6 @@ pub fn everything() -> Talk {
     talk.ask(head(kind::BLOCK_STATUS, 0, 0, 50), &[], None, Some(0));
     talk.good(kind::READ, 0, 0, 60).disconnect();
     talk
-}
-
-/// Does the work at once; it is reported later.
-fn work(ask: &Ask, request: Request, disk: &mut [u8]) -> Done {
-    assert_eq!(request.head, ask.head);
-    let fails = |offset: u64, length: u64| {
-        let from = offset.checked_sub(ask.head.offset).expect("a piece of the request");
-        assert!(from + length <= u64::from(ask.head.length), "a piece of the request");
-        ask.fault.is_some_and(|at| (from..from + length).contains(&u64::from(at)))
-    };
-    let found = |mut start: u64, extents: Vec<(u32, u32)>| {
-        let mut next = |length: u32| {
-            let range = start..start + u64::from(length);
-            start = range.end;
-            range
-        };
-        extents.into_iter().map(|(length, flags)| Extent { range: next(length), is_hole: flags != 0 }).collect()
-    };
-    let touched = request.action.touches();
-    let (failed, extents, buffer) = match request.action {
-        Action::Read { offset, length, skip_hole, mut buffer } => {
-            let at = offset as usize;
-            let first = extents(disk, at, length)[0];
-            let hole = if skip_hole && first.1 != 0 { vec![first] } else { Vec::new() };
-            let skipped = hole.first().map_or(0, |&(length, _)| length as usize);
-            assert!(buffer.is_empty() && buffer.capacity() >= length);
-            let failed = fails(offset, length as u64);
-            if !failed {
-                buffer.append(&disk[at + skipped..at + length]);
-            }
-            (failed, found(offset, hole), Some(buffer))
-        }
-        Action::Write { offset, payload, .. } => {
-            let failed = fails(offset, payload.len() as u64);
-            if ask.fault.is_none() {
-                disk[offset as usize..][..payload.len()].copy_from_slice(payload.filled());
-            }
-            (failed, Vec::new(), Some(payload))
-        }
-        Action::Zero { offset, length, .. } | Action::Trim { offset, length, .. } => {
-            if ask.fault.is_none() {
-                disk[offset as usize..][..length as usize].fill(0);
-            }
-            (fails(offset, length), Vec::new(), None)
-        }
-        Action::Map { offset, length, most } => {
-            let mut extents = extents(disk, offset as usize, length as usize);
-            extents.truncate(most);
-            (fails(offset, length), found(offset, extents), None)
-        }
-        Action::Cache { offset, length } => (fails(offset, length), Vec::new(), None),
-        Action::Flush => (ask.fault.is_some(), Vec::new(), None),
-    };
-    let result = if failed { Err(ErrorKind::Other.into()) } else { Ok(()) };
-    Done { owner: 0, tag: request.tag, buffer, touched, extents, result }
 }
 
 /// What came back to one request, and whether that was all.
@@ -347,80 +268,53 @@ fn check(talk: &Talk, wire: &[u8]) {
     }
 }
 
-/// Holds the conversation; returns all that the server sent.
+/// What the client says, and all that it is told.
+struct Listener<'a> {
+    talk: &'a Talk,
+    said: usize,
+    wire: Vec<u8>,
+}
+
+impl Client for Listener<'_> {
+    fn says(&self) -> Cow<'_, [u8]> {
+        self.talk.stream[self.said..].into()
+    }
+
+    fn said(&mut self, n: usize, _: u64) {
+        self.said += n;
+    }
+
+    fn is_done(&self) -> bool {
+        true
+    }
+
+    fn hear(&mut self, bytes: &[u8]) {
+        self.wire.extend(bytes);
+    }
+
+    fn refused(&mut self, refusal: &Refusal) {
+        let ask = &self.talk.asks[refusal.head.cookie as usize];
+        assert_eq!((ask.head, &ask.answer), (refusal.head, &Answer::Error(refusal.errno.to_wire())));
+    }
+}
+
+/// Holds the conversation; returns how it ends, all that the server sent, and the disk.
+fn hold(talk: &Talk, cap: usize, schedule: &mut dyn Schedule) -> (Result<End, Violation>, Vec<u8>, Faulty) {
+    let mut client = Listener { talk, said: 0, wire: Vec::new() };
+    let mut disk = Faulty::new(talk.before.clone(), talk.asks.iter().map(|ask| (ask.head, ask.fault)));
+    let server = Server { begin: ServerSession::newstyle, size: talk.before.len() as u64, cap };
+    let (end, _) = converse(server, &mut client, &mut disk, schedule);
+    (end, client.wire, disk)
+}
+
+/// Holds the conversation to its end; returns all that the server sent.
 fn run(talk: &Talk, cap: usize, schedule: &mut dyn Schedule) -> Vec<u8> {
-    let mut pool = Pool::new(cap);
-    let mut session = ServerSession::newstyle(Export { size: talk.before.len() as u64 }, schedule.now_ms());
-    let (mut disk, mut wire, mut done) = (talk.before.clone(), Vec::new(), Vec::<Done>::new());
-    let (mut received, mut ended, mut pass) = (0, false, Pass::Everything);
-    let end = loop {
-        let (mut go_on, mut needs_bytes) = (false, false);
-        match session.next_step(pass, &mut pool) {
-            Step::Request(request) => {
-                assert!(pass == Pass::Everything || request.action.touches().is_none(), "only reads may pass");
-                done.push(work(&talk.asks[request.head.cookie as usize], request, &mut disk));
-                go_on = true;
-            }
-            Step::Refused(_) => go_on = true,
-            Step::NeedBytes => needs_bytes = true,
-            Step::NeedRoom => assert!(!done.is_empty() || session.wants_send(), "nothing can ever make room"),
-            Step::Kept => assert_eq!(pass, Pass::Reads, "everything may pass"),
-        }
-        assert!(done.len() <= IN_FLIGHT_MAX);
-        assert!(cap < ROOMY || cap - pool.available() <= BUFFERED_MAX + SLICE + (64 << 10), "it owns too much");
-        if let Some(end) = session.finished() {
-            assert!(done.is_empty() && !session.wants_send(), "nothing is owed");
-            break Ok(end);
-        }
-        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
-        let pieces = session.to_send(&mut slices);
-        let send = slices[..pieces].iter().map(|slice| slice.len()).sum();
-        let left = talk.stream.len() - received;
-        let receive = if needs_bytes { left } else { 0 };
-        let hang_up = needs_bytes && left == 0 && !ended;
-        let can = Can { go_on, receive, received, hang_up, complete: done.len(), send };
-        let act = schedule.choose(&can);
-        let now_ms = schedule.now_ms();
-        match act {
-            Act::GoOn => {}
-            Act::Pass(now) => pass = now,
-            Act::Park => session.park(&mut pool),
-            Act::Receive(most) => {
-                let before = received;
-                for space in session.recv_space(&mut pool) {
-                    let n = space.len().min(most - (received - before));
-                    space[..n].copy_from_slice(&talk.stream[received..][..n]);
-                    received += n;
-                }
-                assert!(received > before, "it needs bytes and has no space");
-                session.received(received - before, now_ms);
-            }
-            Act::HangUp => {
-                ended = true;
-                if let Err(violation) = session.end_of_stream() {
-                    break Err(violation);
-                }
-            }
-            Act::Complete(n) => {
-                let completed = session.complete(done.remove(n), &mut pool).expect("not answered yet");
-                let failed = completed.result.err();
-                assert!(failed.is_none_or(|failed| failed.violation.is_none()), "chunks can always tell what failed");
-            }
-            Act::Send(n) => {
-                let mut left = n;
-                for slice in &slices[..pieces] {
-                    let piece = &slice[..left.min(slice.len())];
-                    wire.extend(piece);
-                    left -= piece.len();
-                }
-                session.sent(n, &mut pool);
-            }
-        }
-    };
+    let (end, wire, disk) = hold(talk, cap, schedule);
     assert_eq!(end, talk.end);
-    assert!(disk == talk.after, "the disk differs from its shadow");
-    session.release(&mut pool);
-    assert_eq!(pool.available(), cap, "all memory comes back");
+    assert!(disk.bytes == talk.after, "the disk differs from its shadow");
+    for ask in talk.asks.iter().filter(|ask| !matches!(ask.answer, Answer::Error(_))) {
+        disk.check_synced(ask.head.cookie);
+    }
     wire
 }
 
@@ -455,38 +349,12 @@ fn a_newstyle_client_may_hang_up_anywhere() {
         if (400..8900).contains(&cut) && cut % 97 != 0 {
             continue;
         }
-        let mut pool = Pool::new(ROOMY);
-        let mut session = ServerSession::newstyle(Export { size: SIZE as u64 }, 0);
-        let mut rest = &talk.stream[..cut];
-        let mut disk = talk.before.clone();
-        loop {
-            match session.next_step(Pass::Everything, &mut pool) {
-                Step::Request(request) => {
-                    let done = work(&talk.asks[request.head.cookie as usize], request, &mut disk);
-                    session.complete(done, &mut pool).unwrap();
-                }
-                Step::Kept => unreachable!("everything may pass"),
-                Step::NeedBytes if rest.is_empty() => break,
-                Step::NeedBytes => {
-                    let mut n = 0;
-                    for space in session.recv_space(&mut pool) {
-                        n += std::io::Read::read(&mut rest, space).unwrap();
-                    }
-                    session.received(n, 0);
-                }
-                Step::Refused(_) => {}
-                Step::NeedRoom => {
-                    let mut slices = [IoSlice::new(&[]); PIECES_MAX];
-                    let pieces = session.to_send(&mut slices);
-                    let n = slices[..pieces].iter().map(|slice| slice.len()).sum();
-                    session.sent(n, &mut pool);
-                }
-            }
+        // Inside a message or between two: either way it ends.
+        let talk = Talk { stream: talk.stream[..cut].to_vec(), ..talk.clone() };
+        for mut schedule in [EAGER, LATE] {
+            let (end, _, _) = hold(&talk, ROOMY, &mut schedule);
+            assert!(matches!(end, Ok(End::EndOfStream) | Err(Violation::Truncated)), "cut at {cut}: {end:?}");
         }
-        // Inside a message or between two: either way it ends, and gives back what it has.
-        assert!(matches!(session.end_of_stream(), Ok(()) | Err(Violation::Truncated)));
-        session.release(&mut pool);
-        assert_eq!(pool.available(), ROOMY, "cut at {cut}");
     }
 }
 

@@ -1,18 +1,10 @@
 //! What a client says in one conversation, and what must come back, worked out without the code under test.
 
+use crate::disk::Fault;
 use flexnbd::proto::client::ClientSession;
 use flexnbd::proto::error::{Errno, Violation};
 use flexnbd::proto::server::{End, Tally};
-use flexnbd::proto::wire::{command, kind, RequestHead, REQUEST_LEN};
-
-/// A fault of the disk: the piece of the request that holds the byte `at` fails, and no piece of it has an effect.
-#[derive(Debug, Clone, Copy)]
-pub struct Fault {
-    /// Which byte of the request's range.
-    pub at: u32,
-    /// How it fails.
-    pub errno: Errno,
-}
+use flexnbd::proto::wire::{kind, RequestHead, REQUEST_LEN};
 
 /// One request and its reply.
 #[derive(Debug, Clone)]
@@ -196,9 +188,4 @@ impl Plan {
 /// A request without its cookie.
 pub fn head(kind: u16, flags: u16, offset: u64, length: u32) -> RequestHead {
     RequestHead { flags, kind, cookie: 0, offset, length }
-}
-
-/// True when the reply to `head` must wait for stable storage.
-pub fn is_fua(head: &RequestHead) -> bool {
-    head.flags & command::FUA != 0
 }

@@ -1,7 +1,9 @@
 //! Conversations written by hand, cut up at every byte in both directions.
 
-use crate::pair::{run, Act, Can, Outcome, Schedule, ROOMY};
-use crate::plan::{head, Fault, Plan};
+use crate::disk::Fault;
+use crate::oracles::drive::{Act, Can, Schedule};
+use crate::pair::{run, Outcome, ROOMY};
+use crate::plan::{head, Plan};
 use flexnbd::buffer::SLICE;
 use flexnbd::proto::error::{Errno, Violation};
 use flexnbd::proto::wire::{command, kind};
@@ -128,7 +130,7 @@ pub fn short() -> Vec<Plan> {
 }
 
 fn check(plan: &Plan, outcome: &Outcome, how: &dyn std::fmt::Debug) {
-    assert_eq!(outcome.end, Some(plan.end), "{how:?}");
+    assert_eq!(outcome.end, plan.end, "{how:?}");
     for (ask, reply) in plan.asks.iter().zip(&outcome.replies) {
         let expected = ask.is_answered().then(|| (ask.error, ask.data.clone()));
         assert_eq!(*reply, expected, "{:?} {how:?}", ask.head);
@@ -178,7 +180,7 @@ fn the_client_may_hang_up_anywhere() {
         for length in 0..=plan.stream.len() {
             let plan = plan.cut(length);
             let outcome = run(&plan, ROOMY, &mut EAGER.clone());
-            assert_eq!(outcome.end, Some(plan.end), "{length}");
+            assert_eq!(outcome.end, plan.end, "{length}");
             for (ask, reply) in plan.asks.iter().zip(outcome.replies) {
                 let whole = ask.end <= length || reply.is_some() && ask.error != 0;
                 let expected = (whole && ask.is_answered()).then(|| (ask.error, ask.data.clone()));
@@ -252,8 +254,8 @@ fn a_read_that_fails_half_way_ends_the_conversation() {
     plan.end = Err(Violation::ReplyCutShort(Errno::Io));
     for send in [1, 1000, usize::MAX] {
         let outcome = run(&plan, 0, &mut Fixed { send, ..EAGER });
-        assert_eq!(outcome.end, Some(plan.end));
+        assert_eq!(outcome.end, plan.end);
         assert_eq!(outcome.replies, [Some((0, plan.before[9..4096].to_vec()))], "what came before is right");
-        assert_eq!(run(&plan, 0, &mut Fixed { send, ..LATE }).end, Some(plan.end));
+        assert_eq!(run(&plan, 0, &mut Fixed { send, ..LATE }).end, plan.end);
     }
 }

@@ -3,8 +3,10 @@
 //!
 //! A failing run prints its seed; `FLEXNBD_SEED=N` runs that one alone.
 
-use crate::pair::{run, Act, Can, Schedule, ROOMY};
-use crate::plan::{head, Fault, Plan};
+use crate::disk::Fault;
+use crate::oracles::drive::{Act, Can, Schedule};
+use crate::pair::{run, ROOMY};
+use crate::plan::{head, Plan};
 use flexnbd::proto::error::{Errno, Violation};
 use flexnbd::proto::server::Pass;
 use flexnbd::proto::wire::{command, kind, RequestHead};
@@ -178,13 +180,13 @@ fn simulate(seed: u64) {
     let cap = rng.pick(&[0, 4 << 10, 12 << 10, 64 << 10, 300 << 10, ROOMY, ROOMY]);
     let outcome = run(&plan, cap, &mut Chance::new(rng));
 
-    let cut_short = matches!(outcome.end, Some(Err(Violation::ReplyCutShort(_))));
+    let cut_short = matches!(outcome.end, Err(Violation::ReplyCutShort(_)));
     if cut_short {
         assert!(plan.asks.iter().any(|ask| ask.head.kind == kind::READ && ask.fault.is_some_and(|fault| fault.at > 0)));
     } else {
-        assert_eq!(outcome.end, Some(plan.end));
+        assert_eq!(outcome.end, plan.end);
     }
-    let whole = outcome.end.is_some_and(|end| end.is_ok());
+    let whole = outcome.end.is_ok();
     for (ask, reply) in plan.asks.iter().zip(&outcome.replies) {
         match reply {
             // The reply that was cut short had begun well, and so may others that had not been sent whole.
