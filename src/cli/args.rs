@@ -202,6 +202,11 @@ pub(crate) struct ServeArgs {
     /// UNIX socket to open for newstyle clients. [default: none]
     #[arg(long, value_name = "PATH")]
     pub newstyle_sock: Option<PathBuf>,
+    /// Let other servers of this machine have the image open, too; each of
+    /// them needs this option. Without it, a second one is refused. While
+    /// one migrates the image it has to be the only one.
+    #[arg(long, verbatim_doc_comment)]
+    pub shared_image: bool,
     /// Control socket to open, for modes such as status. It appears once
     /// the server is ready and is removed when it stops. [default: none]
     #[arg(short, long, verbatim_doc_comment)]

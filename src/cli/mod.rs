@@ -146,6 +146,7 @@ fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
         listen,
         file: args.file,
         control: args.sock,
+        shared_image: args.shared_image,
         acl: Acl::new(args.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, args.default_deny),
         killswitch_ms: args.killswitch_ms,
         max_clients: args.max_clients,

@@ -1,17 +1,16 @@
 //! A disk image: a regular file or a block device, and a queue of operations on it.
 //!
-//! An operation goes through [`Disk::submit`], [`Disk::kick`] and [`Disk::pop_done`]. It owns its buffer until it is done,
-//! so whoever asked may vanish meanwhile. Behind the queue is an engine (`sync`), which can be replaced without a change
-//! above. Holes are the business of `sparse`. The calls that bypass the queue are in `open`, with the reason why they may.
-//! Nothing here knows a socket or a protocol.
+//! The way through is always [`Disk::submit`], [`Disk::kick`], [`Disk::pop_done`]. An operation owns its buffer until
+//! it is done, so whoever asked may vanish meanwhile. The engine behind the queue (`sync`) can be replaced without a
+//! change above. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is
+//! in `open`. There is no socket here and no word of a protocol.
 //!
-//! Operations that are in flight together may be carried out in any order, and long ones in steps between others. So two
-//! that overlap have no defined order, unless the first was done when the second was submitted.
+//! Operations that are queued together may be carried out in any order, and long ones in steps between others, so two
+//! of them that overlap have no defined order unless the first was done when the second was submitted.
 //!
-//! Invariant 1: the range of an operation lies inside the image; whoever submits it has checked that.
+//! Invariant 1: the range of an operation lies inside the image; its submitter has checked that.
 //!
-//! Invariant 2: `in_flight` counts the operations that were submitted and whose [`Done`] was not popped; it is at most
-//! [`OPS_MAX`].
+//! Invariant 2: `in_flight` is the number of operations submitted whose [`Done`] was not popped, at most [`OPS_MAX`].
 
 mod commit;
 mod image;
@@ -31,7 +30,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-/// The most operations in flight: enough for 100 clients with 32 each, in a queue of less than 1 MiB.
+/// The most operations in flight: more than 100 clients at 32 each, and under 1 MiB of queue.
 pub const OPS_MAX: usize = 4096;
 
 /// What carries operations out.
@@ -63,7 +62,7 @@ impl Disk {
         Ok(Self { image, path: path.to_owned(), tail, engine: Engine::default(), in_flight: 0 })
     }
 
-    /// An image whose operations each take `delay` after the kick, which does not wait for them.
+    /// An image of which each operation takes so long, and the thread that kicks does not wait.
     #[cfg(test)]
     pub(crate) fn open_slow(path: &Path, delay: std::time::Duration) -> Self {
         Self { engine: Engine::Slow(slow::Engine::new(delay)), ..Self::open(path).unwrap() }
@@ -79,7 +78,7 @@ impl Disk {
         self.tail
     }
 
-    /// The path by which it was opened.
+    /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -89,29 +88,28 @@ impl Disk {
         self.image.is_device
     }
 
-    /// Tells other processes that the image is served (a shared lock) or, with `alone`, that a migration overwrites it (an
-    /// exclusive one), and refuses what does not go together. Replaces a lock taken before. Without effect on a file system
-    /// that has no locks.
+    /// Says to other servers of this machine that the image is open here for writing, as the only one (`alone`) or as one of
+    /// several. When that is refused, the lock that was there before stays. A file system without locks has none.
     pub fn lock(&self, alone: bool) -> Result<(), OpenError> {
         open::lock(&self.image, &self.path, alone)
     }
 
-    /// About how many bytes of the image are data, not holes.
+    /// About how many bytes of the image are data, and not holes.
     pub fn allocated(&self) -> u64 {
         open::allocated(&self.image)
     }
 
-    /// The path of the file itself, not that of a link to it. An error if the path has come to name another file.
+    /// The name of the file, not of a link to it. An error when the path names another file by now.
     pub fn named_path(&self) -> io::Result<PathBuf> {
         open::named_path(&self.image, &self.path)
     }
 
-    /// Removes the name of the file; the open image stays.
+    /// Removes the name of the file; what is open stays.
     pub fn unlink(&self) -> io::Result<()> {
         open::unlink(&self.image, &self.path)
     }
 
-    /// Queues an operation, which must lie inside the image, or hands it back when [`OPS_MAX`] are in flight.
+    /// Queues an operation, or hands it back when [`OPS_MAX`] are in flight. It has to lie inside the image.
     pub fn submit(&mut self, op: Op) -> Result<(), Op> {
         debug_assert!(op.action.fits(self.image.size), "invariant 1");
         if !self.has_room() {
@@ -126,8 +124,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Works through the queue. Operations that ask for stable storage share one fdatasync at the end and are done after it.
-    /// Long ranges take several kicks: call it again while [`Disk::has_work`].
+    /// Works through the queue. Operations that ask for stable storage share one fdatasync at the end and are done
+    /// after it. Long ranges take several kicks: while [`Disk::has_work`], there is more to do.
     pub fn kick(&mut self) {
         match &mut self.engine {
             Engine::Sync(engine) => engine.kick(&self.image),
@@ -136,8 +134,8 @@ impl Disk {
         }
     }
 
-    /// True when a kick would move something. Whatever else is in flight completes by itself, and [`Disk::notifier`] says
-    /// when.
+    /// True when a kick would move something. What is in flight without that completes by itself, and
+    /// [`Disk::notifier`] says when.
     pub fn has_work(&self) -> bool {
         match &self.engine {
             Engine::Sync(engine) => engine.has_work(),
@@ -146,8 +144,8 @@ impl Disk {
         }
     }
 
-    /// Becomes readable each time an operation has completed by itself; after a kick it can be popped. `None` if no operation
-    /// does.
+    /// Becomes readable, anew each time, when an operation has completed by itself and a kick would hand it over. `None`:
+    /// none ever does.
     pub fn notifier(&self) -> Option<BorrowedFd<'_>> {
         match &self.engine {
             Engine::Sync(_) => None,
@@ -189,7 +187,7 @@ impl Disk {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
+#[allow(clippy::cast_possible_truncation)] // of sizes that the tests chose
 mod tests {
     use super::*;
     use crate::buffer::Buffer;

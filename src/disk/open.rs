@@ -127,12 +127,13 @@ impl fmt::Display for OpenError {
             Problem::Kind(kind) => write!(f, "it is {kind}; give a regular file or a block device"),
             Problem::NotReadable(error) => write!(f, "it cannot be read: {error}; let this user read and write it"),
             Problem::NotWritable(error) => write!(f, "it cannot be written: {error}; let this user write it"),
-            Problem::InUse { alone: true } => {
-                f.write_str("another server has it open, and a migration would overwrite it; give another file")
-            }
-            Problem::InUse { alone: false } => {
-                f.write_str("another server waits for a migration to overwrite it; stop that, or give another file")
-            }
+            Problem::InUse { alone: true } => f.write_str(
+                "another server has it open; stop that one, or give another file. Several servers of one image \
+                             need --shared-image, each of them",
+            ),
+            Problem::InUse { alone: false } => f.write_str(
+                "another server has it open as the only one; stop that one, or start it with --shared-image, too",
+            ),
             Problem::TooSmall(bytes) => {
                 write!(f, "its size is {bytes} bytes, less than one sector of {SECTOR}; make it larger")
             }

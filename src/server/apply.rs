@@ -56,8 +56,7 @@ impl Reactor {
         let Life::Sealing { sender, then_serve, stop } = sh.life else { return Ok(()) };
         info!("the migration is complete: {} bytes are here and durable", sh.disk.size());
         if then_serve {
-            // Downgrade the exclusive lock to a shared one; giving rights up cannot fail.
-            let _ = sh.disk.lock(false);
+            sh.share_image();
             info!("serving {} on {}", sh.disk.path().display(), self.addresses.join(" and "));
         }
         sh.life = if then_serve && !stop { Life::Serving } else { Life::Over };

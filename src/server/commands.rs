@@ -89,14 +89,18 @@ impl Reactor {
         if wanted.ending == Ending::Unlink {
             sh.disk.named_path().map_err(|error| format!("not unlinking: {}: {error}", sh.disk.path().display()))?;
         }
+        sh.disk.lock(true).map_err(|_| {
+            "another server has the image open, and what its clients write would be lost; stop that server first"
+        })?;
         let settings = mirror::Settings {
             destination: Destination { to: SocketAddr::new(ip, wanted.port), bind, export: wanted.export.clone() },
             ending: wanted.ending,
             request_limit_ms: sh.limits.request_limit_ms,
         };
-        let mirror = self.slots.try_insert_with(|key| {
-            Mirror::start(settings, from, key, sh).map(|mirror| Slot::Mirror(Box::new(mirror)))
-        })?;
+        let started = self
+            .slots
+            .try_insert_with(|key| Mirror::start(settings, from, key, sh).map(|mirror| Slot::Mirror(Box::new(mirror))));
+        let mirror = started.inspect_err(|_| sh.share_image())?;
         let max_pause_ms = wanted.max_pause_ms.unwrap_or(DEFAULT_PAUSE_MS);
         let plan = Box::new(Plan::new(size, max_pause_ms, wanted.max_bytes_per_s, sh.now_ms));
         sh.life = Life::Sending { mirror, plan };

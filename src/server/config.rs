@@ -16,6 +16,8 @@ pub struct Config {
     pub file: PathBuf,
     /// The path of the control socket, if there is one.
     pub control: Option<PathBuf>,
+    /// Other servers of this machine may have the image open for writing.
+    pub shared_image: bool,
     /// Who may connect.
     pub acl: Acl,
     /// How long a request may take, in milliseconds; `None` is for ever.

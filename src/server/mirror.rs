@@ -472,6 +472,7 @@ impl Mirror {
             sh.life = Life::Over;
         } else {
             sh.life = Life::Serving;
+            sh.share_image();
             sh.effects.push_back(Effect::ResumeClients);
         }
     }

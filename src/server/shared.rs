@@ -10,11 +10,13 @@ use crate::event::wheel::Wheel;
 use mio::Registry;
 use std::collections::VecDeque;
 
-/// The limits of the configuration that slots ask for while they run.
+/// What the configuration sets, for slots that ask while they run.
 #[derive(Debug)]
 pub struct Limits {
     /// How long a request may take, in milliseconds.
     pub killswitch_ms: Option<u64>,
+    /// Other servers of this machine may have the image open for writing.
+    pub shared_image: bool,
     /// How long a request of a migration may go without progress, in milliseconds.
     pub request_limit_ms: u64,
 }
@@ -44,6 +46,14 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// Lets other servers have the image open, too, if that is meant.
+    pub fn share_image(&self) {
+        if self.limits.shared_image {
+            // Downgrade the exclusive lock to a shared one; giving rights up cannot fail.
+            let _ = self.disk.lock(false);
+        }
+    }
+
     /// True while the disk still works for a sender that is gone: the next one must not write what that changes later.
     pub fn finishes_lost_sender(&self) -> bool {
         self.life.awaits_image() && self.admission.clients() == 0 && self.disk.in_flight() > 0

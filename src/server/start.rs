@@ -44,7 +44,9 @@ impl Reactor {
 
     /// The same with an image that is open.
     pub fn start_with(disk: Disk, signals: SignalFd, config: Config) -> Result<Option<Self>, Fatal> {
-        disk.lock(config.role != Role::Serve).map_err(|error| Fatal(error.to_string()))?;
+        // A listener overwrites the image, so it is alone with it until it serves it.
+        let alone = config.role != Role::Serve || !config.shared_image;
+        disk.lock(alone).map_err(|error| Fatal(error.to_string()))?;
         if disk.tail() > 0 {
             let (size, tail) = (disk.size(), disk.tail());
             warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());
@@ -85,7 +87,11 @@ impl Reactor {
                 pool: Pool::new(POOL_BYTES),
                 disk,
                 wheel: Wheel::new(now_ms),
-                limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms: config.request_limit_ms },
+                limits: Limits {
+                    killswitch_ms: config.killswitch_ms,
+                    shared_image: config.shared_image,
+                    request_limit_ms: config.request_limit_ms,
+                },
                 admission: Admission::new(config.acl, config.max_clients),
                 life,
                 gate: Gate::default(),

@@ -38,6 +38,7 @@ impl House {
             newstyle: Vec::new(),
             file: path.clone(),
             control: None,
+            shared_image: false,
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
             max_clients: 10,

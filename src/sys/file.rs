@@ -34,14 +34,24 @@ pub fn zero_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
     fallocate(file, ZERO_RANGE, offset, length)
 }
 
-/// Locks a whole file (`flock`), exclusively if `alone`, otherwise shared, until it is closed or locked again. Does not
-/// wait: false when somebody else's lock is in the way.
+/// Locks a file as one of several (`alone` is false) or as the only one, for as long as the open file lives. Does not wait:
+/// false when somebody else's lock is in the way, and then the lock that was there before stays.
+///
+/// It is an open-file-description lock on the first byte (`fcntl_locking(2)`): `flock` gives up a shared lock before it tries
+/// to get an exclusive one. Programs that lock other bytes of images, as qemu does, are not in the way.
 pub fn try_lock(file: &File, alone: bool) -> io::Result<bool> {
-    let operation = if alone { libc::LOCK_EX } else { libc::LOCK_SH } | libc::LOCK_NB;
-    // SAFETY: no memory is passed, and the descriptor is open while `file` is borrowed.
-    match retry(|| check(unsafe { libc::flock(file.as_raw_fd(), operation) })) {
+    let kind = if alone { libc::F_WRLCK } else { libc::F_RDLCK };
+    let lock = libc::flock {
+        l_type: libc::c_short::try_from(kind).unwrap_or_default(),
+        l_whence: libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default(),
+        l_start: 0,
+        l_len: 1,
+        l_pid: 0,
+    };
+    // SAFETY: the kernel reads `lock`, which is a valid flock, and the descriptor is open while `file` is borrowed.
+    match retry(|| check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })) {
         Ok(_) => Ok(true),
-        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
         Err(error) => Err(error),
     }
 }

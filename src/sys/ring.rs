@@ -73,7 +73,7 @@ impl Ring {
             return Err(ErrorKind::InvalidInput.into());
         }
         // The ring has a descriptor of its own rather than a registered file: the kernel lets go of registered files some
-        // time after the process has ended, and until then a lock on the file (`flock`) would bar the next server.
+        // time after the process has ended, and until then a lock on the file would bar the next server.
         let file = file.try_clone()?;
         clear_nonblock(&file)?;
         let notifier = event_fd()?;
@@ -563,7 +563,7 @@ mod tests {
     #[test]
     fn a_lock_on_the_file_ends_with_the_last_who_has_it_open() {
         let file = numbered(1);
-        let again = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+        let again = File::options().write(true).open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
         assert!(try_lock(&file, true).unwrap());
         let Some(mut ring) = open(&file, 8) else { return };
         ring.push_read(0, Buffer::with_capacity(BLOCK), 0, 0, BLOCK).unwrap();

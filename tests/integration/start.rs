@@ -130,9 +130,10 @@ fn a_unix_socket_serves_nbd() {
     assert_eq!(client.write(7, b"over a UNIX socket"), 0);
     assert_eq!(client.read(7, 18).unwrap(), b"over a UNIX socket");
 
-    let sock = server.dir().join("second");
+    let (sock, image) = (server.dir().join("second"), server.dir().join("other"));
+    fs::write(&image, [0; 4096]).unwrap();
     let mut second = Command::new(BIN);
-    second.args(["serve", "--addr"]).arg(&path).arg("--file").arg(&server.image).arg("--sock").arg(&sock);
+    second.args(["serve", "--addr"]).arg(&path).arg("--file").arg(image).arg("--sock").arg(&sock);
     refused(&mut second, &sock, path.to_str().unwrap(), "");
     client.expect_alive();
     server.connect().expect_alive();
@@ -394,8 +395,8 @@ fn out_of_descriptors_accepting_pauses_and_resumes() {
     server.expect_healthy();
 }
 
-/// A listener overwrites its file, so it does not take one that is served, nor the other way round; two servers may
-/// share one.
+/// A listener overwrites its file, so it does not take one that is served, nor the other way round; servers share one only
+/// if each of them was told so.
 #[test]
 fn what_is_served_is_not_overwritten() {
     let server = Server::serve().size(1 << 20).start();
@@ -403,11 +404,29 @@ fn what_is_served_is_not_overwritten() {
     let listen = run(&["listen", "--addr", "127.0.0.1", "--port", "0", "--file", image], b"");
     assert_eq!(listen.code, Some(1));
     assert!(listen.stderr.contains("another server has it open"), "{}", listen.stderr);
-    let _second = Server::serve().file(server.image.clone()).start();
+    for shared in ["", "--shared-image"] {
+        let second = run(
+            &["serve", "--addr", "127.0.0.1", "--port", "0", "--file", image]
+                .into_iter()
+                .chain((!shared.is_empty()).then_some(shared))
+                .collect::<Vec<_>>(),
+            b"",
+        );
+        assert_eq!(second.code, Some(1));
+        assert!(second.stderr.contains("another server has it open"), "{}", second.stderr);
+    }
+
+    let shared = Server::serve().size(1 << 20).arg("--shared-image").start();
+    let _second = Server::serve().file(shared.image.clone()).arg("--shared-image").start();
+    let image = shared.image.to_str().unwrap();
+    for mode in ["serve", "listen"] {
+        let third = run(&[mode, "--addr", "127.0.0.1", "--port", "0", "--file", image], b"");
+        assert!(third.code == Some(1) && third.stderr.contains("--shared-image"), "{}", third.stderr);
+    }
 
     let destination = crate::support::peers::listen(0).size(1 << 20).start();
     let image = destination.image.to_str().unwrap();
     let serve = run(&["serve", "--addr", "127.0.0.1", "--port", "0", "--file", image], b"");
     assert_eq!(serve.code, Some(1));
-    assert!(serve.stderr.contains("waits for a migration"), "{}", serve.stderr);
+    assert!(serve.stderr.contains("another server has it open"), "{}", serve.stderr);
 }

@@ -83,8 +83,10 @@ fn the_socket_of_another_server_is_left_alone() {
     let mut old = Server::serve().size(4096).start();
     // Someone moves it out of the way and starts another server in its place.
     std::fs::rename(&old.sock, old.dir().join("moved")).unwrap();
+    let image = old.dir().join("other");
+    std::fs::write(&image, [0; 4096]).unwrap();
     let mut command = Command::new(BIN);
-    command.args(["serve", "-l", "127.0.0.1", "-p", "0", "-f"]).arg(&old.image).arg("-s").arg(&old.sock);
+    command.args(["serve", "-l", "127.0.0.1", "-p", "0", "-f"]).arg(image).arg("-s").arg(&old.sock);
     let _new = Process::spawn(&mut command);
     wait_for("the new server", SOON, || UnixStream::connect(&old.sock).ok());
     assert_eq!(old.stop().code(), Some(0));

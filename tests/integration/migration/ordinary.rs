@@ -5,7 +5,7 @@ use crate::support::peers::{
     Script, Worker,
 };
 use crate::support::{
-    allocated, kind, pattern, run_command, wait_for, Loop, Process, Scripted, Server, TempDir, BIN, SOON,
+    allocated, kind, pattern, run, run_command, wait_for, Loop, Process, Scripted, Server, TempDir, BIN, SOON,
 };
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -508,5 +508,30 @@ fn over_ipv6() {
     let mut source = Server::serve().addr("::1").content(&pattern(1, 1 << 20)).start();
     let mut destination = listen(0).addr("::1").size(1 << 20).arg("::1").start();
     start_mirror(&source, destination.address(), "--bind ::1");
+    expect_migrated(&mut source, &mut destination);
+}
+
+/// What the clients of another server of the same image write would be missing at the destination, so the image is not
+/// migrated while another one has it open; and a refusal costs the server nothing of its own lock.
+#[test]
+fn an_image_that_another_server_has_open_stays() {
+    let mut source = Server::serve().content(&pattern(1, 1 << 20)).arg("--shared-image").start();
+    let other = Server::serve().file(source.image.clone()).arg("--shared-image").start();
+    let mut destination = listen(0).size(1 << 20).start();
+    let refused = mirror(&source, destination.address(), "");
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.stderr.contains("another server has the image open"), "{}", refused.stderr);
+    drop(other);
+    let image = source.image.to_str().unwrap();
+    let listener = run(&["listen", "--addr", "127.0.0.1", "--port", "0", "--file", image], b"");
+    assert!(listener.code == Some(1) && listener.stderr.contains("has it open"), "the lock is still there");
+
+    // While it migrates nobody joins; when that has ended, they may again.
+    start_mirror(&source, destination.address(), "--max-speed 100000");
+    let join = ["serve", "--addr", "127.0.0.1", "--port", "0", "--file", image, "--shared-image"];
+    assert_eq!(run(&join, b"").code, Some(1));
+    assert_eq!(tell("break", &source, "").0, Some(0));
+    drop(Server::serve().file(source.image.clone()).arg("--shared-image").start());
+    start_mirror(&source, destination.address(), "");
     expect_migrated(&mut source, &mut destination);
 }
