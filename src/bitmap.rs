@@ -1,4 +1,5 @@
-//! PURE: a bit for each block of a file. It marks whole blocks, so it serves where marking too much does no harm.
+//! PURE: a bit for each block of a file. A range sets every block it touches, and clears only blocks that lie in it as
+//! a whole: whoever wants to be exact has to pass whole blocks.
 //!
 //! Offsets and lengths are bytes of the file. What lies beyond its end is ignored, so no range can overflow.
 
@@ -67,8 +68,8 @@ impl Bitmap {
         self.bytes_of(self.set_blocks, self.is_set(self.size.saturating_sub(1)))
     }
 
-    /// How many bytes the clear blocks hold that the range touches: what [`Bitmap::set_range`] would add. Costs a step for
-    /// every 64 blocks of the range.
+    /// How many bytes the clear blocks hold that the range touches: what [`Bitmap::set_range`] would add. Costs a step
+    /// for every 64 blocks of the range.
     pub fn clear_bytes(&self, offset: u64, len: u64) -> u64 {
         let end = offset.saturating_add(len).min(self.size);
         if offset >= end {

@@ -1,14 +1,15 @@
-//! PURE: a rate that is held.
+//! PURE: a rate that is not exceeded.
 
-/// What a limit that was not used leaves for later, in milliseconds of it, so that a late timer does not cost speed.
-const KEPT_MS: u64 = 100;
+/// How much of an unused rate may be used later, as the time that earns it, in milliseconds. A late timer costs no
+/// speed.
+const UNUSED_MAX_MS: u64 = 100;
 
-/// Lets so many bytes per second pass; what is over is waited for afterwards.
-#[derive(Debug, Clone, Copy)]
+/// Lets so many bytes per second pass. Whatever is too much passes too, and is paid back by a wait afterwards.
+#[derive(Debug)]
 pub(super) struct Bucket {
     bytes_per_s: u64,
-    /// What may pass without a wait, or what is over if negative, in thousandths of bytes: what a slow rate earns in a
-    /// millisecond is no whole byte.
+    /// What may pass at once or, when negative, what has to be paid back. In thousandths of bytes, because a slow rate
+    /// earns less than a byte in a millisecond.
     left: i64,
     at_ms: u64,
 }
@@ -22,13 +23,13 @@ impl Bucket {
         self.bytes_per_s
     }
 
-    /// The time from which on something may pass: now, or later.
+    /// When something may pass: now, or later.
     pub(super) fn open_at(&mut self, now_ms: u64) -> u64 {
         let earned = self.worth(now_ms.saturating_sub(self.at_ms));
-        self.left = self.left.saturating_add(earned).min(self.worth(KEPT_MS));
+        self.left = self.left.saturating_add(earned).min(self.worth(UNUSED_MAX_MS));
         self.at_ms = now_ms;
-        let over = self.left.min(0).unsigned_abs();
-        now_ms.saturating_add(over.div_ceil(self.bytes_per_s))
+        let debt = self.left.min(0).unsigned_abs();
+        now_ms.saturating_add(debt.div_ceil(self.bytes_per_s))
     }
 
     /// Counts bytes that pass, whether there was room for them or not.
@@ -36,12 +37,12 @@ impl Bucket {
         self.left = self.left.saturating_sub_unsigned(bytes.saturating_mul(1000));
     }
 
-    /// Forgets what is over by more than this time makes good.
+    /// Forgives what this much time would not pay back.
     pub(super) fn forgive_beyond(&mut self, ms: u64) {
         self.left = self.left.max(-self.worth(ms));
     }
 
-    /// What so much time is worth, in thousandths of bytes.
+    /// What this much time earns, in thousandths of bytes.
     fn worth(&self, ms: u64) -> i64 {
         i64::try_from(self.bytes_per_s.saturating_mul(ms)).unwrap_or(i64::MAX)
     }

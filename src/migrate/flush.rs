@@ -12,7 +12,7 @@ const UNFLUSHED_COPYING_MAX: u64 = 1 << 30;
 /// The most flushes just before the pause; a destination whose flushes stay slow is paused for all the same.
 const BEFORE_PAUSE_MAX: u32 = 3;
 
-/// What a flush is wanted for, and so how much more may be sent before it is answered.
+/// What a flush is for. This decides when it is worth one, and how much may be sent before it is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Why {
     Copying,
@@ -23,7 +23,7 @@ pub(super) enum Why {
     Commit,
 }
 
-/// Whether a flush has to come first.
+/// What has to come first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
     Nothing,
@@ -39,7 +39,7 @@ enum State {
     Unknown,
     /// None was asked for yet.
     Due,
-    /// Until it is answered, there should not be more than this much for the next one.
+    /// Until it is answered, no more than `unflushed_max` may pile up for the next one.
     Asked {
         at_ms: u64,
         unflushed_max: u64,
@@ -70,7 +70,7 @@ impl Flushes {
         self.unflushed_bytes = self.unflushed_bytes.saturating_add(cost(sent));
     }
 
-    /// True when no more should be sent before the flush is answered, or the one after it would take even longer.
+    /// True when nothing more may be sent before the flush is answered: the next one would take even longer.
     pub(super) fn is_full(&self) -> bool {
         matches!(self.state, State::Asked { unflushed_max, .. } if self.unflushed_bytes >= unflushed_max)
     }
@@ -110,7 +110,7 @@ impl Flushes {
         }
     }
 
-    /// A pause was given up: there may be as many flushes before the next.
+    /// A pause was given up: the next may be preceded by as many flushes again.
     pub(super) fn note_given_up(&mut self) {
         self.before_pause = 0;
     }

@@ -1,8 +1,7 @@
 //! PURE: where the image has holes, as far as that can be relied on while clients go on writing.
 //!
-//! One extent is known, and one question may be on its way to the disk. The disk may look before or after a write that
-//! is done meanwhile, so nothing is relied on from the place on where something was written: not of what is known, and
-//! not of the answer.
+//! One extent is known, and one question may be on its way to the disk. The answer may or may not show a write that is
+//! done meanwhile. So both what is known and the answer count only up to where something was written.
 
 use crate::work::Extent;
 use std::ops::Range;

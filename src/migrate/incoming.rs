@@ -1,4 +1,4 @@
-//! PURE: the destination of a migration: which bytes of the image the sender has written. Only all of them are an image.
+//! PURE: the destination of a migration: which bytes of the image its sender has written.
 
 use crate::bitmap::Bitmap;
 use std::collections::BTreeMap;
@@ -8,18 +8,18 @@ use std::ops::Range;
 const BLOCK_MIN: u64 = 4 << 10;
 /// The most blocks: 2 MiB of memory. Images over 64 GiB get larger blocks instead of a larger map.
 const BLOCKS_MAX: u64 = 1 << 24;
-/// The most pieces of blocks that are remembered: about 128 KiB of memory. A sender that writes in sequence needs two for
-/// each request in flight.
+/// The most pieces of blocks that are remembered: about 128 KiB of memory. A sender that writes in sequence needs two
+/// for each request in flight.
 const PIECES_MAX: usize = 4096;
 
 /// What has come of an image, exact to the byte, whatever the order and the sizes of the writes.
 ///
-/// It never claims a byte that was not noted. When a sender leaves more unfinished blocks behind than are remembered, it
-/// forgets some of their bytes: those must be written again before the image counts as complete.
+/// It never claims a byte that was not noted. When a sender leaves more unfinished blocks behind than are remembered,
+/// it forgets some of their bytes: those must be written again before the image counts as complete.
 ///
 /// - Invariant 1: a block is set in `whole` only when each of its bytes has been noted.
-/// - Invariant 2: a piece (`start -> end`) is a part of one block that is not set. It is not empty, not the whole block,
-///   and does not overlap or touch another of that block.
+/// - Invariant 2: a piece (`start -> end`) is a part of one block that is not set. It is not empty, not the whole
+///   block, and does not overlap or touch another of that block.
 /// - Invariant 3: there are at most `PIECES_MAX` pieces.
 #[derive(Debug)]
 pub struct Incoming {

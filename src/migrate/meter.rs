@@ -1,14 +1,14 @@
 //! PURE: a rate that is measured.
 
-/// How long the speed is measured before it counts, in milliseconds.
-const METER_MS: u64 = 200;
+/// The length of a stretch, in milliseconds.
+const STRETCH_MS: u64 = 200;
 
-/// How fast answers come, while there is always something to wait for.
-#[derive(Debug, Clone, Copy)]
+/// Measures how fast answers come, from stretches of time in which there was always something to answer.
+#[derive(Debug)]
 pub(super) struct Meter {
     since_ms: u64,
     bytes: u64,
-    /// There was a moment in which more could have been on its way: this stretch shows what is possible at least.
+    /// More could have been in flight in this stretch: it shows only what is possible at least.
     is_idle: bool,
     bytes_per_s: Option<u64>,
 }
@@ -23,12 +23,12 @@ impl Meter {
         self.bytes_per_s
     }
 
-    /// More could be on its way now: this stretch shows what is possible at least.
+    /// More could be in flight now.
     pub(super) fn note_idle(&mut self) {
         self.is_idle = true;
     }
 
-    /// Believes in half of the speed from now on.
+    /// Takes the speed for half of what was measured.
     pub(super) fn halve(&mut self) {
         self.bytes_per_s = self.bytes_per_s.map(|speed| speed / 2);
     }
@@ -37,7 +37,7 @@ impl Meter {
     pub(super) fn note(&mut self, bytes: u64, now_ms: u64) {
         self.bytes = self.bytes.saturating_add(bytes);
         let elapsed_ms = now_ms.saturating_sub(self.since_ms);
-        if elapsed_ms < METER_MS {
+        if elapsed_ms < STRETCH_MS {
             return;
         }
         let sample = self.bytes.saturating_mul(1000) / elapsed_ms;
@@ -63,9 +63,9 @@ mod tests {
     #[test]
     fn a_meter_follows_the_way_and_not_the_pauses() {
         let mut meter = Meter::new(0);
-        answers(&mut meter, 1..METER_MS, 1_000);
+        answers(&mut meter, 1..STRETCH_MS, 1_000);
         assert_eq!(meter.bytes_per_s, None);
-        answers(&mut meter, METER_MS..1_001, 1_000);
+        answers(&mut meter, STRETCH_MS..1_001, 1_000);
         assert_eq!(meter.bytes_per_s, Some(1_000_000));
 
         // Nobody wrote for a while: that says nothing.

@@ -8,9 +8,10 @@
 //! ```
 //!
 //! The source ([`Plan`]) sees the image as a bitmap of blocks, all of them dirty at first. A pass goes over the dirty
-//! blocks in order; what clients write meanwhile belongs to the next pass. When another pass would gain nothing and what
-//! is left can be sent within the pause target, clients are paused and the rest is sent. Where clients dirty blocks faster
-//! than they can be sent, their writes are slowed down, twice as much after every pass that gained nothing.
+//! blocks in order; what clients write meanwhile belongs to the next pass. When another pass would gain nothing and
+//! what is left can be sent within the pause target, clients are paused and the rest is sent. Where clients dirty
+//! blocks faster than they can be sent, their writes are slowed down, twice as much after every pass that gained
+//! nothing.
 //!
 //! The destination ([`Incoming`]) counts which bytes its sender has written: only all of them are an image.
 //!
@@ -21,8 +22,8 @@
 //! 2. A block is cleared when it is taken, before it is read, and set when a write to it is done, before that write is
 //!    answered: at every moment an answered write is at the destination, in flight, taken, or dirty.
 //! 3. A range is sent as zeroes only when nothing was written to it since the disk was asked, and found a hole there.
-//! 4. [`Step::Commit`] comes only after [`Plan::quiesced`], with nothing dirty, nothing in flight, and everything flushed
-//!    where the destination can.
+//! 4. [`Step::Commit`] comes only after [`Plan::quiesced`], with nothing dirty, nothing in flight, and everything
+//!    flushed where the destination can.
 
 mod bucket;
 mod flush;

@@ -88,8 +88,8 @@ impl WriteLimit {
         self.paid_bytes = self.paid_bytes.saturating_add(clean_bytes);
     }
 
-    /// Charges an operation that is done for what it has dirtied beyond what was paid: a block that was dirty when it was
-    /// submitted, and was sent before it was done.
+    /// Charges an operation that is done for what it has dirtied beyond what was paid: a block that was dirty when it
+    /// was submitted, and was sent before it was done.
     pub(super) fn note_dirtied(&mut self, dirtied_bytes: u64) {
         self.charge(dirtied_bytes.saturating_sub(self.paid_bytes));
         self.paid_bytes = self.paid_bytes.saturating_sub(dirtied_bytes);

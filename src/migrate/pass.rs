@@ -1,10 +1,10 @@
-//! PURE: which blocks are still to be sent, pass by pass. A block is clean, dirty, or taken to be sent; what was sent is
-//! in flight until it is answered. The numbers of invariants are those of the folder.
+//! PURE: which blocks are still to be sent, pass by pass. A block is clean, dirty, or taken to be sent; what was sent
+//! is in flight until it is answered. Invariants are numbered as in the docs of `migrate`.
 
 use crate::bitmap::Bitmap;
 use std::ops::Range;
 
-/// The unit of being dirty, in bytes: 2 MiB of memory per TiB.
+/// What is clean or dirty as a whole, in bytes. The bitmap takes 2 MiB per TiB.
 pub(super) const BLOCK: u64 = 64 << 10;
 /// The most that is taken at once, in bytes, and so the longest range zeroed by one request. A destination that has to
 /// write the zeroes must answer in time.
@@ -117,13 +117,13 @@ impl Pass {
         let ahead = self.dirty.next_set_range(self.cursor, TAKEN_MAX);
         let is_new_pass = ahead.is_none();
         let Some(mut range) = ahead.or_else(|| self.dirty.next_set_range(0, TAKEN_MAX)) else {
-            // The pass ends here, or it would follow a client that writes in order through all of the image.
+            // End the pass here, or it would follow a client that writes in order through all of the image.
             self.cursor = self.size;
             return Taken::Nothing;
         };
         for sent in &self.in_flight {
             if overlap(&sent.range, &range) {
-                // The answer comes soon; blocks before it need not wait.
+                // Take only the blocks before it (invariant 1); its answer comes soon.
                 range.end = range.end.min((sent.range.start / BLOCK * BLOCK).max(range.start));
             }
         }

@@ -29,8 +29,8 @@ pub struct Abilities {
 /// What to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
-    /// Ask the disk what begins at this offset, and say so with [`Plan::note_extent`] when it has answered. One question
-    /// at a time; whatever does not depend on the answer goes on meanwhile.
+    /// Ask the disk what begins at this offset, and say so with [`Plan::note_extent`] when it has answered. One
+    /// question at a time; whatever does not depend on the answer goes on meanwhile.
     Look(u64),
     /// Read the range, then send it.
     Data(Range<u64>),
@@ -79,7 +79,7 @@ pub struct Plan {
     attempt: Attempt,
 }
 
-/// What is known of one attempt, and worth nothing after it.
+/// All that belongs to one attempt and is worth nothing after it.
 #[derive(Debug)]
 struct Attempt {
     can: Abilities,
@@ -109,8 +109,8 @@ impl Plan {
         self.attempt = Attempt::new(self.size, self.pause_target_ms, can, now_ms);
     }
 
-    /// The destination is gone, and what it has is worth nothing any more. Clients go on. Even [`Step::Commit`] may fail
-    /// like this, up to the moment in which the destination could have been told.
+    /// The destination is gone, and what it has is worth nothing any more. Clients go on. Even [`Step::Commit`] may
+    /// fail like this, up to the moment in which the destination could have been told.
     pub fn lost(&mut self, now_ms: u64) {
         self.attempt = Attempt::new(self.size, self.pause_target_ms, Abilities::default(), now_ms);
     }
@@ -121,8 +121,8 @@ impl Plan {
         self.attempt.pace.forget_speed(now_ms);
     }
 
-    /// A client's operation that may change the range goes to the disk: its write limit is charged for what that will cost
-    /// to send.
+    /// A client's operation that may change the range goes to the disk. The clients' write limit is charged for what it
+    /// will cost to send.
     pub fn note_submitted(&mut self, range: &Range<u64>) {
         if let Some(limit) = self.attempt.pace.write_limit() {
             limit.note_submitted(self.attempt.pass.clean_bytes(range));
@@ -138,19 +138,19 @@ impl Plan {
         }
     }
 
-    /// What the disk says of the offset asked for with [`Step::Look`]; data, if it cannot say. An answer to an attempt that
-    /// was lost must not get here.
+    /// What the disk says of the offset asked for with [`Step::Look`]; data, if it cannot say. An answer to an attempt
+    /// that was lost must not get here.
     pub fn note_extent(&mut self, extent: Extent) {
         self.attempt.holes.note_extent(extent);
     }
 
-    /// True while clients have to wait with everything.
+    /// True while no request of a client may pass.
     pub fn pauses_clients(&self) -> bool {
         self.attempt.pause.phase() != Phase::Copying
     }
 
-    /// The time until which requests of clients that change something have to wait, if they have to. To be asked before
-    /// each of them, because each makes the next wait ([`Plan::note_submitted`]).
+    /// Until when clients' requests that change something are kept, if they are. Ask before each of them: each that
+    /// passes may keep the next ([`Plan::note_submitted`]).
     pub fn keeps_changes_until(&mut self, now_ms: u64) -> Option<u64> {
         let limit = self.attempt.pace.write_limit()?;
         Some(limit.open_at(now_ms)).filter(|&at_ms| at_ms > now_ms)
@@ -176,11 +176,11 @@ impl Plan {
         self.attempt.pause.since_ms().map_or(0, |since_ms| now_ms.saturating_sub(since_ms))
     }
 
-    /// Lets clients go on although the end was near: it took too long. They get as much time as they were paused.
+    /// Lets clients go on, because the end takes too long. They get as much time as they were paused.
     pub fn give_up_pause(&mut self) {
         if self.attempt.pause.give_up() {
             self.attempt.flushes.note_given_up();
-            // What was to fit did not, so the way may not be as fast as it was.
+            // What should have fitted did not, so the way may have become slower.
             self.attempt.pace.meter().halve();
         }
     }
@@ -336,7 +336,7 @@ impl Attempt {
         }
     }
 
-    /// Makes sure that something is taken. False when there is nothing that could be sent now.
+    /// Takes blocks, unless some are taken. False when there is nothing that could be sent now.
     fn take(&mut self, speed: Option<u64>, now_ms: u64) -> bool {
         if !self.pass.taken().is_empty() {
             return true;
@@ -345,7 +345,7 @@ impl Attempt {
             Taken::Nothing => return false,
             Taken::More => {}
             Taken::NewPass => {
-                // The pass before gained nothing, and the end is not near: clients dirty blocks too fast.
+                // The pass before has gained nothing, and the end is not near: clients dirty blocks too fast.
                 if let Some(speed) = speed.filter(|_| self.pass.is_settled() && !self.fits_pause(speed)) {
                     self.pace.slow_clients(speed, self.charge_max(), now_ms);
                 }
@@ -363,15 +363,15 @@ impl Attempt {
         }
     }
 
-    /// True when what is left can be sent within half of the pause target; the other half is for the flush. Clients that
-    /// wait for longer with every block may be paused for as long.
+    /// True when what is left can be sent within half of the pause target; the other half is for the flush. Clients
+    /// that wait for longer with every block may be paused for as long.
     fn fits_pause(&self, speed: Option<u64>) -> bool {
         let most_ms = (self.pause.target_ms() / 2).max(self.pace.kept_ms_per_block());
         self.pass.left_bytes().saturating_mul(1000) <= speed.unwrap_or(0).saturating_mul(most_ms)
     }
 }
 
-/// How much one request may carry: less when the limit is slow, so that it is kept evenly.
+/// How much one request may carry: less when the limit is low, so that data leaves evenly.
 fn data_max(limit: Option<&Bucket>) -> u64 {
     let most = limit.map_or(DATA_MAX, |limit| limit.bytes_per_s() / 20);
     most.clamp(DATA_MIN, DATA_MAX) / DATA_MIN * DATA_MIN

@@ -4,7 +4,8 @@
 //! It holds the plan to its promises at every step. [`seeds`] makes worlds up, thousands of them; [`faults`] lets an
 //! attempt fail at every step there is; [`pace`] asks for figures: how long, how much, how late.
 //!
-//! A failed seed is printed; `FLEXNBD_SEED=that cargo test --test simulation seeds` runs it again.
+//! A failed seed is printed; `FLEXNBD_SEED=that cargo test --test simulation seeds` runs it again. With
+//! `FLEXNBD_SEEDS=200000` there are so many, instead of 2,000.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
 
 mod faults;

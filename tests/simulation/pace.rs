@@ -141,7 +141,7 @@ fn shares(out: &Outcome, limit: u64) -> Vec<u64> {
 }
 
 #[test]
-fn the_limit_is_held_and_used() {
+fn the_limit_is_observed_and_used() {
     for limit in [100_000, MB, 7_777_777, 100 * MB] {
         for latency_us in [100, 20_000] {
             let size = limit * 5 / 512 * 512;

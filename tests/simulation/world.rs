@@ -70,7 +70,8 @@ pub struct Setup {
     pub jitter_us: u64,
     /// What a disk operation of the source may take, at random.
     pub disk_us: u64,
-    /// What a question to the file system may take until it has looked, and again until it has answered; most take less.
+    /// What a question to the file system may take until it has looked, and again until it has answered; most take
+    /// less.
     pub look_us: u64,
     /// One in so many of its answers is exact; others are cut short at any place.
     pub whole_extents: u64,
