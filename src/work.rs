@@ -80,6 +80,13 @@ pub enum Action {
         /// How long it is.
         length: u64,
     },
+    /// Reads the range once and keeps nothing of it: success means that every byte of it can be read.
+    Verify {
+        /// Where it begins.
+        offset: u64,
+        /// How long it is.
+        length: u64,
+    },
     /// Finds out what is data and what is a hole, from the beginning of the range on.
     Map {
         /// Where it begins.
@@ -97,7 +104,9 @@ impl Action {
         let (offset, length) = match self {
             Self::Write { offset, payload, .. } => (*offset, payload.len() as u64),
             Self::Zero { offset, length, .. } | Self::Trim { offset, length, .. } => (*offset, *length),
-            Self::Read { .. } | Self::Flush | Self::Cache { .. } | Self::Map { .. } => return None,
+            Self::Read { .. } | Self::Flush | Self::Cache { .. } | Self::Verify { .. } | Self::Map { .. } => {
+                return None
+            }
         };
         Some(offset..offset.saturating_add(length))
     }
@@ -107,7 +116,7 @@ impl Action {
         match self {
             Self::Write { fua, .. } | Self::Zero { fua, .. } | Self::Trim { fua, .. } => *fua,
             Self::Flush => true,
-            Self::Read { .. } | Self::Cache { .. } | Self::Map { .. } => false,
+            Self::Read { .. } | Self::Cache { .. } | Self::Verify { .. } | Self::Map { .. } => false,
         }
     }
 
@@ -120,6 +129,7 @@ impl Action {
             Self::Zero { offset, length, .. }
             | Self::Trim { offset, length, .. }
             | Self::Cache { offset, length }
+            | Self::Verify { offset, length }
             | Self::Map { offset, length, .. } => (*offset, *length),
             Self::Flush => return true,
         };
@@ -181,6 +191,7 @@ mod tests {
             (Action::Zero { offset, length: bytes, fua, no_hole: false, fast: false }, true),
             (Action::Trim { offset, length: bytes, fua }, true),
             (Action::Cache { offset, length: bytes }, false),
+            (Action::Verify { offset, length: bytes }, false),
             (Action::Map { offset, length: bytes, most: 1 }, false),
         ]
     }

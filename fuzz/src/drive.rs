@@ -238,6 +238,7 @@ impl Drive {
             Action::Zero { offset, length, .. }
             | Action::Trim { offset, length, .. }
             | Action::Cache { offset, length }
+            | Action::Verify { offset, length }
             | Action::Map { offset, length, .. } => Some((*offset, *length)),
             Action::Flush => None,
         };

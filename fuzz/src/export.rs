@@ -84,7 +84,11 @@ impl Disk for Pattern {
                 worked.extents = extents(offset, length);
                 worked.extents.truncate(most);
             }
-            Action::Zero { .. } | Action::Trim { .. } | Action::Cache { .. } | Action::Flush => {}
+            Action::Zero { .. }
+            | Action::Trim { .. }
+            | Action::Cache { .. }
+            | Action::Verify { .. }
+            | Action::Flush => {}
         }
         worked
     }

@@ -19,6 +19,7 @@ mod open;
 mod slow;
 mod sparse;
 mod sync;
+mod verify;
 mod zero;
 
 pub use image::SECTOR;

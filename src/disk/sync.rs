@@ -9,6 +9,7 @@
 use super::commit::Commit;
 use super::image::Image;
 use super::sparse;
+use super::verify;
 use super::zero::Zeroes;
 use crate::buffer::Buffer;
 use crate::sys;
@@ -124,6 +125,10 @@ impl Engine {
                 // It is a hint: no harm if the kernel does not take it.
                 let _ = sys::file::will_need(&image.file, *offset, *length);
                 Ok(true)
+            }
+            Action::Verify { offset, length } => {
+                let done = verify::step(image, *offset, *length)?;
+                Ok(proceed(offset, length, done))
             }
             Action::Map { offset, length, most } => {
                 extents.extend(sparse::map(image, *offset..*offset + *length).take(*most));
@@ -412,6 +417,19 @@ mod tests {
         assert_eq!(engine.syncs(), 0, "there is nothing to put on stable storage");
         let failed = run(&mut engine, &full, zero(0, 4096));
         assert_eq!(failed.result.unwrap_err().kind(), ErrorKind::StorageFull);
+    }
+
+    #[test]
+    fn what_is_verified_can_be_read_to_its_last_byte() {
+        let temp = TempFile::new("verify");
+        let image = image(&temp, 1 << 20);
+        for (offset, length, end) in [(0, 1 << 20, 1 << 20), (5, 300_000, 300_005), (7, 1, 8)] {
+            temp.file.set_len(end).unwrap();
+            run(&mut Engine::default(), &image, Action::Verify { offset, length }).result.unwrap();
+            temp.file.set_len(end - 1).unwrap();
+            let failed = run(&mut Engine::default(), &image, Action::Verify { offset, length });
+            assert_eq!(failed.result.unwrap_err().kind(), ErrorKind::UnexpectedEof);
+        }
     }
 
     #[test]

@@ -132,7 +132,7 @@ impl Disk for Faulty {
                 worked.extents.truncate(most);
                 fails(&place)
             }
-            Action::Cache { offset, length } => fails(&place(offset, length)),
+            Action::Cache { offset, length } | Action::Verify { offset, length } => fails(&place(offset, length)),
             Action::Flush => fault.map(|fault| fault.errno),
         };
         worked.result = failed.map_or(Ok(()), |errno| Err(error(errno).into()));
