@@ -31,7 +31,7 @@
 //! | export | what a client sees of the image: a size and transmission flags |
 //! | session | one end of an NBD conversation, as bytes in and out ([`proto`]) |
 //! | cookie | 8 bytes that name a request to the peer; the reply repeats them |
-//! | tag | names a request within its session, from the session to the disk and back |
+//! | tag | names a request within its session, and which slice of a READ, from the session to the disk and back |
 //! | operation | one thing the disk is asked to do: [`work::Op`], which becomes [`work::Done`] |
 //! | slice | the largest piece of a payload that is held in memory at once |
 //! | slot | a connection, a listener or the signals, as the loop takes turns with them |

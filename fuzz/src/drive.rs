@@ -254,7 +254,10 @@ impl Drive {
     fn check_limits(&self) {
         let mut tags = BTreeSet::new();
         for Piece { head, done } in &self.pieces {
-            assert!(tags.insert(done.tag) || head.kind == kind::WRITE, "other requests are in one piece at a time");
+            assert!(
+                tags.insert(done.tag) || head.kind == kind::WRITE,
+                "each piece of other requests has a tag of its own"
+            );
         }
         assert!(tags.len() <= IN_FLIGHT_MAX, "too many in flight");
         // A read that begins in a hole is answered in two pieces.

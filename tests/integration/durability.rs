@@ -175,6 +175,30 @@ fn a_file_that_was_cut_short_is_an_error_reply() {
 }
 
 #[test]
+fn what_fails_in_a_long_read_is_an_error_of_that_read_alone() {
+    let content = crate::support::pattern(3, 4 << 20);
+    let server = Server::serve().content(&content).start();
+    let mut client = server.connect();
+    assert!(client.read(0, 4 << 20).unwrap() == content);
+    // Beyond the first slice; beyond what is read before the reply begins; in the last block.
+    for cut in [300_000, 3 << 20, (4 << 20) - 1] {
+        fs::File::options().write(true).open(&server.image).unwrap().set_len(cut).unwrap();
+        for (offset, length) in [(0, 4 << 20), (cut - 40_000, 1 << 20), (cut - 299_999, 300_000)] {
+            let length = length.min((4 << 20) - offset);
+            assert_eq!(
+                client.read(offset, u32::try_from(length).unwrap()),
+                Err(errno::EIO),
+                "{cut}: {length} at {offset}"
+            );
+        }
+        assert!(client.read(0, 300_000).unwrap() == content[..300_000], "it goes on");
+        fs::write(&server.image, &content).unwrap();
+        assert!(client.read(0, 4 << 20).unwrap() == content);
+    }
+    server.expect_healthy();
+}
+
+#[test]
 fn a_full_disk_is_an_error_reply() {
     let Some(mount) = Mount::tmpfs("1m") else { return };
     let path = mount.join("image");

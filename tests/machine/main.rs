@@ -17,6 +17,7 @@ mod newstyle;
 mod oracles;
 mod pair;
 mod plan;
+mod reads;
 mod scripts;
 mod seeds;
 mod simulation;

@@ -9,6 +9,7 @@
 //! 1. No request is taken while requests and the heads of replies that wait are together [`IN_FLIGHT_MAX`] or more; a
 //!    structured READ may have two heads for each slice, a hole and the data behind it.
 //! 2. The slices of one simple reply follow each other on the wire: a READ that needs several runs alone.
+//! 3. A simple reply to a READ of up to 4 MiB begins only when all of it can be read.
 
 pub mod handshake;
 mod inbox;
@@ -34,6 +35,7 @@ use crate::work::{Action, Done};
 use handshake::{Haggle, Haggled, OPTION_MAX};
 use inbox::Inbox;
 use memory::Memory;
+use read::{LongRead, Slice};
 use request::{refuse, without_payload, Request};
 use std::io::IoSlice;
 use unanswered::{Pending, Unanswered};
@@ -60,7 +62,7 @@ pub struct ServerSession {
     inbox: Inbox,
     unanswered: Unanswered,
     /// The READ that runs alone (invariant 2).
-    long_read: Option<u32>,
+    long_read: Option<LongRead>,
     memory: Memory,
     outbox: Outbox,
     tally: Tally,
@@ -133,8 +135,8 @@ impl ServerSession {
 
     /// What to do next, of what may pass. To be called until it needs something.
     pub fn next_step(&mut self, pass: Pass, pool: &mut Pool) -> Step {
-        if let Some(tag) = self.long_read {
-            return self.read_on(tag, pool);
+        if self.long_read.is_some() {
+            return self.read_on(pool).unwrap_or(Step::NeedRoom);
         }
         loop {
             let step = match &self.state {
@@ -175,16 +177,13 @@ impl ServerSession {
         pending.error = pending.error.or(result.as_ref().err().map(|failed| failed.errno));
         match (buffer, pending.error) {
             (Some(payload), None) if head.kind == kind::READ => {
-                read::queue_heads(pending, &extents, &payload, self.style, &mut self.outbox);
-                let is_whole = pending.replied == head.length;
-                if payload.is_empty() {
-                    self.memory.give(payload, pool);
-                } else {
-                    self.outbox.push_payload(payload, since_ms);
+                self.read_arrived(tag, Slice { hole: extents, payload }, pool);
+            }
+            (None, None) if head.kind == kind::READ => {
+                if let Some(long) = &mut self.long_read {
+                    long.verified();
                 }
-                if is_whole {
-                    self.note_answered(tag, true);
-                }
+                self.queue_long_read(pool);
             }
             (None, None) if head.kind == kind::BLOCK_STATUS => {
                 let payload = reply::block_status(&extents);
@@ -195,6 +194,9 @@ impl ServerSession {
             (buffer, _) => {
                 if let Some(buffer) = buffer {
                     self.memory.give(buffer, pool);
+                }
+                if let Some(long) = self.long_read.as_mut().filter(|_| head.kind == kind::READ) {
+                    long.release(&mut self.memory, pool);
                 }
                 if !has_begun {
                     self.answer_if_done(tag);
@@ -252,6 +254,9 @@ impl ServerSession {
     pub fn release(&mut self, pool: &mut Pool) {
         self.inbox.release(pool);
         self.outbox.release(pool);
+        if let Some(mut long) = self.long_read.take() {
+            long.release(&mut self.memory, pool);
+        }
         if let State::Payload(incoming) = std::mem::replace(&mut self.state, State::Closing(End::EndOfStream)) {
             incoming.release(&mut self.memory, pool);
         }
@@ -375,20 +380,49 @@ impl ServerSession {
         let is_alone = self.unanswered.is_empty();
         let Some(buffer) = read::first_buffer(&head, is_alone, &mut self.memory, pool) else { return Step::NeedRoom };
         let tag = self.accept(head);
-        self.long_read = (buffer.capacity() < head.length as usize).then_some(tag);
-        self.hand_out(tag, head, read::slice(&head, 0, buffer, self.style))
+        let (tag, action) = if buffer.capacity() < head.length as usize {
+            self.long_read.insert(LongRead::new(head, tag, self.style)).next_slice(buffer)
+        } else {
+            (tag, read::whole(&head, buffer, self.style))
+        };
+        self.hand_out(tag, head, action)
     }
 
-    /// The next slice of the READ that runs alone.
-    fn read_on(&mut self, tag: u32, pool: &mut Pool) -> Step {
+    /// More work of the READ that runs alone.
+    fn read_on(&mut self, pool: &mut Pool) -> Option<Step> {
+        let long = self.long_read.as_mut()?;
+        let &Pending { head, error: None, .. } = self.unanswered.get(long.tag())? else { return None };
         // Chunks of holes take no memory of the pool, so that nothing but the number of replies bounds them.
-        let Some(&Pending { head, in_work: 0, replied, .. }) = self.unanswered.get(tag) else { return Step::NeedRoom };
         if self.outbox.heads() >= IN_FLIGHT_MAX {
-            return Step::NeedRoom;
+            return None;
         }
-        let left = (head.length - replied) as usize;
-        let Some(buffer) = self.memory.take(left, pool) else { return Step::NeedRoom };
-        self.hand_out(tag, head, read::slice(&head, replied, buffer, self.style))
+        let (tag, action) = long.next(self.outbox.is_empty(), &mut self.memory, pool)?;
+        Some(self.hand_out(tag, head, action))
+    }
+
+    /// A READ, or a slice of one, has been read.
+    fn read_arrived(&mut self, tag: u32, slice: Slice, pool: &mut Pool) {
+        if let Some(long) = &mut self.long_read {
+            long.arrived(tag, slice);
+            self.queue_long_read(pool);
+        } else {
+            self.queue_read(tag, slice, pool);
+        }
+    }
+
+    /// Queues what of the READ that runs alone has its turn.
+    fn queue_long_read(&mut self, pool: &mut Pool) {
+        while let Some((tag, slice)) = self.long_read.as_mut().and_then(|long| Some((long.tag(), long.take()?))) {
+            self.queue_read(tag, slice, pool);
+        }
+    }
+
+    fn queue_read(&mut self, tag: u32, slice: Slice, pool: &mut Pool) {
+        let Some(pending) = self.unanswered.get_mut(tag) else { return };
+        read::queue(pending, slice, self.style, &mut self.outbox, &mut self.memory, pool);
+        if pending.replied == pending.head.length {
+            self.note_answered(tag, true);
+        }
     }
 
     /// Hands on what has come of a payload. `None`: look again, the state has changed.
@@ -436,7 +470,8 @@ impl ServerSession {
 
     /// The reply to a request is queued to its end.
     fn note_answered(&mut self, tag: u32, succeeded: bool) {
-        self.long_read = self.long_read.filter(|&long| long != tag);
+        // It ran alone.
+        self.long_read = None;
         if let Some(answered) = self.unanswered.take(tag) {
             self.tally.note(&answered.head, succeeded);
         }

@@ -16,13 +16,12 @@ const _: () = assert!(DF_MAX as usize <= SLICE, "it fits one buffer");
 /// The most extents in one reply; a client asks again for the rest.
 pub const EXTENTS_MAX: usize = 512;
 
-/// A piece of work that a request asks for; its range is inside the export. A long request becomes several, one after
-/// the other, with the same tag.
+/// A piece of work that a request asks for; its range is inside the export. A long request becomes several.
 #[derive(Debug)]
 pub struct Request {
     /// The request as it came.
     pub head: RequestHead,
-    /// Names the request within its session until all pieces of it are completed.
+    /// Names the request within its session until all pieces of it are completed; of a READ, the piece too.
     pub tag: u32,
     /// What to do.
     pub action: Action,

@@ -1,8 +1,12 @@
 //! The requests of a client that are not answered, by their tags.
 
+use super::read::SLICES_MAX;
 use crate::proto::error::Errno;
 use crate::proto::wire::RequestHead;
 use slab::Slab;
+
+/// How many tags a request has: its own, which is the lowest, and those of what else of a READ is in work beside that.
+const TAGS: u32 = SLICES_MAX + 1;
 
 /// A request that is not answered.
 #[derive(Debug)]
@@ -18,28 +22,28 @@ pub(super) struct Pending {
     pub(super) error: Option<Errno>,
 }
 
-/// All of them. A tag names one until it is answered.
+/// All of them. Each of its tags names one until it is answered.
 #[derive(Debug, Default)]
 pub(super) struct Unanswered(Slab<Pending>);
 
 impl Unanswered {
-    /// Adds a request that came at `since_ms`; returns its tag.
+    /// Adds a request that came at `since_ms`; returns its own tag.
     pub(super) fn push(&mut self, head: RequestHead, since_ms: u64) -> u32 {
-        let tag = self.0.insert(Pending { head, since_ms, in_work: 0, replied: 0, error: None });
-        u32::try_from(tag).unwrap_or(u32::MAX)
+        let place = self.0.insert(Pending { head, since_ms, in_work: 0, replied: 0, error: None });
+        u32::try_from(place).unwrap_or(u32::MAX / TAGS) * TAGS
     }
 
     pub(super) fn get(&self, tag: u32) -> Option<&Pending> {
-        self.0.get(tag as usize)
+        self.0.get(place(tag))
     }
 
     pub(super) fn get_mut(&mut self, tag: u32) -> Option<&mut Pending> {
-        self.0.get_mut(tag as usize)
+        self.0.get_mut(place(tag))
     }
 
     /// Takes a request out: it is answered.
     pub(super) fn take(&mut self, tag: u32) -> Option<Pending> {
-        self.0.try_remove(tag as usize)
+        self.0.try_remove(place(tag))
     }
 
     pub(super) fn len(&self) -> usize {
@@ -59,4 +63,9 @@ impl Unanswered {
     pub(super) fn changes_export(&self) -> bool {
         self.0.iter().any(|(_, pending)| pending.head.changes_export())
     }
+}
+
+/// Where the request is that a tag names.
+fn place(tag: u32) -> usize {
+    (tag / TAGS) as usize
 }
