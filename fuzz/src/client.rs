@@ -1,7 +1,7 @@
 //! PURE: the oracle of a client that listens to a hostile server.
 
 use super::choices::Choices;
-use super::drive::hear;
+use super::drive::feed;
 use super::CHOICES;
 use flexnbd::buffer::Pool;
 use flexnbd::proto::client::{ClientSession, Event};
@@ -9,65 +9,111 @@ use flexnbd::proto::error::Violation;
 use flexnbd::proto::export::Offer;
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::wire::kind;
+use std::collections::BTreeMap;
 use std::io::IoSlice;
 
-/// Takes what a client wants sent.
-pub(super) fn take_sent<T>(client: &mut ClientSession<T>) -> Vec<u8> {
-    let mut bytes = Vec::new();
+/// The last choice of a client that asks for an export by name.
+const NAMED: u8 = 0xFF;
+
+/// Takes what a client wants sent, `piece()` bytes at once.
+pub(super) fn take_sent<T>(client: &mut ClientSession<T>, mut piece: impl FnMut(usize) -> usize) -> Vec<u8> {
+    let mut taken = Vec::new();
     while client.wants_send() {
         let mut slices = [IoSlice::new(&[]); PIECES_MAX];
-        let pieces = client.to_send(&mut slices);
-        let before = bytes.len();
-        slices.iter().take(pieces).for_each(|slice| bytes.extend_from_slice(slice));
-        client.sent(bytes.len() - before, &mut Pool::new(0));
+        let filled = client.to_send(&mut slices);
+        let bytes: Vec<u8> = slices[..filled].iter().flat_map(|slice| slice.to_vec()).collect();
+        let n = piece(bytes.len());
+        taken.extend(&bytes[..n]);
+        client.sent(n, &mut Pool::new(0));
     }
-    bytes
+    taken
 }
 
-/// What a [`ClientSession`] has understood.
+/// A command that a client gives.
+struct Command {
+    kind: u16,
+    length: u32,
+}
+
+impl Command {
+    fn new(choice: u8) -> Self {
+        Self { kind: u16::from(choice & 7), length: u32::from(choice >> 3) * 11 }
+    }
+}
+
+/// What a [`ClientSession`] has understood; commands go by their numbers.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Understood {
-    /// What it has sent in the handshake.
     sent: Vec<u8>,
     export: Option<Offer>,
     replies: Vec<(usize, u32)>,
-    data: Vec<u8>,
+    data: BTreeMap<usize, Vec<u8>>,
     violation: Option<Violation>,
+    /// What it would mean if the server closed the connection now.
+    end: &'static str,
 }
 
-/// Asks what the choices say and takes `stream` for the answers, at most `piece()` bytes at once.
-fn listen(choices: &[u8], stream: &[u8], mut piece: impl FnMut(usize) -> usize) -> Understood {
-    let mut client = ClientSession::new(String::new());
-    let mut most_data = 0;
-    for (number, &choice) in choices.iter().enumerate() {
-        let length = u32::from(choice >> 3) * 11;
-        match u16::from(choice & 7) {
-            kind::DISC => client.disconnect(),
-            kind => client.command(kind, 0, 0, length, number),
+impl Understood {
+    /// Lets the client receive; it gives its commands as soon as it may.
+    fn hear(
+        &mut self,
+        client: &mut ClientSession<usize>,
+        commands: &[Command],
+        mut bytes: &[u8],
+    ) -> Result<(), Violation> {
+        while !bytes.is_empty() {
+            bytes = feed(client, bytes);
+            while let Some(event) = client.next_event()? {
+                match event {
+                    Event::Export(offer) => {
+                        assert!(self.export.replace(offer).is_none(), "greeted twice");
+                        for (number, &Command { kind, length }) in commands.iter().enumerate() {
+                            match kind {
+                                kind::DISC => client.disconnect(),
+                                _ => client.command(kind, 0, 0, length, number),
+                            }
+                        }
+                    }
+                    Event::Data { note, bytes } => self.data.entry(*note).or_default().extend(bytes),
+                    Event::Reply { note, error } => {
+                        let Command { kind, length } = commands[note];
+                        let brings = if kind == kind::READ && error == 0 { length as usize } else { 0 };
+                        let brought = self.data.get(&note).map_or(0, Vec::len);
+                        assert_eq!(brought, brings, "all of the data comes with a good reply");
+                        self.replies.push((note, error));
+                    }
+                }
+            }
         }
-        most_data += length as usize;
+        Ok(())
     }
-    take_sent(&mut client);
-    let asked = client.unanswered();
+}
+
+/// Listens to `stream`, of which at most `piece()` bytes come at once; they are those of a server that is asked what the
+/// choices say.
+fn listen(choices: &[u8], stream: &[u8], mut piece: impl FnMut(usize) -> usize) -> Understood {
+    let commands: Vec<Command> = choices.iter().map(|&choice| Command::new(choice)).collect();
+    let name = if choices.last() == Some(&NAMED) { "other" } else { "" };
+    let mut client = ClientSession::new(name.into());
     let mut understood = Understood::default();
     let mut rest = stream;
     while !rest.is_empty() && understood.violation.is_none() {
         let (next, later) = rest.split_at(piece(rest.len()));
         rest = later;
-        let heard = hear(&mut client, next, |event| match event {
-            Event::Export(offer) => assert!(understood.export.replace(offer).is_none(), "greeted twice"),
-            Event::Reply { note, error } => understood.replies.push((note, error)),
-            Event::Data { bytes, .. } => understood.data.extend(bytes),
-        });
-        understood.violation = heard.err();
-        understood.sent.extend(take_sent(&mut client));
+        understood.violation = understood.hear(&mut client, &commands, next).err();
+        understood.sent.extend(take_sent(&mut client, &mut piece));
     }
-    assert_eq!(client.unanswered() + understood.replies.len(), asked, "each reply answers one request");
-    assert!(understood.data.len() <= most_data, "more data than was asked for");
+    let asked = commands.iter().filter(|command| understood.export.is_some() && command.kind != kind::DISC);
+    assert_eq!(client.unanswered() + understood.replies.len(), asked.count(), "each reply answers one command");
+    for (&number, data) in &understood.data {
+        let Command { kind, length } = commands[number];
+        assert!(kind == kind::READ && data.len() <= length as usize, "more data than was asked for");
+    }
+    understood.end = client.explain_end();
     understood
 }
 
-/// A conversation from the client's side: a greeting and replies, cut up.
+/// A conversation from the client's side: a greeting, a negotiation and replies, cut up.
 ///
 /// # Panics
 /// When it matters how they are cut up, or when something is understood that was not asked for.
@@ -75,5 +121,6 @@ pub fn client(data: &[u8]) {
     let (mut choices, stream) = Choices::split(data);
     let asked = data.get(..CHOICES).unwrap_or(data);
     let whole = listen(asked, stream, |most| most);
+    assert_eq!(listen(asked, stream, |_| 1), whole, "byte by byte");
     assert_eq!(listen(asked, stream, |most| choices.piece(most)), whole);
 }

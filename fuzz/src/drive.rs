@@ -113,6 +113,16 @@ pub struct Server {
     pub cap: usize,
 }
 
+/// Lets a client's session receive what it has space for; returns the rest.
+pub fn feed<'a, T>(client: &mut ClientSession<T>, bytes: &'a [u8]) -> &'a [u8] {
+    let space = client.recv_space();
+    let (next, later) = bytes.split_at(bytes.len().min(space.len()));
+    assert!(!next.is_empty(), "it needs bytes and has no space");
+    space[..next.len()].copy_from_slice(next);
+    client.received(next.len());
+    later
+}
+
 /// Lets a client's session receive, and passes on what it understands.
 pub fn hear<T>(
     client: &mut ClientSession<T>,
@@ -120,12 +130,7 @@ pub fn hear<T>(
     mut take: impl FnMut(Event<'_, T>),
 ) -> Result<(), Violation> {
     while !bytes.is_empty() {
-        let space = client.recv_space();
-        let (next, later) = bytes.split_at(bytes.len().min(space.len()));
-        assert!(!next.is_empty(), "it needs bytes and has no space");
-        space.iter_mut().zip(next).for_each(|(to, from)| *to = *from);
-        client.received(next.len());
-        bytes = later;
+        bytes = feed(client, bytes);
         while let Some(event) = client.next_event()? {
             take(event);
         }

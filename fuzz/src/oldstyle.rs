@@ -43,7 +43,7 @@ impl Oracle {
                 _ => this.client.command(head.kind, head.flags, head.offset, head.length, head),
             }
             this.stream.extend(magic.to_be_bytes());
-            this.stream.extend(take_sent(&mut this.client).iter().skip(4));
+            this.stream.extend(take_sent(&mut this.client, |most| most).iter().skip(4));
             input = rest;
             if broken {
                 this.end = Ok(End::Violation(Violation::BadRequestMagic(magic)));

@@ -71,7 +71,8 @@ pub fn contexts(queries: &[&str]) -> Vec<u8> {
     data
 }
 
-fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
+/// A reply to an option.
+pub fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
     let mut bytes = 0x0003_e889_0455_65a9_u64.to_be_bytes().to_vec();
     for field in [option, kind, data.len() as u32] {
         bytes.extend(field.to_be_bytes());

@@ -3,7 +3,7 @@
 //! The seeds are made here, so that they follow the protocol when it grows: `FLEXNBD_WRITE_SEEDS=1` writes them anew.
 //! What a fuzzer finds is added to their folder by hand, under another name, and replayed like the rest.
 
-use crate::newstyle::{contexts, everything, option, Talk};
+use crate::newstyle::{contexts, everything, option, option_reply, Talk};
 use crate::oracles::{acl, client, control, haggling, newstyle_session, session, CHOICES};
 use crate::plan::{head, Plan};
 use crate::scripts::short;
@@ -49,6 +49,27 @@ fn sessions() -> Vec<Vec<u8>> {
     streams.flat_map(|stream| [[0; CHOICES], MIXED, FAILING].map(|choices| input(choices, &stream))).collect()
 }
 
+/// What newstyle servers say, with the replies to what is asked then.
+fn negotiations() -> Vec<Vec<u8>> {
+    let enter = |flags: u16, said: &[&[u8]]| [b"NBDMAGICIHAVEOPT", &flags.to_be_bytes()[..], &said.concat()].concat();
+    let export = [&4096_u64.to_be_bytes()[..], &[0, 13]].concat();
+    let info = option_reply(opt::GO, 3, &[&[0, 0], export.as_slice()].concat());
+    let name = option_reply(opt::GO, 3, b"\0\x01disk");
+    let ack = option_reply(opt::GO, 1, &[]);
+    let unknown = option_reply(opt::GO, 0x8000_0001, b"what is GO?");
+    let replies = [1, 2, 3].map(|cookie| SimpleReply { error: 5, cookie }.encode()).concat();
+    vec![
+        enter(3, &[&info, &name, &ack, &replies]),
+        enter(1, &[&info, &ack, &replies]),
+        enter(3, &[&unknown, &export, &replies]),
+        enter(1, &[&unknown, &export, &[0; 124], &replies]),
+        enter(0, &[&export, &[0; 124], &replies]),
+        enter(3, &[&option_reply(opt::GO, 0x8000_0006, b"no such export")]),
+        enter(3, &[&name.repeat(65)]),
+        enter(3, &[&ack]),
+    ]
+}
+
 fn clients() -> Vec<Vec<u8>> {
     let greeting = Greeting { size: 4096, flags: 13 }.encode();
     let reply = |error, cookie| SimpleReply { error, cookie }.encode().to_vec();
@@ -57,13 +78,18 @@ fn clients() -> Vec<Vec<u8>> {
     choices[..5].copy_from_slice(&[3 << 3, 1, 3, 2, 1 << 3]);
     let answers = [
         greeting.to_vec(),
-        [reply(0, 3), reply(0, 1), vec![b'a'; 33], reply(28, 2), reply(0, 5), vec![b'b'; 11]].concat(),
+        [reply(0, 3), reply(0, 1), vec![b'a'; 33], reply(28, 2), reply(0, 4), vec![b'b'; 11]].concat(),
         [reply(5, 1), reply(0, 77)].concat(),
         [reply(0, 1), vec![b'a'; 20]].concat(),
         vec![0; 16],
     ];
     let garbage = input(choices, b"SSH-2.0-OpenSSH_10.0\r\n");
-    answers.iter().map(|answer| input(choices, &[&greeting, answer.as_slice()].concat())).chain([garbage]).collect()
+    let oldstyle = answers.iter().map(|answer| input(choices, &[&greeting, answer.as_slice()].concat()));
+    let mut named = choices;
+    named[CHOICES - 1] = 0xFF;
+    let newstyle =
+        negotiations().into_iter().flat_map(|stream| [choices, named].map(|choices| input(choices, &stream)));
+    oldstyle.chain([garbage]).chain(newstyle).chain([input(named, &greeting)]).collect()
 }
 
 fn controls() -> Vec<Vec<u8>> {
