@@ -415,19 +415,23 @@ fn shutdown_tears_no_reply() {
 /// "Request types": `NBD_CMD_READ`, errors after a simple reply has begun.
 #[test]
 fn a_read_error_behind_a_good_head_cuts_the_connection() {
-    let content = pattern(39, 4 << 20);
-    // The first slice fails: nothing was said yet, so it can be said, and the connection goes on.
-    let (server, _) = traced(Server::serve().content(&content), &["inject=pread64:error=EIO:when=1"]);
-    let mut client = simple(&server);
-    assert_eq!(client.read(0, 4 << 20), Err(EIO));
-    assert!(client.read(0, 4 << 20).unwrap() == content);
-    server.expect_healthy();
-    // A later one fails: what has come is right, and there is no more.
+    let content = pattern(39, 8 << 20);
+    // A piece of a READ that is as long as kernels make them: nothing was said yet, so the error can be, and the connection
+    // goes on.
+    for when in [1, 4, 6, 16] {
+        let inject = format!("inject=pread64:error=EIO:when={when}");
+        let (server, _) = traced(Server::serve().content(&content), &[&inject]);
+        let mut client = simple(&server);
+        assert_eq!(client.read(0, 4 << 20), Err(EIO), "{inject}");
+        assert!(client.read(0, 4 << 20).unwrap() == content[..4 << 20], "{inject}");
+        server.expect_healthy();
+    }
+    // A longer one begins with its first slice: what has come is right, and there is no more.
     let (server, _) = traced(Server::serve().content(&content), &["inject=pread64:error=EIO:when=4"]);
     let mut client = simple(&server);
-    client.send(&request(kind::READ, 0, 1, 0, 4 << 20));
+    client.send(&request(kind::READ, 0, 1, 0, 8 << 20));
     let got = client.read_to_close();
-    assert!(got.len() < 16 + (4 << 20), "{} bytes", got.len());
+    assert!(got.len() < 16 + (8 << 20), "{} bytes", got.len());
     assert!(got.is_empty() || got[16..] == content[..got.len() - 16]);
     server.expect_healthy();
 }
