@@ -34,12 +34,14 @@ $(LOAD): $(SOURCES) tests/bench/load.rs $(wildcard tests/bench/client/*.rs)
 	$(call within,1800) $(CARGO) build --release --locked --example load
 	touch $@
 
-check: tools-fuzz ## Formatting, lints as errors (the fuzz targets' as well), import directions
+check: tools-fuzz ## Formatting, lints as errors (the fuzz targets' as well), documentation, import directions
 	$(call within,60) $(CARGO) fmt --check
 	$(call within,60) $(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(call within,1800) $(CARGO) clippy --all-targets --locked -- -D warnings
 	$(call within,1800) $(CARGO) clippy --all-targets --locked --manifest-path fuzz/Cargo.toml -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(call within,1800) $(CARGO) doc --no-deps --document-private-items --locked
 	$(call within,60) bash tests/imports.sh
+	$(call within,120) bash tests/imports_test.sh
 
 # $(call run_tests,ARGUMENTS) runs tests. Those that a machine cannot run write why into a list, which comes last.
 NOT_TESTED := $(abspath $(TARGET_DIR))/not-tested

@@ -4,6 +4,10 @@
 //! `clap`. What takes the rest of the project to judge (addresses, access control entries) stays text; [`super`] checks it.
 //! Help texts break their own lines (`verbatim_doc_comment`), because `clap` is built without its line wrapping.
 
+#![allow(
+    rustdoc::broken_intra_doc_links,
+    reason = "these docs are the help of the program, and brackets mean what they say"
+)]
 #![allow(clippy::doc_markdown, reason = "most comments here are help texts, where backticks would show")]
 
 use std::ops::RangeInclusive;

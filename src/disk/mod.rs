@@ -188,7 +188,7 @@ impl Disk {
 }
 
 #[cfg(test)]
-#[allow(clippy::cast_possible_truncation)] // of sizes that the tests chose
+#[allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 mod tests {
     use super::*;
     use crate::buffer::Buffer;

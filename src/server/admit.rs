@@ -6,7 +6,7 @@ use crate::proto::server::Tally;
 use std::net::IpAddr;
 
 /// Control connections served at once; further ones wait in the backlog.
-pub const CONTROLS_MAX: usize = 64;
+pub(super) const CONTROLS_MAX: usize = 64;
 
 /// At most so many clients that end badly are logged in this many milliseconds; the rest are counted.
 const BAD_ENDS_LOGGED: u32 = 10;
@@ -14,7 +14,7 @@ const BAD_ENDS_LOG_MS: u64 = 10_000;
 
 /// Who may connect, and who has.
 #[derive(Debug)]
-pub struct Admission {
+pub(super) struct Admission {
     /// The access control list.
     pub acl: Acl,
     /// How many clients may be connected when the server serves.
@@ -29,13 +29,13 @@ pub struct Admission {
 
 impl Admission {
     /// Nobody is connected yet.
-    pub fn new(acl: Acl, clients_max: usize) -> Self {
+    pub(super) fn new(acl: Acl, clients_max: usize) -> Self {
         let bad_ends = Throttle::new(BAD_ENDS_LOG_MS, BAD_ENDS_LOGGED);
         Self { acl, clients_max, clients: 0, controls: 0, closed: Tally::default(), bad_ends }
     }
 
     /// Counts a client in, or says why not. A listener that awaits an image takes one sender at a time.
-    pub fn admit_client(&mut self, ip: Option<IpAddr>, awaits_sender: bool) -> Result<(), &'static str> {
+    pub(super) fn admit_client(&mut self, ip: Option<IpAddr>, awaits_sender: bool) -> Result<(), &'static str> {
         if ip.is_some_and(|ip| !self.acl.allows(ip)) {
             return Err("the access control list does not allow it");
         }
@@ -51,39 +51,39 @@ impl Admission {
     }
 
     /// Counts a control connection in. Listeners accept no more of them than [`Admission::controls_left`].
-    pub fn admit_control(&mut self) {
+    pub(super) fn admit_control(&mut self) {
         debug_assert!(self.controls < CONTROLS_MAX, "the listener has looked");
         self.controls += 1;
     }
 
     /// True when the counts leave room for one more client, whatever the list says.
-    pub fn has_room(&self, awaits_sender: bool) -> bool {
+    pub(super) fn has_room(&self, awaits_sender: bool) -> bool {
         self.clients < if awaits_sender { 1 } else { self.clients_max }
     }
 
     /// How many clients are connected.
-    pub fn clients(&self) -> usize {
+    pub(super) fn clients(&self) -> usize {
         self.clients
     }
 
     /// How many more control connections may be accepted.
-    pub fn controls_left(&self) -> usize {
+    pub(super) fn controls_left(&self) -> usize {
         CONTROLS_MAX.saturating_sub(self.controls)
     }
 
     /// What was done for clients that are gone.
-    pub fn closed(&self) -> Tally {
+    pub(super) fn closed(&self) -> Tally {
         self.closed
     }
 
     /// A client is gone; this was done for it.
-    pub fn client_left(&mut self, tally: Tally) {
+    pub(super) fn client_left(&mut self, tally: Tally) {
         self.closed += tally;
         self.clients -= 1;
     }
 
     /// A control connection is gone.
-    pub fn control_left(&mut self) {
+    pub(super) fn control_left(&mut self) {
         self.controls -= 1;
     }
 }

@@ -17,7 +17,7 @@ use std::io;
 
 impl Reactor {
     /// Carries out what one slot asked of others.
-    pub fn apply(&mut self, effect: Effect) -> Result<(), Fatal> {
+    pub(super) fn apply(&mut self, effect: Effect) -> Result<(), Fatal> {
         match effect {
             Effect::Accepted(listener, socket, peer, purpose) => self.admit(listener, socket, peer, purpose),
             Effect::Command(key, command) => {
@@ -50,7 +50,7 @@ impl Reactor {
     }
 
     /// The fdatasync of a received image has ended.
-    pub fn sealed(&mut self, result: io::Result<()>) -> Result<(), Fatal> {
+    pub(super) fn sealed(&mut self, result: io::Result<()>) -> Result<(), Fatal> {
         result.map_err(|error| Fatal(format!("cannot make the migrated image durable: {error}")))?;
         let sh = &mut self.shared;
         let Life::Sealing { sender, then_serve, stop } = sh.life else { return Ok(()) };

@@ -17,7 +17,7 @@ const _: () = assert!(DATA_MAX == SLICE as u64, "a piece of data fills one buffe
 
 /// What an unanswered request was for.
 #[derive(Debug)]
-pub enum Asked {
+pub(super) enum Asked {
     /// A WRITE or `WRITE_ZEROES` of this range.
     Range(Range<u64>),
     /// A FLUSH.
@@ -26,7 +26,7 @@ pub enum Asked {
 
 /// Where an attempt stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub(super) enum Stage {
     /// The connection is being made, or the greeting has not come.
     Dialling,
     /// The plan is carried out.
@@ -42,16 +42,16 @@ pub enum Stage {
 
 /// What an operation of the disk is for.
 #[derive(Debug)]
-pub enum Task {
+pub(super) enum Task {
     /// Data of this range.
     Read(Range<u64>),
-    /// The answer to a [`Step::Look`] at this offset.
+    /// The answer to a [`crate::migrate::Step::Look`] at this offset.
     Look(u64),
 }
 
 /// One connection to the destination, and what is under way on its behalf.
 #[derive(Debug)]
-pub struct Attempt {
+pub(super) struct Attempt {
     /// The connection.
     pub dial: Dial<Asked>,
     /// Where it stands.
@@ -66,12 +66,12 @@ pub struct Attempt {
 
 impl Attempt {
     /// An attempt over a connection that is being made.
-    pub fn new(dial: Dial<Asked>) -> Self {
+    pub(super) fn new(dial: Dial<Asked>) -> Self {
         Self { dial, stage: Stage::Dialling, can: Abilities::default(), tasks: Vec::new(), reading: 0 }
     }
 
     /// What it is doing, in one word.
-    pub fn phase(&self, plan: &Plan) -> &'static str {
+    pub(super) fn phase(&self, plan: &Plan) -> &'static str {
         match self.stage {
             Stage::Dialling => "connecting",
             Stage::Committing { .. } | Stage::Leaving => "finishing",
@@ -82,18 +82,18 @@ impl Attempt {
     }
 
     /// Memory of data that the disk fills or that waits to be sent, in bytes.
-    pub fn buffered(&self) -> usize {
+    pub(super) fn buffered(&self) -> usize {
         self.reading + self.dial.session.buffered()
     }
 
     /// True when a byte that moves shows that the destination is alive. It does not while the oldest request is a FLUSH,
     /// which has a deadline of its own.
-    pub fn counts_progress(&self) -> bool {
+    pub(super) fn counts_progress(&self) -> bool {
         self.stage == Stage::Copying && !matches!(self.dial.session.oldest(), Some(Asked::Flush))
     }
 
     /// Queues a request without a payload.
-    pub fn send_request(&mut self, kind: u16, range: Range<u64>) {
+    pub(super) fn send_request(&mut self, kind: u16, range: Range<u64>) {
         let length = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
         self.dial.session.command(kind, 0, range.start, length, Asked::Range(range));
     }
@@ -105,25 +105,25 @@ impl Attempt {
     }
 
     /// Hands an operation to the disk, which has room for it.
-    pub fn submit(&mut self, action: Action, task: Task, tag: u32, key: Key, sh: &mut Shared) {
+    pub(super) fn submit(&mut self, action: Action, task: Task, tag: u32, key: Key, sh: &mut Shared) {
         let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
         debug_assert!(taken.is_ok(), "it had room");
         self.tasks.push((tag, task));
     }
 
     /// How many operations the disk has for it.
-    pub fn in_disk(&self) -> usize {
+    pub(super) fn in_disk(&self) -> usize {
         self.tasks.len()
     }
 
     /// Takes what a finished operation was for; `None` when it belonged to an earlier attempt.
-    pub fn take_task(&mut self, tag: u32) -> Option<Task> {
+    pub(super) fn take_task(&mut self, tag: u32) -> Option<Task> {
         let at = self.tasks.iter().position(|(own, _)| *own == tag)?;
         Some(self.tasks.swap_remove(at).1)
     }
 
     /// Hands a read of the image to the disk, which has room for it.
-    pub fn read(&mut self, range: Range<u64>, buffer: Buffer, tag: u32, key: Key, sh: &mut Shared) {
+    pub(super) fn read(&mut self, range: Range<u64>, buffer: Buffer, tag: u32, key: Key, sh: &mut Shared) {
         self.reading += buffer.capacity();
         let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
         let action = Action::Read { offset: range.start, length, skip_hole: false, buffer };
@@ -131,7 +131,7 @@ impl Attempt {
     }
 
     /// Takes what was read, and queues it as a WRITE.
-    pub fn read_done(
+    pub(super) fn read_done(
         &mut self,
         range: Range<u64>,
         buffer: Buffer,
@@ -148,7 +148,7 @@ impl Attempt {
     }
 
     /// Queues zeroes as a WRITE, for a destination that knows no other way.
-    pub fn send_zeroes(&mut self, range: Range<u64>, mut buffer: Buffer) {
+    pub(super) fn send_zeroes(&mut self, range: Range<u64>, mut buffer: Buffer) {
         debug_assert!(range.end - range.start <= DATA_MAX, "zeroes as data come in pieces of data");
         let length = usize::try_from(range.end - range.start).unwrap_or(SLICE);
         if let Some(zeroes) = buffer.spare().get_mut(..length) {
@@ -161,7 +161,7 @@ impl Attempt {
 
 impl Asked {
     /// Takes the reply.
-    pub fn answered(&self, error: u32, sh: &mut Shared) -> Result<(), Failure> {
+    pub(super) fn answered(&self, error: u32, sh: &mut Shared) -> Result<(), Failure> {
         if error != 0 {
             let name = Errno::name(error);
             return Err(Failure::Broken(format!("the destination answered {self} with {name} ({error})")));

@@ -19,7 +19,7 @@ const ADDRESS_WAIT_MS: u64 = 10_000;
 const ADDRESS_RETRY_MS: u64 = 250;
 /// A listening socket, and the path that goes with it.
 #[derive(Debug)]
-pub enum Bound {
+pub(super) enum Bound {
     /// On an address.
     Tcp(TcpListener),
     /// On a path.
@@ -28,7 +28,7 @@ pub enum Bound {
 
 /// The path of a UNIX socket this process made; it is removed with the value, unless it is another's by then.
 #[derive(Debug)]
-pub struct SocketFile {
+pub(super) struct SocketFile {
     path: PathBuf,
     device_and_inode: (u64, u64),
 }
@@ -39,7 +39,7 @@ impl SocketFile {
     }
 
     /// The path, while it is ours.
-    pub fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
@@ -59,7 +59,7 @@ impl Drop for SocketFile {
 }
 
 /// `None`: a signal has ended the wait for the address.
-pub fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<Bound>, Fatal> {
+pub(super) fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<Bound>, Fatal> {
     let give_up_ms = sys::monotonic_ms().saturating_add(ADDRESS_WAIT_MS);
     let mut said = false;
     loop {
@@ -80,7 +80,7 @@ pub fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<Bound>, Fatal>
 }
 
 /// Binds a UNIX socket. A path on which nobody answers is left from a process that died, and is replaced.
-pub fn unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListener>) -> Result<Bound, Fatal> {
+pub(super) fn unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListener>) -> Result<Bound, Fatal> {
     let fatal = |why: &dyn fmt::Display| Fatal(format!("cannot listen on {}: {why}", path.display()));
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {

@@ -35,7 +35,7 @@ const ARM_MS: u64 = 1_000;
 
 /// A connected client.
 #[derive(Debug)]
-pub struct Client {
+pub(super) struct Client {
     id: u64,
     peer: Peer,
     socket: Socket,
@@ -53,7 +53,7 @@ pub struct Client {
 
 impl Client {
     /// A client that has just been accepted.
-    pub fn new(id: u64, socket: Socket, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
+    pub(super) fn new(id: u64, socket: Socket, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
         let export = Export { size: sh.disk.size() };
         let session = match dialect {
             Dialect::Newstyle => ServerSession::newstyle(export, sh.now_ms),
@@ -76,22 +76,22 @@ impl Client {
     }
 
     /// Its socket.
-    pub fn socket(&mut self) -> &mut Socket {
+    pub(super) fn socket(&mut self) -> &mut Socket {
         &mut self.socket
     }
 
     /// Who it is.
-    pub fn peer(&self) -> Peer {
+    pub(super) fn peer(&self) -> Peer {
         self.peer
     }
 
     /// Its number, in the order of connecting.
-    pub fn id(&self) -> u64 {
+    pub(super) fn id(&self) -> u64 {
         self.id
     }
 
     /// How it speaks, for people.
-    pub fn style(&self) -> &'static str {
+    pub(super) fn style(&self) -> &'static str {
         match self.session.style() {
             _ if self.session.is_negotiating() => "negotiating",
             Style::Oldstyle => "oldstyle",
@@ -101,22 +101,22 @@ impl Client {
     }
 
     /// When it connected, in milliseconds of the server's clock.
-    pub fn opened_ms(&self) -> u64 {
+    pub(super) fn opened_ms(&self) -> u64 {
         self.opened_ms
     }
 
     /// Requests that are not answered yet.
-    pub fn in_flight(&self) -> usize {
+    pub(super) fn in_flight(&self) -> usize {
         self.session.in_flight()
     }
 
     /// What it has had done so far.
-    pub fn tally(&self) -> Tally {
+    pub(super) fn tally(&self) -> Tally {
         self.session.tally()
     }
 
     /// Receives once and hands everything understood to the disk.
-    pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         self.excuse(sh.now_ms);
         self.kept_since_ms = None;
         self.stalled = false;
@@ -160,7 +160,7 @@ impl Client {
     }
 
     /// Notes that the gate keeps the next request of this client from now on.
-    pub fn keep(&mut self, now_ms: u64) {
+    pub(super) fn keep(&mut self, now_ms: u64) {
         self.kept_since_ms = self.kept_since_ms.or(Some(now_ms));
     }
 
@@ -189,7 +189,7 @@ impl Client {
     }
 
     /// Takes a completion. The data goes out in the write step of the same turn.
-    pub fn disk_done(&mut self, done: Done, sh: &mut Shared) -> Next {
+    pub(super) fn disk_done(&mut self, done: Done, sh: &mut Shared) -> Next {
         let completed = self.session.complete(done, &mut sh.pool);
         if let (Life::Receiving { incoming, .. }, Some(completed)) = (&mut sh.life, &completed) {
             if let Err(why) = inbound::note(incoming, completed) {
@@ -210,7 +210,7 @@ impl Client {
     }
 
     /// Sends once, as many replies as wait.
-    pub fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         if self.session.wants_send() && self.socket.writable() {
             if let Err(error) = self.send(sh) {
                 return Next::Close(Reason::Socket(error));
@@ -243,7 +243,7 @@ impl Client {
     }
 
     /// A wheel entry has fired: looks at the true deadlines and arms the wheel again.
-    pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         if !self.alarm.fired(sh.now_ms) {
             return Next::Idle;
         }
@@ -266,7 +266,7 @@ impl Client {
     }
 
     /// Starts the deadlines that run from the moment of connecting.
-    pub fn opened(&mut self, key: Key, sh: &mut Shared) {
+    pub(super) fn opened(&mut self, key: Key, sh: &mut Shared) {
         if let Some((due_ms, _)) = self.first_step_due(sh) {
             self.arm(due_ms, key, sh);
         }
@@ -295,7 +295,7 @@ impl Client {
     }
 
     /// Says why it went and gives its memory back.
-    pub fn closed(&mut self, reason: &Reason, sh: &mut Shared) {
+    pub(super) fn closed(&mut self, reason: &Reason, sh: &mut Shared) {
         let tally = self.session.tally();
         let seconds = sh.now_ms.saturating_sub(self.opened_ms) / 1000;
         let Tally { reads, writes, errors, .. } = tally;

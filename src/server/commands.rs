@@ -24,7 +24,7 @@ const WAITERS_MAX: usize = CONTROLS_MAX / 2;
 
 impl Reactor {
     /// Carries a command out for the control connection `from`. `None`: the answer comes later.
-    pub fn execute(&mut self, from: Key, command: Command) -> Option<Answer> {
+    pub(super) fn execute(&mut self, from: Key, command: Command) -> Option<Answer> {
         let outcome = match command {
             Command::Status(wanted) => Ok(status::answer(self, wanted)),
             Command::Acl(entries) => self.replace_acl(&entries),

@@ -32,7 +32,7 @@ pub struct Config {
 
 /// What connections of a listener are for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
+pub(super) enum Purpose {
     /// The block device.
     Nbd(Dialect),
     /// Commands.

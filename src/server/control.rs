@@ -31,7 +31,7 @@ enum State {
 
 /// A control connection.
 #[derive(Debug)]
-pub struct Control {
+pub(super) struct Control {
     id: u64,
     socket: Socket,
     state: State,
@@ -40,19 +40,19 @@ pub struct Control {
 
 impl Control {
     /// A connection that has just been accepted; its deadline runs from now.
-    pub fn new(id: u64, socket: Socket, key: Key, sh: &mut Shared) -> Self {
+    pub(super) fn new(id: u64, socket: Socket, key: Key, sh: &mut Shared) -> Self {
         let deadline_ms = sh.now_ms.saturating_add(DEADLINE_MS);
         sh.wheel.arm(deadline_ms, key);
         Self { id, socket, state: State::Reading(Reader::default()), deadline_ms }
     }
 
     /// Its socket.
-    pub fn socket(&mut self) -> &mut Socket {
+    pub(super) fn socket(&mut self) -> &mut Socket {
         &mut self.socket
     }
 
     /// Receives once; a complete command becomes an effect.
-    pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let State::Reading(reader) = &mut self.state else {
             // A client that waits for a migration may give up, and others want its place.
             return if self.socket.hung_up() { Next::Close(Reason::HungUp) } else { Next::Idle };
@@ -82,24 +82,24 @@ impl Control {
     }
 
     /// Queues the answer; it goes out in the next write step.
-    pub fn answer(&mut self, answer: &Answer, key: Key, sh: &mut Shared) {
+    pub(super) fn answer(&mut self, answer: &Answer, key: Key, sh: &mut Shared) {
         self.state = State::Answering { line: answer.encode(), sent: 0 };
         self.deadline_ms = sh.now_ms.saturating_add(DEADLINE_MS);
         sh.wheel.arm(self.deadline_ms, key);
     }
 
     /// The command was `wait`: the answer comes with the end of a migration.
-    pub fn await_end(&mut self) {
+    pub(super) fn await_end(&mut self) {
         self.state = State::AwaitingEnd;
     }
 
     /// True while it waits for a migration to end.
-    pub fn awaits_end(&self) -> bool {
+    pub(super) fn awaits_end(&self) -> bool {
         matches!(self.state, State::AwaitingEnd)
     }
 
     /// A wheel entry has fired. There is no deadline while the command is being carried out.
-    pub fn timeout(&self, sh: &Shared) -> Next {
+    pub(super) fn timeout(&self, sh: &Shared) -> Next {
         match self.state {
             State::Reading(_) | State::Answering { .. } if sh.now_ms >= self.deadline_ms => {
                 Next::Close(Reason::Deadline)
@@ -109,7 +109,7 @@ impl Control {
     }
 
     /// Sends the answer.
-    pub fn write_step(&mut self) -> Next {
+    pub(super) fn write_step(&mut self) -> Next {
         let State::Answering { line, sent } = &mut self.state else { return Next::Idle };
         if !self.socket.writable() {
             return Next::Idle;
@@ -128,7 +128,7 @@ impl Control {
     }
 
     /// Says why it went.
-    pub fn closed(&self, reason: &Reason, sh: &mut Shared) {
+    pub(super) fn closed(&self, reason: &Reason, sh: &mut Shared) {
         debug!("{self}: closed: {reason}");
         sh.admission.control_left();
     }

@@ -26,7 +26,7 @@ const GREETING_MS: u64 = 5_000;
 
 /// Where to connect to, and from where.
 #[derive(Debug, Clone)]
-pub struct Destination {
+pub(super) struct Destination {
     /// The server.
     pub to: SocketAddr,
     /// The local address to connect from.
@@ -47,7 +47,7 @@ impl fmt::Display for Destination {
 
 /// Why a connection cannot be used.
 #[derive(Debug)]
-pub enum Failure {
+pub(super) enum Failure {
     /// No connection was made.
     Connect(String),
     /// The greeting did not come in time.
@@ -73,7 +73,7 @@ pub enum Failure {
 
 impl Failure {
     /// What a `mirror` that did not start is told.
-    pub fn answer(&self) -> &'static str {
+    pub(super) fn answer(&self) -> &'static str {
         match self {
             Self::Connect(_) => "Mirror failed to connect",
             Self::NoGreeting => "Remote server failed to respond",
@@ -118,7 +118,7 @@ enum Stage {
 
 /// A connection, from the first attempt to reach the server on. Commands carry a note of the owner's.
 #[derive(Debug)]
-pub struct Dial<T> {
+pub(super) struct Dial<T> {
     stage: Stage,
     socket: Socket,
     /// The conversation; commands may be given once its export has been named.
@@ -129,7 +129,7 @@ pub struct Dial<T> {
 
 impl<T> Dial<T> {
     /// Begins to connect, as the socket of the slot `key`.
-    pub fn start(destination: &Destination, key: Key, sh: &Shared) -> Result<Self, Failure> {
+    pub(super) fn start(destination: &Destination, key: Key, sh: &Shared) -> Result<Self, Failure> {
         let failed = |error: io::Error| Failure::Connect(error.to_string());
         let stream = sys::net::connect_tcp(destination.bind, destination.to).map_err(failed)?;
         let mut socket = Socket::new(Stream::Tcp(TcpStream::from_std(stream)));
@@ -144,17 +144,17 @@ impl<T> Dial<T> {
     }
 
     /// Notes what an event says of the socket.
-    pub fn note(&mut self, event: &mio::event::Event) {
+    pub(super) fn note(&mut self, event: &mio::event::Event) {
         self.socket.note(event);
     }
 
     /// When the connection has failed unless it is open by then.
-    pub fn deadline_ms(&self) -> Option<u64> {
+    pub(super) fn deadline_ms(&self) -> Option<u64> {
         (self.stage != Stage::Open).then_some(self.deadline_ms)
     }
 
     /// Fails when the deadline has passed.
-    pub fn check_deadline(&self, now_ms: u64) -> Result<(), Failure> {
+    pub(super) fn check_deadline(&self, now_ms: u64) -> Result<(), Failure> {
         match self.stage {
             Stage::Connecting if now_ms >= self.deadline_ms => {
                 Err(Failure::Connect(format!("no answer in {CONNECT_MS} ms")))
@@ -165,7 +165,7 @@ impl<T> Dial<T> {
     }
 
     /// Learns whether the connection was made, or receives once. False: nothing has come yet, and an event will say when.
-    pub fn receive(&mut self, now_ms: u64) -> Result<bool, Failure> {
+    pub(super) fn receive(&mut self, now_ms: u64) -> Result<bool, Failure> {
         if self.stage == Stage::Connecting {
             if !self.socket.writable() {
                 return Ok(false);
@@ -190,7 +190,7 @@ impl<T> Dial<T> {
     }
 
     /// What the server said next; `None` when more has to be received.
-    pub fn next_event(&mut self) -> Result<Option<Event<'_, T>>, Failure> {
+    pub(super) fn next_event(&mut self) -> Result<Option<Event<'_, T>>, Failure> {
         let event = self.session.next_event()?;
         if let Some(Event::Export(_)) = event {
             self.stage = Stage::Open;
@@ -199,12 +199,12 @@ impl<T> Dial<T> {
     }
 
     /// True when something waits to be sent and the socket may take it.
-    pub fn can_send(&self) -> bool {
+    pub(super) fn can_send(&self) -> bool {
         self.stage != Stage::Connecting && self.session.wants_send() && self.socket.writable()
     }
 
     /// Sends once, as much as the socket takes; says how much that was.
-    pub fn send(&mut self, pool: &mut Pool) -> io::Result<usize> {
+    pub(super) fn send(&mut self, pool: &mut Pool) -> io::Result<usize> {
         let mut slices = [IoSlice::new(&[]); PIECES_MAX];
         let pieces = self.session.to_send(&mut slices);
         let sent = self.socket.send(slices.get(..pieces).unwrap_or_default())?;
@@ -213,13 +213,13 @@ impl<T> Dial<T> {
     }
 
     /// True when `socket` is the other end of this connection: both addresses are the same, the other way round.
-    pub fn is_other_end(&self, socket: &Socket) -> bool {
+    pub(super) fn is_other_end(&self, socket: &Socket) -> bool {
         let own = self.socket.ends();
         own.is_some() && own == socket.ends().map(|(near, far)| (far, near))
     }
 
     /// Fails when the server has closed, or when something is on its way although nothing should be.
-    pub fn check_quiet(&mut self) -> Result<(), Failure> {
+    pub(super) fn check_quiet(&mut self) -> Result<(), Failure> {
         if !self.session.is_quiet() {
             return Err(Failure::Broken("the destination answered what it cannot have read yet".into()));
         }

@@ -7,7 +7,7 @@ use crate::event::slots::Key;
 
 /// Something to do when every slot has had its turn.
 #[derive(Debug)]
-pub enum Effect {
+pub(super) enum Effect {
     /// This listener has accepted a connection.
     Accepted(Key, Socket, Peer, Purpose),
     /// A control connection has sent a command and waits for the answer.

@@ -12,14 +12,14 @@ use std::ops::Range;
 
 /// The clients that wait at the gate.
 #[derive(Debug, Default)]
-pub struct Gate {
+pub(super) struct Gate {
     /// Clients whose next request changes the image and may not pass.
     kept: RunQueue,
 }
 
 impl Gate {
     /// What may pass now. `None`: nothing, and clients are not read from.
-    pub fn pass(life: &mut Life, now_ms: u64) -> Option<Pass> {
+    pub(super) fn pass(life: &mut Life, now_ms: u64) -> Option<Pass> {
         if life.pauses_clients() {
             return None;
         }
@@ -28,19 +28,19 @@ impl Gate {
     }
 
     /// Charges a change that has passed for what it will cost the migration to send the range again.
-    pub fn passed(life: &mut Life, changes: Option<Range<u64>>) {
+    pub(super) fn passed(life: &mut Life, changes: Option<Range<u64>>) {
         if let (Some(plan), Some(range)) = (life.plan(), changes) {
             plan.note_submitted(&range);
         }
     }
 
     /// A client's next request may not pass; it gets another turn when the gate opens.
-    pub fn keep(&mut self, key: Key) {
+    pub(super) fn keep(&mut self, key: Key) {
         self.kept.push(key);
     }
 
     /// When the gate opens by itself, if a client waits for that.
-    pub fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
+    pub(super) fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
         if self.kept.is_empty() {
             return None;
         }
@@ -48,7 +48,7 @@ impl Gate {
     }
 
     /// Wakes the clients that wait, if the gate is open now.
-    pub fn wake(&mut self, life: &mut Life, now_ms: u64, run: &mut RunQueue) {
+    pub(super) fn wake(&mut self, life: &mut Life, now_ms: u64, run: &mut RunQueue) {
         if !self.kept.is_empty() && !matches!(Self::pass(life, now_ms), Some(Pass::Reads)) {
             run.append(&mut self.kept);
         }

@@ -7,7 +7,7 @@ use std::io::ErrorKind;
 
 /// Notes what the disk has done for the sender. An error of the disk is one this process cannot repair; its text is why
 /// the process ends.
-pub fn note(incoming: &mut Incoming, completed: &Completed) -> Result<(), String> {
+pub(super) fn note(incoming: &mut Incoming, completed: &Completed) -> Result<(), String> {
     let Completed { head, touched, result } = completed;
     match result {
         // A TRIM says nothing about what the bytes are now.

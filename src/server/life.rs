@@ -9,11 +9,11 @@ use crate::event::slots::Key;
 use crate::migrate::{Incoming, Plan};
 
 /// Owner of the operation that makes a received image durable; no slot has this key.
-pub const SEAL: u64 = u64::MAX;
+pub(super) const SEAL: u64 = u64::MAX;
 
 /// What a server is doing.
 #[derive(Debug)]
-pub enum Life {
+pub(super) enum Life {
     /// It serves the image.
     Serving,
     /// It serves the image and copies it to another server.
@@ -45,7 +45,7 @@ pub enum Life {
 
 impl Life {
     /// The outgoing migration's plan.
-    pub fn plan(&mut self) -> Option<&mut Plan> {
+    pub(super) fn plan(&mut self) -> Option<&mut Plan> {
         match self {
             Self::Sending { plan, .. } => Some(plan),
             Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Over => None,
@@ -53,7 +53,7 @@ impl Life {
     }
 
     /// The slot of the outgoing migration.
-    pub fn mirror(&self) -> Option<Key> {
+    pub(super) fn mirror(&self) -> Option<Key> {
         match self {
             Self::Sending { mirror, .. } => Some(*mirror),
             Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Over => None,
@@ -61,19 +61,19 @@ impl Life {
     }
 
     /// The sender has written every byte and said DISC.
-    pub fn seal(&mut self, sender: Key) {
+    pub(super) fn seal(&mut self, sender: Key) {
         if let Self::Receiving { then_serve, .. } = self {
             *self = Self::Sealing { sender, then_serve: *then_serve, stop: false };
         }
     }
 
     /// True while it is there to take an image, and serves none.
-    pub fn awaits_image(&self) -> bool {
+    pub(super) fn awaits_image(&self) -> bool {
         matches!(self, Self::Receiving { .. } | Self::Sealing { .. })
     }
 
     /// True when no request is taken: the migration is near its end, or past it, and what were done now would be lost.
-    pub fn pauses_clients(&self) -> bool {
+    pub(super) fn pauses_clients(&self) -> bool {
         match self {
             Self::Serving | Self::Receiving { .. } => false,
             Self::Sending { plan, .. } => plan.pauses_clients(),

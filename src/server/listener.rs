@@ -29,7 +29,7 @@ const REFUSED_LOG_MS: u64 = 10_000;
 
 /// A listening socket.
 #[derive(Debug)]
-pub struct Listener {
+pub(super) struct Listener {
     bound: Bound,
     purpose: Purpose,
     ready: Ready,
@@ -40,7 +40,7 @@ pub struct Listener {
 
 impl Listener {
     /// Listens for NBD clients, once this machine has the address. `None`: a signal has ended the wait for that.
-    pub fn nbd(addr: &Endpoint, dialect: Dialect, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
+    pub(super) fn nbd(addr: &Endpoint, dialect: Dialect, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
         let bound = match addr {
             Endpoint::Tcp(addr) => bind::tcp(*addr, signals)?,
             Endpoint::Unix(path) => Some(bind::unix(path, |path| net::UnixListener::bind(path))?),
@@ -49,7 +49,7 @@ impl Listener {
     }
 
     /// Listens for commands on a path that only this user may open.
-    pub fn control(path: &Path) -> Result<Self, Fatal> {
+    pub(super) fn control(path: &Path) -> Result<Self, Fatal> {
         let bound = bind::unix(path, |path| sys::file::with_private_umask(|| net::UnixListener::bind(path)))?;
         Ok(Self::new(bound, Purpose::Control))
     }
@@ -60,7 +60,7 @@ impl Listener {
     }
 
     /// Registers the socket under `token`.
-    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+    pub(super) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
         match &mut self.bound {
             Bound::Tcp(socket) => socket.register(registry, token, Interest::READABLE),
             Bound::Unix(socket, _) => socket.register(registry, token, Interest::READABLE),
@@ -68,12 +68,12 @@ impl Listener {
     }
 
     /// Notes what an event says.
-    pub fn note(&mut self, event: &Event) {
+    pub(super) fn note(&mut self, event: &Event) {
         self.ready.note(event);
     }
 
     /// Accepts what has come.
-    pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         if sh.now_ms < self.rests_until_ms {
             return Next::Idle;
         }
@@ -119,7 +119,7 @@ impl Listener {
     }
 
     /// Logs that a connection was not served, and why, at a bounded rate.
-    pub fn log_refused(&mut self, now_ms: u64, what: &dyn fmt::Display) {
+    pub(super) fn log_refused(&mut self, now_ms: u64, what: &dyn fmt::Display) {
         match self.refused.pass(now_ms) {
             None => {}
             Some(0) => warn!("{self}: {what}"),

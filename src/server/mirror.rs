@@ -40,11 +40,11 @@ const STEPS_PER_TURN: usize = 64;
 const FAILURES_LOGGED: u32 = 3;
 const FAILURES_LOG_MS: u64 = 30_000;
 /// The smallest image that can be migrated, in bytes; the manual says so.
-pub const SIZE_MIN: u64 = 4096;
+pub(super) const SIZE_MIN: u64 = 4096;
 
 /// Where to migrate to, and how.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub(super) struct Settings {
     /// The server that takes the image.
     pub destination: Destination,
     /// What to do once the destination has everything.
@@ -55,7 +55,7 @@ pub struct Settings {
 
 /// The migration.
 #[derive(Debug)]
-pub struct Mirror {
+pub(super) struct Mirror {
     settings: Settings,
     /// `None` between two attempts.
     attempt: Option<Attempt>,
@@ -76,7 +76,7 @@ pub struct Mirror {
 
 impl Mirror {
     /// Begins to connect. The error is what the one who asked is told.
-    pub fn start(settings: Settings, starter: Key, key: Key, sh: &mut Shared) -> Result<Self, &'static str> {
+    pub(super) fn start(settings: Settings, starter: Key, key: Key, sh: &mut Shared) -> Result<Self, &'static str> {
         let mut mirror = Self {
             settings,
             attempt: None,
@@ -102,14 +102,14 @@ impl Mirror {
     }
 
     /// Notes what an event says of its socket.
-    pub fn note(&mut self, event: &mio::event::Event) {
+    pub(super) fn note(&mut self, event: &mio::event::Event) {
         if let Some(attempt) = &mut self.attempt {
             attempt.dial.note(event);
         }
     }
 
     /// Receives answers, then asks the plan what goes next; between two attempts, begins the next when it is time.
-    pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let outcome = match &self.attempt {
             Some(_) => self.receive(key, sh).and_then(|came| {
                 let next = self.copy(key, sh)?;
@@ -124,7 +124,7 @@ impl Mirror {
     }
 
     /// Takes what the disk has done. Data goes out in the write step of the same turn.
-    pub fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
         let task = self.attempt.as_mut().and_then(|attempt| Some((attempt.take_task(done.tag)?, attempt)));
         match (task, done.buffer) {
             (Some((Task::Read(range), attempt)), Some(buffer)) => {
@@ -152,7 +152,7 @@ impl Mirror {
     }
 
     /// Sends once.
-    pub fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let Some(attempt) = self.attempt.as_mut().filter(|attempt| attempt.dial.can_send()) else { return Next::Idle };
         match attempt.dial.send(&mut sh.pool) {
             Ok(0) => Next::Idle,
@@ -171,7 +171,7 @@ impl Mirror {
     }
 
     /// A wheel entry has fired: something may be due.
-    pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         if !self.alarm.fired(sh.now_ms) {
             return Next::Idle;
         }
@@ -220,43 +220,43 @@ impl Mirror {
     }
 
     /// True when `socket` is the other end of its own connection.
-    pub fn is_other_end(&self, socket: &Socket) -> bool {
+    pub(super) fn is_other_end(&self, socket: &Socket) -> bool {
         self.attempt.as_ref().is_some_and(|attempt| attempt.dial.is_other_end(socket))
     }
 
     /// The destination is this server: fail, because the copy would dirty itself for ever.
-    pub fn met_itself(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn met_itself(&mut self, key: Key, sh: &mut Shared) -> Next {
         self.failed(&Failure::Itself, key, sh)
     }
 
     /// True as long as the migration can be stopped: the copy here still counts.
-    pub fn may_stop(&self) -> bool {
+    pub(super) fn may_stop(&self) -> bool {
         let stage = self.attempt.as_ref().map(|attempt| attempt.stage);
         !matches!(stage, Some(Stage::Leaving | Stage::Committing { unlinked: true }))
     }
 
     /// What it is doing, in one word.
-    pub fn phase(&self, plan: &Plan) -> &'static str {
+    pub(super) fn phase(&self, plan: &Plan) -> &'static str {
         self.attempt.as_ref().map_or("retrying", |attempt| attempt.phase(plan))
     }
 
     /// True when the destination offers no FLUSH, so that only it knows how durable the copy is.
-    pub fn lacks_flush(&self) -> bool {
+    pub(super) fn lacks_flush(&self) -> bool {
         self.attempt.as_ref().is_some_and(|attempt| attempt.stage != Stage::Dialling && !attempt.can.flush)
     }
 
     /// Attempts begun.
-    pub fn attempts(&self) -> u32 {
+    pub(super) fn attempts(&self) -> u32 {
         self.attempts
     }
 
     /// Why the last attempt failed, if one has.
-    pub fn last_error(&self) -> Option<&str> {
+    pub(super) fn last_error(&self) -> Option<&str> {
         self.last_error.as_deref()
     }
 
     /// When it was asked for.
-    pub fn started_ms(&self) -> u64 {
+    pub(super) fn started_ms(&self) -> u64 {
         self.started_ms
     }
 
@@ -445,7 +445,7 @@ impl Mirror {
     }
 
     /// The migration is over, one way or the other: everybody who waits for it hears so, and clients go on or are done.
-    pub fn closed(&mut self, reason: &Reason, sh: &mut Shared) {
+    pub(super) fn closed(&mut self, reason: &Reason, sh: &mut Shared) {
         self.drop_attempt(sh);
         if let Some(starter) = self.starter.take() {
             sh.effects.push_back(Effect::Answer(starter, Answer::failed(reason.to_string())));

@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Invariants:
-//! 1. Only [`reactor::Reactor::settle`] removes a slot, and it does not recurse. A slot never touches another one: it
-//!    pushes an [`effect::Effect`].
+//! 1. Only `Reactor::settle` removes a slot, and it does not recurse. A slot never touches another one: it
+//!    pushes an `Effect`.
 //! 2. A key of an old generation finds no slot: stale events, timers and completions are dropped by that one rule.
 //! 3. A slot that could do something without a new event is in the run queue; one that waits for the disk is woken when
 //!    the disk has done something.

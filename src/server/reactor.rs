@@ -8,7 +8,7 @@ use crate::event::slots::{Key, Slots};
 use mio::Poll;
 
 /// The server: one loop, all of its connections.
-pub struct Reactor {
+pub(super) struct Reactor {
     /// Readiness of every descriptor.
     pub poll: Poll,
     /// Listeners, connections, the signals.
@@ -31,7 +31,7 @@ pub struct Reactor {
 
 impl Reactor {
     /// Does what a slot wants next.
-    pub fn settle(&mut self, key: Key, next: Option<Next>) {
+    pub(super) fn settle(&mut self, key: Key, next: Option<Next>) {
         match next {
             None | Some(Next::Idle) => {}
             Some(Next::Again) => self.run.push(key),
@@ -48,12 +48,12 @@ impl Reactor {
     }
 
     /// The slots for which this is true, now.
-    pub fn keys_of(&self, is_one: impl Fn(&Slot) -> bool) -> Vec<Key> {
+    pub(super) fn keys_of(&self, is_one: impl Fn(&Slot) -> bool) -> Vec<Key> {
         self.slots.iter().filter(|(_, slot)| is_one(slot)).map(|(key, _)| key).collect()
     }
 
     /// The next number of a connection.
-    pub fn take_id(&mut self) -> u64 {
+    pub(super) fn take_id(&mut self) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
         id

@@ -7,7 +7,7 @@ use std::io;
 
 /// What a slot wants next.
 #[derive(Debug)]
-pub enum Next {
+pub(super) enum Next {
     /// Nothing before an event, a completion or a timer.
     Idle,
     /// Another turn: it used its budget and could go on.
@@ -20,7 +20,7 @@ pub enum Next {
 
 /// Why a slot is closed.
 #[derive(Debug)]
-pub enum Reason {
+pub(super) enum Reason {
     /// The conversation came to its end.
     End(End),
     /// The peer broke the protocol in a way that is owed no answer.
@@ -56,7 +56,7 @@ pub enum Reason {
 
 impl Reason {
     /// True when nobody did anything wrong.
-    pub fn is_orderly(&self) -> bool {
+    pub(super) fn is_orderly(&self) -> bool {
         matches!(self, Self::End(End::Disconnect | End::Abort | End::EndOfStream) | Self::AclChanged | Self::Received)
     }
 }

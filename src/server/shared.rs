@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 
 /// What the configuration sets, for slots that ask while they run.
 #[derive(Debug)]
-pub struct Limits {
+pub(super) struct Limits {
     /// How long a request may take, in milliseconds.
     pub killswitch_ms: Option<u64>,
     /// Other servers of this machine may have the image open for writing.
@@ -22,7 +22,7 @@ pub struct Limits {
 }
 
 /// What all slots share.
-pub struct Shared {
+pub(super) struct Shared {
     /// When this turn began; the only clock there is.
     pub now_ms: u64,
     /// Where new sockets are registered.
@@ -47,7 +47,7 @@ pub struct Shared {
 
 impl Shared {
     /// Lets other servers have the image open, too, if that is meant.
-    pub fn share_image(&self) {
+    pub(super) fn share_image(&self) {
         if self.limits.shared_image {
             // Downgrade the exclusive lock to a shared one; giving rights up cannot fail.
             let _ = self.disk.lock(false);
@@ -55,7 +55,7 @@ impl Shared {
     }
 
     /// True while the disk still works for a sender that is gone: the next one must not write what that changes later.
-    pub fn finishes_lost_sender(&self) -> bool {
+    pub(super) fn finishes_lost_sender(&self) -> bool {
         self.life.awaits_image() && self.admission.clients() == 0 && self.disk.in_flight() > 0
     }
 }

@@ -5,7 +5,7 @@ use log::info;
 use std::io;
 
 /// Takes the signal that came, if one did, and says so.
-pub fn take_stop(signals: &SignalFd) -> io::Result<bool> {
+pub(super) fn take_stop(signals: &SignalFd) -> io::Result<bool> {
     let signal = signals.read()?;
     if let Some(signal) = signal {
         info!("stopping: {}", sys::signal_name(signal));

@@ -13,7 +13,7 @@ use mio::event::Event;
 
 /// What the loop takes turns with.
 #[derive(Debug)]
-pub enum Slot {
+pub(super) enum Slot {
     /// Accepts connections.
     Listener(Listener),
     // Boxed, so that the table is not as wide as the widest of them.
@@ -29,7 +29,7 @@ pub enum Slot {
 
 impl Slot {
     /// Notes what its descriptor is ready for.
-    pub fn note(&mut self, event: &Event) {
+    pub(super) fn note(&mut self, event: &Event) {
         match self {
             Self::Listener(listener) => listener.note(event),
             Self::Client(client) => client.socket().note(event),
@@ -40,7 +40,7 @@ impl Slot {
     }
 
     /// READ: receives and parses.
-    pub fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Listener(listener) => listener.read_step(key, sh),
             Self::Client(client) => client.read_step(key, sh),
@@ -51,7 +51,7 @@ impl Slot {
     }
 
     /// COMPLETE: takes what the disk has done for it.
-    pub fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Client(client) => client.disk_done(done, sh),
             Self::Mirror(mirror) => mirror.disk_done(done, key, sh),
@@ -63,7 +63,7 @@ impl Slot {
     }
 
     /// WRITE: sends.
-    pub fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Client(client) => client.write_step(key, sh),
             Self::Control(control) => control.write_step(),
@@ -73,7 +73,7 @@ impl Slot {
     }
 
     /// A wheel entry of its own has fired.
-    pub fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
+    pub(super) fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Client(client) => client.timeout(key, sh),
             Self::Control(control) => control.timeout(sh),
@@ -85,7 +85,7 @@ impl Slot {
     }
 
     /// It was removed: says why, gives back what it had, and leaves the rest to effects.
-    pub fn closed(self, reason: &Reason, sh: &mut Shared) {
+    pub(super) fn closed(self, reason: &Reason, sh: &mut Shared) {
         match self {
             Self::Client(mut client) => client.closed(reason, sh),
             Self::Control(control) => control.closed(reason, sh),

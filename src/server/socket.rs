@@ -13,7 +13,7 @@ use std::os::fd::AsFd;
 
 /// The two kinds of stream.
 #[derive(Debug)]
-pub enum Stream {
+pub(super) enum Stream {
     /// Over TCP.
     Tcp(TcpStream),
     /// Over a UNIX socket.
@@ -22,7 +22,7 @@ pub enum Stream {
 
 /// What one receive gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Received {
+pub(super) enum Received {
     /// So many bytes, at least one.
     Bytes(usize),
     /// None now; an event will say when there are more.
@@ -33,19 +33,19 @@ pub enum Received {
 
 /// A connected non-blocking socket.
 #[derive(Debug)]
-pub struct Socket {
+pub(super) struct Socket {
     stream: Stream,
     ready: Ready,
 }
 
 impl Socket {
     /// A socket that is ready for nothing until an event says so.
-    pub fn new(stream: Stream) -> Self {
+    pub(super) fn new(stream: Stream) -> Self {
         Self { stream, ready: Ready::default() }
     }
 
     /// Sets what every NBD socket has: no delay, and keepalive so that a vanished peer is noticed.
-    pub fn set_options(&self) -> io::Result<()> {
+    pub(super) fn set_options(&self) -> io::Result<()> {
         match &self.stream {
             Stream::Tcp(stream) => sys::net::set_tcp_options(stream.as_fd()),
             Stream::Unix(_) => Ok(()),
@@ -53,7 +53,7 @@ impl Socket {
     }
 
     /// Registers once, for both directions: the loop is edge-triggered.
-    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+    pub(super) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
         let both = Interest::READABLE | Interest::WRITABLE;
         match &mut self.stream {
             Stream::Tcp(stream) => registry.register(stream, token, both),
@@ -62,27 +62,27 @@ impl Socket {
     }
 
     /// Notes what an event says.
-    pub fn note(&mut self, event: &Event) {
+    pub(super) fn note(&mut self, event: &Event) {
         self.ready.note(event);
     }
 
     /// True when there may be something to receive.
-    pub fn readable(&self) -> bool {
+    pub(super) fn readable(&self) -> bool {
         self.ready.readable()
     }
 
     /// True when there may be room to send.
-    pub fn writable(&self) -> bool {
+    pub(super) fn writable(&self) -> bool {
         self.ready.writable()
     }
 
     /// True when the peer takes nothing any more.
-    pub fn hung_up(&self) -> bool {
+    pub(super) fn hung_up(&self) -> bool {
         self.ready.hung_up()
     }
 
     /// Receives once. Fewer bytes than there was room for mean that the socket is empty.
-    pub fn receive(&mut self, spaces: &mut [IoSliceMut<'_>]) -> io::Result<Received> {
+    pub(super) fn receive(&mut self, spaces: &mut [IoSliceMut<'_>]) -> io::Result<Received> {
         let room: usize = spaces.iter().map(|space| space.len()).sum();
         let received = match &mut self.stream {
             Stream::Tcp(stream) => stream.read_vectored(spaces),
@@ -104,7 +104,7 @@ impl Socket {
     }
 
     /// Sends once, as much as the socket takes; says how much that was. Less than there was means that the socket is full.
-    pub fn send(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+    pub(super) fn send(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
         let wanted: usize = slices.iter().map(|slice| slice.len()).sum();
         let sent = match &mut self.stream {
             Stream::Tcp(stream) => stream.write_vectored(slices),
@@ -122,7 +122,7 @@ impl Socket {
     }
 
     /// The near and the far end of a TCP connection.
-    pub fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
+    pub(super) fn ends(&self) -> Option<(SocketAddr, SocketAddr)> {
         match &self.stream {
             Stream::Tcp(stream) => stream
                 .local_addr()
@@ -134,7 +134,7 @@ impl Socket {
     }
 
     /// Says whether a connection that was begun has been made, once the socket is writable.
-    pub fn check_connected(&self) -> io::Result<()> {
+    pub(super) fn check_connected(&self) -> io::Result<()> {
         let (error, peer) = match &self.stream {
             Stream::Tcp(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
             Stream::Unix(stream) => (stream.take_error()?, stream.peer_addr().map(drop)),
@@ -145,7 +145,7 @@ impl Socket {
 
 /// Who is at the other end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Peer {
+pub(super) enum Peer {
     /// An address of the network.
     Net(SocketAddr),
     /// A process of this machine, over a UNIX socket.
@@ -154,7 +154,7 @@ pub enum Peer {
 
 impl Peer {
     /// The address that an access control list judges, IPv4 unmapped; a local peer has none.
-    pub fn ip(&self) -> Option<IpAddr> {
+    pub(super) fn ip(&self) -> Option<IpAddr> {
         match self {
             Self::Net(address) => Some(address.ip().to_canonical()),
             Self::Local => None,

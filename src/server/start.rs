@@ -35,7 +35,7 @@ const NOTIFIER: Token = Token(usize::MAX);
 impl Reactor {
     /// Opens everything; what listens for clients listens before the control socket appears. `None`: a signal has ended
     /// the wait for an address.
-    pub fn start(config: Config) -> Result<Option<Self>, Fatal> {
+    pub(super) fn start(config: Config) -> Result<Option<Self>, Fatal> {
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;
@@ -43,7 +43,7 @@ impl Reactor {
     }
 
     /// The same with an image that is open.
-    pub fn start_with(disk: Disk, signals: SignalFd, config: Config) -> Result<Option<Self>, Fatal> {
+    pub(super) fn start_with(disk: Disk, signals: SignalFd, config: Config) -> Result<Option<Self>, Fatal> {
         // A listener overwrites the image, so it is alone with it until it serves it.
         let alone = config.role != Role::Serve || !config.shared_image;
         disk.lock(alone).map_err(|error| Fatal(error.to_string()))?;

@@ -28,7 +28,7 @@ enum Value {
 type Facts = Vec<(&'static str, Value)>;
 
 /// The answer to `status`: one line.
-pub fn answer(server: &Reactor, form: StatusForm) -> String {
+pub(super) fn answer(server: &Reactor, form: StatusForm) -> String {
     let mut facts = of_server(server);
     let records: Option<Vec<Facts>> = form.clients.then(|| {
         let mut clients: Vec<_> = server.slots.iter().filter_map(|(_, slot)| client(slot)).collect();

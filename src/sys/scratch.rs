@@ -6,7 +6,7 @@ use std::os::fd::FromRawFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// An empty file without a name in the folder for temporary files.
-pub fn file() -> File {
+pub(super) fn file() -> File {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("flexnbd-sys-{}-{}.img", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let path = std::env::temp_dir().join(name);
@@ -16,7 +16,7 @@ pub fn file() -> File {
 }
 
 /// An empty file in memory.
-pub fn memory_file() -> File {
+pub(super) fn memory_file() -> File {
     // SAFETY: the name is a string that ends in zero.
     let fd = check(unsafe { libc::memfd_create(c"flexnbd".as_ptr(), libc::MFD_CLOEXEC) }).unwrap();
     // SAFETY: `fd` is open and nobody else owns it.

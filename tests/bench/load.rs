@@ -24,6 +24,8 @@
 //!
 //! The exit code is 0 when every request was answered, be it with an error (`errors`) or with other data than was
 //! written (`mismatches`, with `data=check`).
+#![allow(unreachable_pub, reason = "a test binary has no outside")]
+#![allow(clippy::indexing_slicing, reason = "a test fails by panic")]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program")]
 
 mod client;

@@ -1,6 +1,8 @@
 //! What the server costs: memory that does not grow with requests, and few system calls. A test program of its own, which
 //! measures one thing after the other, because what a turn of the loop finds depends on what else runs.
 
+#![allow(unreachable_pub, reason = "a test binary has no outside")]
+#![allow(clippy::indexing_slicing, reason = "a test fails by panic")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panic")]
 #![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 

@@ -1,5 +1,7 @@
 //! Tests of the real binary: what the manual pages, the README and the specification of NBD promise to whoever runs it.
 
+#![allow(unreachable_pub, reason = "a test binary has no outside")]
+#![allow(clippy::indexing_slicing, reason = "a test fails by panic")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panic")]
 #![allow(clippy::print_stderr, reason = "what a machine cannot test is said aloud")]
 #![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]

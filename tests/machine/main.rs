@@ -5,9 +5,11 @@
 //! take the answers; [`newstyle`] is the same with what haggling brings. [`scripts`] are written by hand and cut at every
 //! byte, [`client`] lets a `ClientSession` say what it wants itself, [`simulation`] makes plans and schedules up from a
 //! seed, [`seeds`] replays what the fuzzers start from. [`kept`] takes single steps instead.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
-// Patterns of bytes are made by cutting numbers short.
-#![allow(clippy::cast_possible_truncation)]
+#![allow(unreachable_pub, reason = "a test binary has no outside")]
+#![allow(clippy::indexing_slicing, reason = "a test fails by panic")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panic")]
+#![allow(clippy::print_stderr, reason = "the seed of a failure is said aloud")]
+#![allow(clippy::cast_possible_truncation, reason = "patterns of bytes are made by cutting numbers short")]
 
 mod client;
 mod disk;

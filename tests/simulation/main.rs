@@ -6,7 +6,10 @@
 //!
 //! A failed seed is printed; `FLEXNBD_SEED=that cargo test --test simulation seeds` runs it again. With
 //! `FLEXNBD_SEEDS=200000` there are so many, instead of 2,000.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stderr)]
+#![allow(unreachable_pub, reason = "a test binary has no outside")]
+#![allow(clippy::indexing_slicing, reason = "a test fails by panic")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panic")]
+#![allow(clippy::print_stderr, reason = "figures and seeds are said aloud")]
 
 mod faults;
 mod pace;

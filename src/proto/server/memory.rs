@@ -6,8 +6,11 @@
 use crate::buffer::{Buffer, Pool, SLICE};
 use crate::work::BLOCK;
 
+/// Slices of one READ that are in work, or wait for their turn: as many as one client has memory for.
+pub(super) const SLICES_MAX: u32 = 4;
+
 /// Memory one client's payloads may take, in bytes: four slices, so that sixteen busy clients fit the pool.
-pub const BUFFERED_MAX: usize = 4 * SLICE;
+pub const BUFFERED_MAX: usize = SLICES_MAX as usize * SLICE;
 
 /// What a session has taken from the pool for its payloads.
 #[derive(Debug, Default)]

@@ -8,7 +8,7 @@
 //! byte is known to be readable: has been read, or has been verified where there is no memory for all of it.
 //! Specification: "Simple reply message".
 
-use super::memory::{slice_len, Memory};
+use super::memory::{slice_len, Memory, SLICES_MAX};
 use super::reply;
 use super::unanswered::Pending;
 use crate::buffer::{Buffer, Pool};
@@ -17,9 +17,6 @@ use crate::proto::outbox::Outbox;
 use crate::proto::wire::{command, RequestHead};
 use crate::work::{Action, Extent};
 use std::collections::VecDeque;
-
-/// Slices of one READ that are in work, or wait for their turn: as many as one client has memory for.
-pub(super) const SLICES_MAX: u32 = 4;
 
 /// The longest READ that is verified, in bytes: as long as kernels make them. The first byte of a longer one would wait
 /// for too much, so that one may fail half way.

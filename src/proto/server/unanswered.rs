@@ -1,6 +1,6 @@
 //! The requests of a client that are not answered, by their tags.
 
-use super::read::SLICES_MAX;
+use super::memory::SLICES_MAX;
 use crate::proto::error::Errno;
 use crate::proto::wire::RequestHead;
 use slab::Slab;
