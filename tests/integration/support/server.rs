@@ -3,7 +3,7 @@
 use super::{program, wait_for, Client, Process, TempDir, BIN, GREETING_MAGICS, SOON};
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
@@ -102,11 +102,16 @@ impl Builder {
         command.stdout(Stdio::null()).stderr(self.stderr.unwrap_or_else(|| File::create(&log).unwrap().into()));
         let process = Process::spawn(&mut command);
         let mut server = Server { process, image, sock, log, address: String::new(), dir: self.dir };
-        wait_for("the control socket", SOON, || {
-            assert!(server.process.is_running(), "{command:?} ended: {}", server.log());
-            server.sock.exists().then_some(())
+        // A listener whose sender has waited for it may be done before anybody has looked.
+        let done = wait_for("the control socket", SOON, || match server.process.0.try_wait().unwrap() {
+            Some(status) if status.success() => Some(true),
+            Some(status) => panic!("{command:?}: {status}: {}", server.log()),
+            None => server.sock.exists().then_some(false),
         });
-        server.status().get("address").clone_into(&mut server.address);
+        match server.try_status() {
+            Some(status) => status.get("address").clone_into(&mut server.address),
+            None => assert!(done || server.process.wait(SOON).success(), "{command:?}: {}", server.log()),
+        }
         server
     }
 }
@@ -176,13 +181,17 @@ impl Server {
     /// Sends raw bytes to the control socket, shuts down that side, and returns all that comes back.
     #[track_caller]
     pub fn control(&self, bytes: impl AsRef<[u8]>) -> String {
-        let mut stream = UnixStream::connect(&self.sock).unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        stream.write_all(bytes.as_ref()).unwrap();
-        stream.shutdown(Shutdown::Write).unwrap();
+        self.try_control(bytes.as_ref()).unwrap()
+    }
+
+    fn try_control(&self, bytes: &[u8]) -> io::Result<String> {
+        let mut stream = UnixStream::connect(&self.sock)?;
+        stream.set_read_timeout(Some(SOON))?;
+        stream.write_all(bytes)?;
+        stream.shutdown(Shutdown::Write)?;
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
     }
 
     /// Its status.
@@ -190,6 +199,12 @@ impl Server {
     pub fn status(&self) -> Status {
         let answer = self.control("status\n\n");
         Status(answer.strip_prefix("0: ").unwrap_or_else(|| panic!("not a status: {answer:?}")).to_owned())
+    }
+
+    /// Its status, unless it is at its end.
+    pub fn try_status(&self) -> Option<Status> {
+        let answer = self.try_control(b"status\n\n").ok()?;
+        Some(Status(answer.strip_prefix("0: ")?.to_owned()))
     }
 
     /// What it has logged so far.
