@@ -5,10 +5,10 @@
 //! The first [`CHOICES`] bytes of an input decide what a peer does not: how its bytes are cut up, in which order work is
 //! done, what fails. The rest is what the peer sends.
 //!
-//! A target is added in five places: its oracle, in a file here, exported below; `fuzz_targets/NAME.rs`, which calls it;
-//! its `[[bin]]` in `Cargo.toml`; the seeds that `tests/machine/seeds.rs` makes for it, and its line in the table there;
-//! its name in the README. `FLEXNBD_WRITE_SEEDS=1 cargo test --test machine seeds` then writes those seeds, as
-//! `fuzz/seeds/NAME/made-*`, which nobody edits.
+//! A target is added in four places: its oracle, in a file here, exported below; `fuzz_targets/NAME.rs`, which calls it;
+//! its `[[bin]]` in `Cargo.toml`; the seeds that `tests/machine/seeds.rs` makes for it, and its line in the table there.
+//! `FLEXNBD_WRITE_SEEDS=1 cargo test --test machine seeds` then writes those seeds, as `fuzz/seeds/NAME/made-*`, which
+//! nobody edits.
 //!
 //! An input that a fuzzer found is added to `fuzz/seeds/NAME` under a name that says what it does. Nothing else is
 //! needed: the tests replay every file there, and the fuzzer starts from them.
