@@ -39,12 +39,13 @@ impl Gate {
         self.kept.push(key);
     }
 
-    /// When the gate opens by itself, if a client waits for that.
+    /// When a client that waits may pass, as far as can be told now; that is now when the gate has opened since the last
+    /// [`Gate::wake`].
     pub(super) fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
         if self.kept.is_empty() {
             return None;
         }
-        life.plan()?.keeps_changes_until(now_ms)
+        Some(life.plan().and_then(|plan| plan.keeps_changes_until(now_ms)).unwrap_or(now_ms))
     }
 
     /// Wakes the clients that wait, if the gate is open now.

@@ -3,7 +3,7 @@
 //! A turn is a one-way pipe; each step runs over every slot that needs it, then the next step starts:
 //!
 //! ```text
-//! wait ──> note readiness ──> READ + parse ──> disk ──> COMPLETE ──> WRITE ──> effects ──> wait
+//! wait ──> note readiness ──> READ + parse ──> deadlines ──> disk ──> COMPLETE ──> WRITE ──> effects ──> wait
 //! ```
 //!
 //! Invariants:
@@ -22,7 +22,7 @@
 //!  attempt      one try of a migration       dial                             an outgoing connection
 //!  shared       what every slot is lent
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
-//!  reason, socket, bind, config              why a slot closes; the door to a peer; listening; what to do
+//!  reason, grace, socket, bind, config       why a slot closes; when deadlines count; a peer; listening; what to do
 //! ```
 
 mod admit;
@@ -36,6 +36,7 @@ mod control;
 mod dial;
 mod effect;
 mod gate;
+mod grace;
 mod inbound;
 mod life;
 mod listener;
@@ -105,11 +106,6 @@ impl Reactor {
         for event in events.iter() {
             self.note(event);
         }
-        self.shared.wheel.expire(self.shared.now_ms, batch);
-        for key in batch.drain(..) {
-            let next = self.slots.get_mut(key).map(|slot| slot.timeout(key, &mut self.shared));
-            self.settle(key, next);
-        }
         let sh = &mut self.shared;
         sh.gate.wake(&mut sh.life, sh.now_ms, &mut self.run);
 
@@ -130,6 +126,15 @@ impl Reactor {
                 None => None,
             };
             self.settle(key, next);
+        }
+
+        // What has arrived was looked at first: a peer is not late because this server was.
+        if self.grace.is_over(self.shared.wheel.next_expiry(), self.shared.now_ms) {
+            self.shared.wheel.expire(self.shared.now_ms, batch);
+            for key in batch.drain(..) {
+                let next = self.slots.get_mut(key).map(|slot| slot.timeout(key, &mut self.shared));
+                self.settle(key, next);
+            }
         }
 
         self.shared.disk.kick();
@@ -157,7 +162,8 @@ impl Reactor {
         } else {
             let sh = &mut self.shared;
             let gate = sh.gate.opens_at_ms(&mut sh.life, sh.now_ms);
-            let next = gate.into_iter().chain(sh.wheel.next_expiry()).min();
+            let deadline = self.grace.wakes_at_ms(sh.wheel.next_expiry());
+            let next = gate.into_iter().chain(deadline).min();
             next.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(sys::monotonic_ms())))
         };
         match self.poll.poll(events, timeout) {

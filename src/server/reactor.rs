@@ -1,5 +1,6 @@
 //! The slots of a server and the queues that say which of them has something to do.
 
+use super::grace::Grace;
 use super::reason::Next;
 use super::shared::Shared;
 use super::slot::Slot;
@@ -19,6 +20,8 @@ pub(super) struct Reactor {
     pub out: RunQueue,
     /// Slots that can go on when the disk has done something.
     pub wait_disk: RunQueue,
+    /// Says whether deadlines are judged.
+    pub(super) grace: Grace,
     /// What every slot is lent.
     pub shared: Shared,
     /// The slot that accepts control connections.

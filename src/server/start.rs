@@ -4,6 +4,7 @@ use super::admit::{Admission, CONTROLS_MAX};
 use super::config::Dialect;
 use super::config::{Config, Fatal, Role};
 use super::gate::Gate;
+use super::grace::Grace;
 use super::life::Life;
 use super::listener::Listener;
 use super::reactor::Reactor;
@@ -81,6 +82,7 @@ impl Reactor {
             run: RunQueue::default(),
             out: RunQueue::default(),
             wait_disk: RunQueue::default(),
+            grace: Grace::default(),
             shared: Shared {
                 now_ms,
                 registry,

@@ -19,6 +19,7 @@ mod migration;
 mod protocol;
 mod sparse;
 mod spec;
+mod stalled;
 mod start;
 mod stop;
 mod support;
