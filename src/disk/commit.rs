@@ -1,13 +1,27 @@
 //! One fdatasync for all operations that wait for one, and its error, which sticks.
 
 use super::image::Image;
+use super::queue::Job;
+use crate::work::Done;
+use std::collections::VecDeque;
+use std::io;
+use std::mem;
 
 /// What the log says, once and at level E, after an fdatasync has failed.
 const SYNC_LOST: &str = "fdatasync failed, written data may be lost; every later flush will fail until a restart";
 
-/// Puts on stable storage what was written.
-#[derive(Default)]
+/// Operations that are done but for the fdatasync they share, and whether what was written is on stable storage.
+///
+/// Invariant 1: at most one fdatasync runs at any time. Its error is reported once per open file, so that of two the
+/// second could succeed for what the first has failed to write.
+///
+/// Invariant 2: each member of `syncing` was done before that fdatasync began.
+#[derive(Debug, Default)]
 pub(super) struct Commit {
+    /// They are in the next group.
+    gathering: Vec<Job>,
+    /// The group whose fdatasync runs.
+    syncing: Vec<Job>,
     /// The errno of the fdatasync that failed.
     errno: Option<i32>,
     syncs: u64,
@@ -19,16 +33,45 @@ impl Commit {
         self.syncs
     }
 
-    /// Calls fdatasync, unless it has failed before: then every later call fails in the same way. The kernel may count the
-    /// pages that it could not write as clean and drop them, so that another fdatasync would succeed without them.
-    pub(super) fn sync(&mut self, image: &Image) -> Result<(), i32> {
-        if let Some(errno) = self.errno {
-            return Err(errno);
-        }
-        self.syncs += 1;
-        image.file.sync_data().map_err(|error| {
+    pub(super) fn add(&mut self, job: Job) {
+        self.gathering.push(job);
+    }
+
+    /// True when a group may start: somebody waits, and no fdatasync runs.
+    pub(super) fn may_start(&self) -> bool {
+        self.syncing.is_empty() && !self.gathering.is_empty()
+    }
+
+    /// Closes the group: its fdatasync begins. False: there is none any more, because one has failed.
+    pub(super) fn start(&mut self) -> bool {
+        debug_assert!(self.syncing.is_empty(), "invariant 1");
+        self.syncing = mem::take(&mut self.gathering);
+        let begins = self.errno.is_none();
+        self.syncs += u64::from(begins);
+        begins
+    }
+
+    /// The fdatasync of the group by this thread.
+    pub(super) fn sync(&mut self, image: &Image, done: &mut VecDeque<Done>) {
+        self.ended(image.file.sync_data(), done);
+    }
+
+    /// The fdatasync of the group has ended, or there was none. After one has failed there is no other: the kernel may have
+    /// dropped the pages it could not write and count them as clean, so that the next one would succeed without them. Every
+    /// later one fails the same way.
+    pub(super) fn ended(&mut self, result: io::Result<()>, done: &mut VecDeque<Done>) {
+        if let (Err(error), None) = (result, self.errno) {
             log::error!("disk: {SYNC_LOST}: {error}");
-            *self.errno.insert(error.raw_os_error().unwrap_or(libc::EIO))
-        })
+            self.errno = Some(error.raw_os_error().unwrap_or(libc::EIO));
+        }
+        let result = || self.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
+        done.extend(self.syncing.drain(..).map(|job| job.finish(result())));
+    }
+
+    /// Takes out what no fdatasync has begun for yet.
+    pub(super) fn remove(&mut self, owner: u64) -> Vec<Job> {
+        let (gone, stay) = mem::take(&mut self.gathering).into_iter().partition(|job| job.op.owner == owner);
+        self.gathering = stay;
+        gone
     }
 }

@@ -1,5 +1,6 @@
 //! The open file that an image is in.
 
+use crate::sys::pages::FileSystem;
 use std::fs::File;
 
 /// The unit of an image's size, in bytes: the smallest sector there is. A shorter rest of the file is not served.
@@ -11,4 +12,13 @@ pub(super) struct Image {
     /// In bytes, a multiple of [`SECTOR`] and not zero.
     pub(super) size: u64,
     pub(super) is_device: bool,
+    pub(super) source: FileSystem,
+}
+
+impl Image {
+    /// A file on a disk of this machine.
+    #[cfg(test)]
+    pub(super) fn of(file: &File, size: u64) -> Self {
+        Self { file: file.try_clone().unwrap(), size, is_device: false, source: FileSystem::Local }
+    }
 }

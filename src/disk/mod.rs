@@ -1,9 +1,9 @@
 //! A disk image: a regular file or a block device, and a queue of operations on it.
 //!
 //! The way through is always [`Disk::submit`], [`Disk::kick`], [`Disk::pop_done`]. An operation owns its buffer until
-//! it is done, so whoever asked may vanish meanwhile. The engine behind the queue (`sync`) can be replaced without a
-//! change above. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is
-//! in `open`. There is no socket here and no word of a protocol.
+//! it is done, so whoever asked may vanish meanwhile. What becomes of it is in `engine`; what waits is in `queue`; how long
+//! a step may take, in `pace`; what can be read at once, in `reads`. What holes are and how they stay is in `sparse`; what
+//! is called beside the queue, and why that may be, is in `open`. There is no socket here and no word of a protocol.
 //!
 //! Operations that are queued together may be carried out in any order, and long ones in steps between others, so two
 //! of them that overlap have no defined order unless the first was done when the second was submitted.
@@ -13,12 +13,15 @@
 //! Invariant 2: `in_flight` is the number of operations submitted whose [`Done`] was not popped, at most [`OPS_MAX`].
 
 mod commit;
+mod engine;
 mod image;
 mod open;
+mod pace;
+mod queue;
+mod reads;
 #[cfg(test)]
 mod slow;
 mod sparse;
-mod sync;
 mod verify;
 mod zero;
 
@@ -36,15 +39,9 @@ pub const OPS_MAX: usize = 4096;
 
 /// What carries operations out.
 enum Engine {
-    Sync(sync::Engine),
+    Real(Box<engine::Engine>),
     #[cfg(test)]
-    Slow(slow::Engine),
-}
-
-impl Default for Engine {
-    fn default() -> Self {
-        Self::Sync(sync::Engine::default())
-    }
+    Slow(Box<slow::Engine>),
 }
 
 /// An open image and the operations on it.
@@ -60,13 +57,15 @@ impl Disk {
     /// Opens a regular file or a block device for reading and writing.
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         let (image, tail) = open::open(path)?;
-        Ok(Self { image, path: path.to_owned(), tail, engine: Engine::default(), in_flight: 0 })
+        let engine = Engine::Real(Box::new(engine::Engine::new(&image)));
+        Ok(Self { image, path: path.to_owned(), tail, engine, in_flight: 0 })
     }
 
     /// An image of which each operation takes so long, and the thread that kicks does not wait.
     #[cfg(test)]
     pub(crate) fn open_slow(path: &Path, delay: std::time::Duration) -> Self {
-        Self { engine: Engine::Slow(slow::Engine::new(delay)), ..Self::open(path).unwrap() }
+        let disk = Self::open(path).unwrap();
+        Self { engine: Engine::Slow(Box::new(slow::Engine::new(delay, &disk.image))), ..disk }
     }
 
     /// The size of the image in bytes, a multiple of [`SECTOR`] and not zero.
@@ -118,18 +117,18 @@ impl Disk {
         }
         self.in_flight += 1;
         match &mut self.engine {
-            Engine::Sync(engine) => engine.submit(op),
+            Engine::Real(engine) => engine.submit(op),
             #[cfg(test)]
             Engine::Slow(engine) => engine.submit(op),
         }
         Ok(())
     }
 
-    /// Works through the queue. Operations that ask for stable storage share one fdatasync at the end and are done
-    /// after it. Long ranges take several kicks: while [`Disk::has_work`], there is more to do.
+    /// Works through the queue for about a millisecond, each owner in turn. Operations that ask for stable storage share one
+    /// fdatasync at the end and are done after it. While [`Disk::has_work`], there is more to do.
     pub fn kick(&mut self) {
         match &mut self.engine {
-            Engine::Sync(engine) => engine.kick(&self.image),
+            Engine::Real(engine) => engine.kick(&self.image),
             #[cfg(test)]
             Engine::Slow(engine) => engine.kick(&self.image),
         }
@@ -139,7 +138,7 @@ impl Disk {
     /// [`Disk::notifier`] says when.
     pub fn has_work(&self) -> bool {
         match &self.engine {
-            Engine::Sync(engine) => engine.has_work(),
+            Engine::Real(engine) => engine.has_work(),
             #[cfg(test)]
             Engine::Slow(engine) => engine.has_work(),
         }
@@ -149,7 +148,7 @@ impl Disk {
     /// none ever does.
     pub fn notifier(&self) -> Option<BorrowedFd<'_>> {
         match &self.engine {
-            Engine::Sync(_) => None,
+            Engine::Real(_) => None,
             #[cfg(test)]
             Engine::Slow(engine) => Some(engine.notifier()),
         }
@@ -158,13 +157,23 @@ impl Disk {
     /// The next operation that is done.
     pub fn pop_done(&mut self) -> Option<Done> {
         let done = match &mut self.engine {
-            Engine::Sync(engine) => engine.pop_done(),
+            Engine::Real(engine) => engine.pop_done(),
             #[cfg(test)]
             Engine::Slow(engine) => engine.pop_done(),
         }?;
         debug_assert!(self.in_flight > 0, "invariant 2");
         self.in_flight = self.in_flight.saturating_sub(1);
         Some(done)
+    }
+
+    /// Drops the operations of an owner that is gone: none of them changes the image any more. Those that are only queued
+    /// are done with an error, to be popped before anything else; [`Disk::flying`] are the others.
+    pub fn forget(&mut self, owner: u64) {
+        match &mut self.engine {
+            Engine::Real(engine) => engine.forget(owner),
+            #[cfg(test)]
+            Engine::Slow(engine) => engine.forget(owner),
+        }
     }
 
     /// True when [`Disk::submit`] would take an operation.
@@ -180,7 +189,7 @@ impl Disk {
     /// How many times fdatasync was called since the image was opened.
     pub fn syncs(&self) -> u64 {
         match &self.engine {
-            Engine::Sync(engine) => engine.syncs(),
+            Engine::Real(engine) => engine.syncs(),
             #[cfg(test)]
             Engine::Slow(_) => 0,
         }

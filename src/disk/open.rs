@@ -7,6 +7,7 @@
 
 use super::image::{Image, SECTOR};
 use crate::sys;
+use crate::sys::pages::FileSystem;
 use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
@@ -39,7 +40,8 @@ fn try_open(path: &Path) -> Result<(Image, u64), Problem> {
     if size == 0 {
         return Err(Problem::TooSmall(bytes));
     }
-    Ok((Image { file, size, is_device: kind.is_block_device() }, tail))
+    let source = sys::pages::file_system(&file).unwrap_or(FileSystem::Local);
+    Ok((Image { file, size, is_device: kind.is_block_device(), source }, tail))
 }
 
 /// As [`super::Disk::lock`].

@@ -1,7 +1,7 @@
 //! An engine for tests of what is above the queue: each operation completes a while after the kick, which does not wait.
 
+use super::engine;
 use super::image::Image;
-use super::sync;
 use crate::work::{Done, Op};
 use std::collections::VecDeque;
 use std::io::Write;
@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub(super) struct Engine {
-    inner: sync::Engine,
+    inner: engine::Engine,
     delay: Duration,
     /// What is done, and when that may be known.
     flying: VecDeque<(Instant, Done)>,
@@ -20,9 +20,9 @@ pub(super) struct Engine {
 }
 
 impl Engine {
-    pub(super) fn new(delay: Duration) -> Self {
+    pub(super) fn new(delay: Duration, image: &Image) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        Self { inner: sync::Engine::default(), delay, flying: VecDeque::new(), theirs, ours }
+        Self { inner: engine::Engine::new(image), delay, flying: VecDeque::new(), theirs, ours }
     }
 
     pub(super) fn submit(&mut self, op: Op) {
@@ -42,6 +42,10 @@ impl Engine {
                 let _ = notifier.write_all(&[1]);
             });
         }
+    }
+
+    pub(super) fn forget(&mut self, owner: u64) {
+        self.inner.forget(owner);
     }
 
     pub(super) fn has_work(&self) -> bool {

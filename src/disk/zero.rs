@@ -1,131 +1,167 @@
-//! Zeroes and trims in steps: each deals with the front of a range, by one call that does not take long.
+//! Zeroes and trims, in steps: the front of a range by one call, and then the rest.
 
 use super::image::Image;
-use super::sparse;
+use super::pace::Stride;
+use super::sparse::Holes;
 use crate::sys;
 use crate::work::BLOCK;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
+use std::time::Instant;
 
-/// How much of a file one fallocate deals with, in bytes: few calls for a range of many GiB, each of some milliseconds.
-pub(super) const FILE_STEP: u64 = 256 << 20;
+/// How much one call of fallocate takes at most, in bytes. It takes milliseconds where there is much to free, and a device
+/// may write the zeroes itself, at the speed of the medium.
+pub(super) const STEP_MAX: u64 = 16 << 20;
 
-/// The same for a block device, where the kernel may write zeroes, at the speed of the medium.
-const DEVICE_STEP: u64 = 16 << 20;
+/// How many zeroes are written in one step at most, in bytes.
+const WRITE_MAX: usize = 1 << 20;
 
-/// How many zeroes are written in one step.
-const WRITE_STEP: usize = 1 << 20;
-
-/// How the image can be zeroed, as far as it is known.
+/// What is known of the image's ways to make zeroes.
 pub(super) struct Zeroes {
-    /// False once the image has turned out not to support the call.
-    pub(super) can_punch: bool,
-    pub(super) can_zero_range: bool,
-    /// On the heap and never written to, so it takes up neither memory nor space in the program.
-    pub(super) blank: Box<[u8]>,
+    pub(super) punch: Way,
+    pub(super) zero_range: Way,
+    write: Stride,
+    /// From the heap and never written, so it costs neither memory nor room in the program.
+    blank: Box<[u8]>,
+}
+
+/// A mode of fallocate.
+pub(super) struct Way {
+    call: fn(&File, u64, u64) -> io::Result<()>,
+    /// False once the image has said that it does not know the call.
+    pub(super) works: bool,
+    stride: Stride,
+}
+
+impl Way {
+    fn new(call: fn(&File, u64, u64) -> io::Result<()>) -> Self {
+        Self { call, works: true, stride: Stride::new(STEP_MAX) }
+    }
+
+    /// Takes a call at the front of a range; says for how many bytes, or `None` if it is not to be had here.
+    fn step(&mut self, image: &Image, offset: u64, length: u64) -> io::Result<Option<u64>> {
+        if !self.works {
+            return Ok(None);
+        }
+        let n = self.bytes(image, length);
+        let began = Instant::now();
+        let result = (self.call)(&image.file, offset, n);
+        self.stride.note(n, began.elapsed());
+        self.judge(result).map(|works| works.then_some(n))
+    }
+
+    /// How much of a range goes into one call. A device takes whole blocks only.
+    pub(super) fn bytes(&self, image: &Image, length: u64) -> u64 {
+        let n = self.stride.of(length);
+        if image.is_device {
+            n - n % BLOCK
+        } else {
+            n
+        }
+    }
+
+    /// Whether a call has worked; false if it is not to be had here, which is remembered.
+    pub(super) fn judge(&mut self, result: io::Result<()>) -> io::Result<bool> {
+        let Err(error) = result else { return Ok(true) };
+        match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV) => self.works = false,
+            // This range does not suit a device with unusually large blocks; the next one may.
+            Some(libc::EINVAL) => {}
+            _ => return Err(error),
+        }
+        Ok(false)
+    }
 }
 
 impl Default for Zeroes {
     fn default() -> Self {
-        Self { can_punch: true, can_zero_range: true, blank: vec![0; WRITE_STEP].into_boxed_slice() }
+        Self {
+            punch: Way::new(sys::file::punch_hole),
+            zero_range: Way::new(sys::file::zero_range),
+            write: Stride::new(WRITE_MAX as u64),
+            blank: vec![0; WRITE_MAX].into_boxed_slice(),
+        }
     }
 }
 
 impl Zeroes {
-    /// For an image that can only be zeroed by writing.
+    /// Of an image that has only some of the ways.
     #[cfg(test)]
-    pub(super) fn unable() -> Self {
-        Self { can_punch: false, can_zero_range: false, ..Self::default() }
+    pub(super) fn able(punch: bool, zero_range: bool) -> Self {
+        let mut zeroes = Self::default();
+        (zeroes.punch.works, zeroes.zero_range.works) = (punch, zero_range);
+        zeroes
     }
 
     /// Zeroes the front of a range; returns how many bytes.
     pub(super) fn zero_step(
         &mut self,
         image: &Image,
+        holes: &mut Holes,
         offset: u64,
         length: u64,
         no_hole: bool,
         fast: bool,
     ) -> io::Result<u64> {
         if fast && image.is_device && (offset | length) % BLOCK != 0 {
-            // Its ends would have to be written before it is known whether the rest can do without writing.
+            // Its ends would have to be written, before it is known whether the rest can be done without.
             return Err(ErrorKind::Unsupported.into());
         }
-        let piece = match piece(image, offset, length) {
-            Piece::Ragged(n) => return self.write_zeroes(image, offset, n, no_hole),
-            Piece::Whole(n) => n,
-        };
-        if !no_hole && supported(sys::file::punch_hole, &mut self.can_punch, image, offset, piece)? {
-            return Ok(piece);
+        if let Some(n) = ragged(image, offset, length) {
+            return self.write_step(image, holes, offset, n, no_hole);
         }
-        // On a device this call may make the kernel write zeroes, which is not fast.
-        let may_zero = !(fast && image.is_device);
-        if may_zero && supported(sys::file::zero_range, &mut self.can_zero_range, image, offset, piece)? {
-            return Ok(piece);
+        if !no_hole {
+            if let Some(n) = self.punch.step(image, offset, length)? {
+                return Ok(n);
+            }
+        }
+        // On a device this call may mean that the kernel writes the zeroes, so it is no way to be fast.
+        if !(fast && image.is_device) {
+            if let Some(n) = self.zero_range.step(image, offset, length)? {
+                return Ok(n);
+            }
         }
         if fast {
             return Err(ErrorKind::Unsupported.into());
         }
-        self.write_zeroes(image, offset, piece, no_hole)
+        self.write_step(image, holes, offset, length, no_hole)
     }
 
-    /// Writes zeroes to the front of a range; returns how many. Holes stay, unless `no_hole`.
-    fn write_zeroes(&self, image: &Image, offset: u64, length: u64, no_hole: bool) -> io::Result<u64> {
-        let n = usize::try_from(length).unwrap_or(usize::MAX).min(self.blank.len());
+    /// Writes zeroes at the front of a range; returns how many. Holes are kept unless it shall be allocated.
+    fn write_step(
+        &mut self,
+        image: &Image,
+        holes: &mut Holes,
+        offset: u64,
+        length: u64,
+        no_hole: bool,
+    ) -> io::Result<u64> {
+        let began = Instant::now();
+        let n = usize::try_from(self.write.of(length)).unwrap_or(WRITE_MAX);
         let zeroes = self.blank.get(..n).unwrap_or_default();
         if no_hole {
             image.file.write_all_at(zeroes, offset)?;
         } else {
-            sparse::write(image, offset, zeroes)?;
+            holes.write(image, offset, zeroes)?;
         }
+        self.write.note(n as u64, began.elapsed());
         Ok(n as u64)
     }
 
-    /// Deallocates the front of a range if the image can do that; returns how many bytes are dealt with.
+    /// Gives the front of a range back where the image can; returns how many bytes are dealt with.
     pub(super) fn trim_step(&mut self, image: &Image, offset: u64, length: u64) -> io::Result<u64> {
-        match piece(image, offset, length) {
-            Piece::Ragged(n) => Ok(n),
-            Piece::Whole(n) => supported(sys::file::punch_hole, &mut self.can_punch, image, offset, n).map(|_| n),
+        if let Some(n) = ragged(image, offset, length) {
+            return Ok(n);
         }
+        let n = self.punch.bytes(image, length);
+        // Where it is not to be had, nothing happens.
+        Ok(self.punch.step(image, offset, length)?.unwrap_or(n))
     }
 }
 
-/// The front of a range, in bytes.
-enum Piece {
-    /// What one fallocate may deal with.
-    Whole(u64),
-    /// A part of a block of a device, which deals with whole blocks only.
-    Ragged(u64),
-}
-
-fn piece(image: &Image, offset: u64, length: u64) -> Piece {
-    if !image.is_device {
-        return Piece::Whole(length.min(FILE_STEP));
-    }
-    match offset % BLOCK {
-        0 if length >= BLOCK => Piece::Whole((length - length % BLOCK).min(DEVICE_STEP)),
-        past => Piece::Ragged(length.min(BLOCK - past)),
-    }
-}
-
-/// Tries a mode of fallocate; false if this image does not support it, which `can` remembers.
-fn supported(
-    call: fn(&File, u64, u64) -> io::Result<()>,
-    can: &mut bool,
-    image: &Image,
-    offset: u64,
-    length: u64,
-) -> io::Result<bool> {
-    if !*can {
-        return Ok(false);
-    }
-    let Err(error) = call(&image.file, offset, length) else { return Ok(true) };
-    match error.raw_os_error() {
-        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV) => *can = false,
-        // A device with unusually large blocks does not take this range; it may take the next one.
-        Some(libc::EINVAL) => {}
-        _ => return Err(error),
-    }
-    Ok(false)
+/// The part of a block that a range on a device begins with, in bytes: a device takes whole ones only.
+fn ragged(image: &Image, offset: u64, length: u64) -> Option<u64> {
+    let past = offset % BLOCK;
+    (image.is_device && (past != 0 || length < BLOCK)).then(|| length.min(BLOCK - past))
 }

@@ -18,6 +18,7 @@ use std::io::{self, ErrorKind, Read};
 use std::mem::{size_of, MaybeUninit};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::ptr;
+use std::time::Duration;
 
 /// The signals that stop the program.
 const STOP_SIGNALS: [c_int; 4] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGHUP];
@@ -42,12 +43,21 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 
 /// Milliseconds of the monotonic clock, which starts at boot and is never set.
 pub fn monotonic_ms() -> u64 {
+    let now = clock(libc::CLOCK_MONOTONIC);
+    now.as_secs() * 1000 + u64::from(now.subsec_millis())
+}
+
+/// The time that this thread has had a processor for.
+pub fn thread_time() -> Duration {
+    clock(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+fn clock(id: libc::clockid_t) -> Duration {
     let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `now` is a valid timespec for the call to fill. It cannot fail: Linux always has this clock.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-    let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
-    let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or_default();
-    seconds * 1000 + nanoseconds / 1_000_000
+    // SAFETY: `now` is a valid timespec for the call to fill. It cannot fail: Linux always has these clocks.
+    unsafe { libc::clock_gettime(id, &raw mut now) };
+    let nanoseconds = u32::try_from(now.tv_nsec).unwrap_or_default();
+    Duration::new(u64::try_from(now.tv_sec).unwrap_or_default(), nanoseconds)
 }
 
 /// True when one of `events`, an error or a hang-up comes within `timeout_ms`.
@@ -179,6 +189,15 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_thread_that_sleeps_has_no_processor() {
+        let before = thread_time();
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(thread_time().saturating_sub(before) < Duration::from_millis(15));
+        let start = thread_time();
+        while thread_time().saturating_sub(start) < Duration::from_millis(2) {}
+    }
 
     #[test]
     fn the_clock_goes_forward_and_a_wait_ends_in_time() {

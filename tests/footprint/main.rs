@@ -191,7 +191,7 @@ fn the_killswitch_costs_no_system_call() {
     let mut client = server.connect();
     (0..20).for_each(|_| client.expect_alive());
     let text = wait_for("the reads", SOON, || {
-        fs::read_to_string(&trace).ok().filter(|text| text.matches("pread64(").count() >= 20)
+        fs::read_to_string(&trace).ok().filter(|text| text.matches("preadv2(").count() >= 20)
     });
     assert!(!text.contains("timer"), "{text}");
 }

@@ -1,6 +1,6 @@
 //! FLUSH and FUA: on stable storage before the reply, one fdatasync for all that ask in one turn, errors told.
 
-use crate::support::{errno, flag, kind, request, wait_for, Builder, Client, Mount, Server, SOON};
+use crate::support::{errno, flag, kind, request, wait_for, Builder, Client, Mount, Server, SOON, UNCACHED};
 use std::fs;
 use std::path::PathBuf;
 
@@ -124,7 +124,19 @@ fn io_errors_are_replies() {
         let builder = Server::serve().content(&content);
         let path = builder.dir().join("image");
         let trace = builder.dir().join("trace");
-        let words = ["strace", "-D", "-f", "-o", trace.to_str().unwrap(), "-P", path.to_str().unwrap(), "-e", &inject];
+        let words = [
+            "strace",
+            "-D",
+            "-f",
+            "-o",
+            trace.to_str().unwrap(),
+            "-P",
+            path.to_str().unwrap(),
+            "-e",
+            &inject,
+            "-e",
+            UNCACHED,
+        ];
         let server = builder.through(&words).start();
         let mut client = server.connect();
         assert_eq!(work(&mut client), expected, "{call} {error}");
@@ -153,6 +165,8 @@ fn a_long_read_that_fails_half_way_cuts_the_connection() {
         path.to_str().unwrap(),
         "-e",
         "inject=pread64:error=EIO:when=5",
+        "-e",
+        UNCACHED,
     ];
     let server = builder.through(&words).start();
     let mut client = server.connect();

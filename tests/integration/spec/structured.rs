@@ -3,7 +3,7 @@
 use crate::support::newstyle::{
     serve, serve_content, structured, traced, Content, Structured, BLOCK_STATUS, CACHE, DF, EOVERFLOW, REQ_ONE,
 };
-use crate::support::{errno, flag, kind, pattern, request, Server};
+use crate::support::{errno, flag, kind, pattern, request, Server, UNCACHED};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
@@ -39,7 +39,7 @@ fn every_read_is_answered_in_chunks_errors_too() {
     client.expect_alive();
     server.expect_healthy();
     let (server, _) =
-        traced(Server::serve().content(&pattern(49, SIZE as usize)), &["inject=pread64:error=EIO:when=1"]);
+        traced(Server::serve().content(&pattern(49, SIZE as usize)), &["inject=pread64:error=EIO:when=1", UNCACHED]);
     let mut client = structured(&server);
     assert_eq!(client.read(0, 0, 100), Err(errno::EIO), "a late one");
     client.expect_alive();
@@ -120,7 +120,7 @@ fn an_error_behind_data_is_a_chunk_of_its_own() {
     let content = pattern(53, 4 << 20);
     for when in 1..8 {
         let inject = format!("inject=pread64:error=EIO:when={when}");
-        let (server, _) = traced(Server::serve().content(&content), &[&inject]);
+        let (server, _) = traced(Server::serve().content(&content), &[&inject, UNCACHED]);
         let mut client = structured(&server);
         client.client.send(&request(kind::READ, 0, 5, 0, 4 << 20));
         let mut good = 0;

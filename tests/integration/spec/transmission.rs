@@ -7,7 +7,7 @@ use crate::support::newstyle::{
 use crate::support::peers::{expect_migrated, listen, start_mirror, tell};
 use crate::support::{
     errno::{EINVAL, EIO, ENOSPC},
-    flag, kind, pattern, reply, request, wait_for, Client, Server, SOON,
+    flag, kind, pattern, reply, request, wait_for, Client, Server, SOON, UNCACHED,
 };
 use std::collections::BTreeSet;
 use std::thread;
@@ -228,7 +228,7 @@ fn beyond_the_end() {
 /// Makes a system call of the image fail, and returns what a WRITE, a READ, a TRIM, zeroes or a FLUSH is told then.
 fn told(call: &str, error: &str, kind: u16) -> u32 {
     let inject = format!("inject={call}:error={error}:when=1");
-    let (server, _) = traced(Server::serve().content(&pattern(32, SIZE as usize)), &[&inject]);
+    let (server, _) = traced(Server::serve().content(&pattern(32, SIZE as usize)), &[&inject, UNCACHED]);
     let mut client = simple(&server);
     let payload = if kind == kind::WRITE { vec![1; 4096] } else { vec![] };
     let length = if kind == kind::FLUSH { 0 } else { 4096 };
@@ -420,14 +420,14 @@ fn a_read_error_behind_a_good_head_cuts_the_connection() {
     // goes on.
     for when in [1, 4, 6, 16] {
         let inject = format!("inject=pread64:error=EIO:when={when}");
-        let (server, _) = traced(Server::serve().content(&content), &[&inject]);
+        let (server, _) = traced(Server::serve().content(&content), &[&inject, UNCACHED]);
         let mut client = simple(&server);
         assert_eq!(client.read(0, 4 << 20), Err(EIO), "{inject}");
         assert!(client.read(0, 4 << 20).unwrap() == content[..4 << 20], "{inject}");
         server.expect_healthy();
     }
     // A longer one begins with its first slice: what has come is right, and there is no more.
-    let (server, _) = traced(Server::serve().content(&content), &["inject=pread64:error=EIO:when=4"]);
+    let (server, _) = traced(Server::serve().content(&content), &["inject=pread64:error=EIO:when=4", UNCACHED]);
     let mut client = simple(&server);
     client.send(&request(kind::READ, 0, 1, 0, 8 << 20));
     let got = client.read_to_close();

@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 pub const BIN: &str = env!("CARGO_BIN_EXE_flexnbd");
 /// How long anything may take that should take no time, on a machine that is busy with the other tests.
 pub const SOON: Duration = Duration::from_secs(30);
+/// Makes strace keep a server from finding anything in the page cache, so that each read is a `pread64`.
+pub const UNCACHED: &str = "inject=preadv2:error=EAGAIN";
 /// Pause between two looks at a condition.
 const POLL: Duration = Duration::from_millis(2);
 
