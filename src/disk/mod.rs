@@ -166,8 +166,8 @@ impl Disk {
         Some(done)
     }
 
-    /// Drops the operations of an owner that is gone: none of them changes the image any more. Those that are only queued
-    /// are done with an error, to be popped before anything else; [`Disk::flying`] are the others.
+    /// Drops the operations of an owner that is gone: what is queued changes the image no more. Each is done with an error, and
+    /// its buffer comes back with [`Disk::pop_done`].
     pub fn forget(&mut self, owner: u64) {
         match &mut self.engine {
             Engine::Real(engine) => engine.forget(owner),
