@@ -54,7 +54,7 @@ impl Drop for Link {
 }
 
 /// Bytes per second of a migration over the link, in the middle of it: how it begins, and how long the disk of the
-/// destination takes to flush, says nothing about the link.
+/// destination takes to flush, says nothing about the link. Never more than it was: the time it takes to ask counts.
 fn speed(test: &str, options: &str) -> Option<u64> {
     let link = Link::new(test)?;
     let source = Server::serve().through(&link.inside(0)).addr("10.77.0.1").content(&pattern(1, SIZE as usize));
@@ -64,11 +64,14 @@ fn speed(test: &str, options: &str) -> Option<u64> {
     start_mirror(&source, destination.address(), options);
     let arrival = |least: u64| {
         wait_for("data", SOON, || {
+            let asked = Instant::now();
             let received = destination.status().number("written_bytes");
-            (received >= least).then(|| (received, Instant::now()))
+            (received >= least).then_some((received, asked))
         })
     };
-    let ((first, began), (last, ended)) = (arrival(SIZE / 8), arrival(SIZE / 8 * 7));
+    let (first, began) = arrival(SIZE / 8);
+    let (last, _) = arrival(SIZE / 8 * 7);
+    let ended = Instant::now();
     expect_migrated(&mut source, &mut destination);
     let micros = u64::try_from((ended - began).as_micros()).unwrap();
     let speed = (last - first) * 1_000_000 / micros;
@@ -76,10 +79,12 @@ fn speed(test: &str, options: &str) -> Option<u64> {
     Some(speed)
 }
 
+/// Requests that wait for each other, or for a window that is too small, would leave most of the link idle. How near to
+/// all of it a migration comes is no matter for a test that shares its machine.
 #[test]
 fn a_link_is_used() {
     if let Some(speed) = speed("full", "") {
-        assert!(speed >= LINK / 10 * 9, "{speed} of {LINK} bytes/s");
+        assert!(speed >= LINK / 2, "{speed} of {LINK} bytes/s");
     }
 }
 
@@ -87,6 +92,6 @@ fn a_link_is_used() {
 fn a_limit_is_held() {
     const LIMIT: u64 = 16_000_000;
     if let Some(speed) = speed("limit", &format!("--max-speed {LIMIT}")) {
-        assert!((LIMIT / 10 * 9..LIMIT / 10 * 11).contains(&speed), "{speed} with a limit of {LIMIT} bytes/s");
+        assert!((LIMIT / 2..LIMIT / 10 * 11).contains(&speed), "{speed} with a limit of {LIMIT} bytes/s");
     }
 }
