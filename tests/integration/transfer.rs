@@ -1,6 +1,8 @@
 //! The modes `read` and `write`: one query each, all of it or one line and exit code 1.
 
-use crate::support::{greeting, kind, pattern, reply, run, run_command, Client, Output, Scripted, Server, BIN};
+use crate::support::{
+    greeting, kind, pattern, reply, reserved_port, run, run_command, Client, Output, Scripted, Server, BIN,
+};
 use std::fs::{self, File};
 use std::io::Write;
 use std::process::{Command, Stdio};
@@ -70,9 +72,7 @@ fn beyond_the_end() {
 
 #[test]
 fn nobody_there() {
-    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = taken.local_addr().unwrap().port();
-    drop(taken);
+    let port = reserved_port();
     for mode in ["read", "write"] {
         expect_one_line(&run(&args(mode, port, 0, 1), b"x"), &format!("127.0.0.1:{port}"));
     }

@@ -3,16 +3,16 @@
 
 use crate::support::newstyle::{address, PORT};
 use crate::support::peers::{expect_migrated, expect_same, listen, mirror, start_mirror, tell, Worker};
-use crate::support::{pattern, program, run_command, wait_for, Process, Server, TempDir, SOON};
+use crate::support::{pattern, program, reserved_port, run_command, wait_for, Process, Server, TempDir, SOON};
 use std::fs::{self, File};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 const SIZE: u64 = 24 << 20;
 
-/// Another server, on a port that was free a moment ago, and the image it writes.
+/// Another server, on a port of its own, and the image it writes.
 struct Destination {
     process: Process,
     address: SocketAddr,
@@ -27,7 +27,7 @@ impl Destination {
         let dir = TempDir::new();
         let image = dir.join("image");
         File::create(&image).unwrap().set_len(SIZE).unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = reserved_port();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         let mut command = program(name);
         command
@@ -174,8 +174,8 @@ fn to_the_newstyle_port_of_a_listener() {
     let mut destination = listen(0).size(SIZE).arg(PORT).start();
     let mut source = source();
     let worker = Worker::start(source.address(), 1 << 20..5 << 20);
-    start_mirror(&source, address(&destination), "");
     worker.may_end();
+    start_mirror(&source, address(&destination), "");
     expect_migrated(&mut source, &mut destination);
     drop(worker.join());
 }

@@ -13,7 +13,7 @@ mod system;
 pub use client::{errno, flag, greeting, kind, reply, request, uninterrupted, Client, Scripted, GREETING_MAGICS};
 pub use process::{run, run_command, run_within, Output, Process, TempDir};
 pub use server::{Builder, Server, Status};
-pub use system::{has, must, not_tested, program, Loop, Mount, Need};
+pub use system::{has, must, not_tested, program, reserved_port, Loop, Mount, Need};
 
 use std::fmt::Display;
 use std::fs;

@@ -2,13 +2,16 @@
 //! out, and that is told with the reason; what is there has to work.
 
 use super::{run_command, TempDir};
+use socket2::{Domain, Socket, Type};
 use std::env;
 use std::ffi::OsStr;
 use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::Write;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::thread;
 
 /// Where programs of the system are; a user's path may leave out half of them.
@@ -22,6 +25,20 @@ pub fn program(name: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(name);
     command.env("PATH", path.unwrap());
     command
+}
+
+/// A port of 127.0.0.1 that nobody is given by chance while the tests run, but anybody may listen on. A source goes on
+/// trying the port of a destination that is gone: it must not find the server of another test there.
+pub fn reserved_port() -> u16 {
+    static RESERVED: Mutex<Vec<Socket>> = Mutex::new(Vec::new());
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    // A socket that is bound and does not listen keeps the system from picking its port, and with this flag it is in
+    // the way of nobody who asks for the port by number.
+    socket.set_reuse_address(true).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let port = socket.local_addr().unwrap().as_socket().unwrap().port();
+    RESERVED.lock().unwrap().push(socket);
+    port
 }
 
 /// Runs a program that has to succeed; returns what it printed.

@@ -1,7 +1,7 @@
 //! A destination that follows a script: what it offers, how slow it is, and what it does wrong, and when.
 
 use super::{offer, Worker};
-use crate::support::{flag, kind, pattern, reply, uninterrupted, wait_for, GREETING_MAGICS, SOON};
+use crate::support::{flag, kind, pattern, reply, reserved_port, uninterrupted, wait_for, GREETING_MAGICS, SOON};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -120,7 +120,7 @@ impl Script {
 
     /// Starts it.
     pub fn start(self) -> Destination {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let listener = TcpListener::bind(("127.0.0.1", reserved_port())).unwrap();
         let address = listener.local_addr().unwrap();
         // What was there before must go.
         let seen = Seen { image: pattern(99, self.size), ..Seen::default() };

@@ -6,9 +6,9 @@ mod worker;
 pub use destination::{At, Fault, Script};
 pub use worker::{Random, Worker};
 
-use super::{run, wait_for, Builder, Client, Output, Server, SOON};
+use super::{reserved_port, run, wait_for, Builder, Client, Output, Server, SOON};
 use std::fs::File;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -22,7 +22,7 @@ pub mod offer {
     pub const ALL: u32 = 1 | 4 | 8 | 32 | 64;
 }
 
-/// `flexnbd listen`, on this port; 0 picks one.
+/// `flexnbd listen`, on this port; 0 is a port that stays its own.
 pub fn listen(port: u16) -> Builder {
     listen_after(port, "exec")
 }
@@ -30,6 +30,7 @@ pub fn listen(port: u16) -> Builder {
 /// As [`listen`]; the command, `exec` and what goes before or behind it, becomes the listener. The harness starts `serve` on port 0: the shell puts
 /// the words of a listener in place of those, and becomes it.
 pub fn listen_after(port: u16, command: &str) -> Builder {
+    let port = if port == 0 { reserved_port() } else { port };
     let script = format!(
         r#"bin=$1 addr=$4 file=$6; shift 8; {command} "$bin" listen --addr "$addr" --port "$0" --file "$file" "$@""#
     );
@@ -105,7 +106,7 @@ pub fn wait_for_status(server: &Server, key: &str, value: &str) {
 
 /// An address where nobody listens.
 pub fn nowhere() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    SocketAddr::from(([127, 0, 0, 1], reserved_port()))
 }
 
 /// Sends the whole image as the predecessor does: large writes, one at a time, no FLUSH, and waits for the end after DISC.
