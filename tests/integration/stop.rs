@@ -28,7 +28,7 @@ fn signals_stop_it_whatever_clients_do() {
         let start = Instant::now();
         let status = server.stop_by(signal);
         assert_eq!(status.code(), Some(0), "{signal}: {}", server.log());
-        assert!(start.elapsed() < Duration::from_secs(2), "{signal}: at once");
+        assert!(start.elapsed() < Duration::from_secs(5), "{signal}: at once");
         assert!(!server.sock.exists(), "{signal}: the control socket is removed");
         idle.expect_closed();
         assert!(server.log().contains(signal), "{}", server.log());

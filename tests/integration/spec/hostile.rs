@@ -73,7 +73,7 @@ fn a_handshake_has_ten_seconds() {
         }
         over.store(true, Ordering::Relaxed);
         let longest = steady.join().unwrap();
-        assert!(longest < Duration::from_secs(2), "another client waited {longest:?}");
+        assert!(longest < Duration::from_secs(5), "another client waited {longest:?}");
     });
     wait_for("all gone", SOON, || (server.status().number("num_clients") == 0).then_some(()));
     let grown = server.memory_kib("VmRSS:").saturating_sub(before);
