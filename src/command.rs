@@ -10,6 +10,7 @@
 //!
 //! Addresses stay text; whoever uses them parses them.
 
+use crate::printable::escape;
 use std::fmt;
 use std::str::FromStr;
 
@@ -143,13 +144,13 @@ impl fmt::Display for MalformedAnswer {
 impl std::error::Error for MalformedAnswer {}
 
 /// Parses everything that a server sent before it closed the connection. Only the first line counts; without its end it
-/// was cut off and is no answer.
+/// was cut off and is no answer. Its text may be shown: control characters are escaped, such that JSON stays JSON.
 pub fn parse_answer(bytes: &[u8]) -> Result<Answer, MalformedAnswer> {
     let end = bytes.iter().position(|&byte| byte == b'\n').ok_or(MalformedAnswer)?;
     let line = String::from_utf8_lossy(bytes.get(..end).unwrap_or_default());
     let (code, text) = line.split_once(':').ok_or(MalformedAnswer)?;
     let code = parse_number(code).ok_or(MalformedAnswer)?;
-    Ok(Answer { code, text: text.trim().into() })
+    Ok(Answer { code, text: escape(text.trim().chars()) })
 }
 
 /// A command and its arguments as bytes, for a client to send. No word may be empty or contain a line break.
@@ -320,18 +321,6 @@ fn echo(text: &str) -> String {
     echoed
 }
 
-fn escape(chars: impl Iterator<Item = char>) -> String {
-    let mut escaped = String::new();
-    for char in chars {
-        if char.is_control() {
-            escaped.extend(char.escape_default());
-        } else {
-            escaped.push(char);
-        }
-    }
-    escaped
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -468,7 +457,7 @@ mod tests {
             ("mirror 10.0.0.1 4777 max_pause_ms=-1\n\n", 1, "bad argument: max_pause_ms=-1"),
             ("mirror 10.0.0.1 4777 max_pause_ms=1=1\n\n", 1, "bad argument: max_pause_ms=1=1"),
             ("mirror 10.0.0.1 4777 max_pause_ms=60001\n\n", 1, "bad argument: max_pause_ms=60001"),
-            ("mirror 10.0.0.1 4777\nexport=a\0b\n\n", 1, "bad argument: export=a\\u{0}b"),
+            ("mirror 10.0.0.1 4777\nexport=a\0b\n\n", 1, "bad argument: export=a\\u0000b"),
             ("mirror 10.0.0.1 4777 Export=a\n\n", 1, "bad argument: Export=a"),
             ("wait 1\n\n", 1, "too many arguments"),
         ] {
@@ -481,7 +470,7 @@ mod tests {
     #[test]
     fn arguments_that_are_no_text_are_escaped() {
         assert_eq!(parse(b"acl\n\xff\x80x\n\n"), Ok(Command::Acl(strings(&["\\xff\\x80x"]))));
-        assert_eq!(Answer::bad_spec("\\xff\u{1b}[2J\n\u{85}").text, "bad spec: \\xff\\u{1b}[2J\\n\\u{85}");
+        assert_eq!(Answer::bad_spec("\\xff\u{1b}[2J\n\u{85}").text, "bad spec: \\xff\\u001b[2J\\n\\u0085");
         let long = Answer::bad_spec(&"é".repeat(500));
         assert_eq!(long.text, format!("bad spec: {}...", "é".repeat(ECHO_MAX)));
         assert_eq!(Answer::bad_spec(&"x".repeat(ECHO_MAX)).text.len(), "bad spec: ".len() + ECHO_MAX);
@@ -566,9 +555,11 @@ mod tests {
             assert_eq!(parse_answer(&answer.encode()), Ok(answer));
         }
         assert_eq!(Answer::unknown_command().encode(), b"10: unknown command\n");
-        assert_eq!(Answer::ok("a\nb\r\u{7f}").encode(), b"0: a\\nb\\r\\u{7f}\n");
+        assert_eq!(Answer::ok("a\nb\r\u{7f}").encode(), b"0: a\\nb\\r\\u007f\n");
         assert_eq!(parse_answer(b"0: pid=1 x=y\r\nmore\n"), Ok(Answer::ok("pid=1 x=y")));
         assert_eq!(parse_answer(b"1:\xff\n"), Ok(Answer::failed("\u{fffd}")));
+        let driving = parse_answer("0: {\"a\":\"\u{1b}]0;x\u{7}\u{9b}2J\r\"}\r\n".as_bytes());
+        assert_eq!(driving, Ok(Answer::ok(r#"{"a":"\u001b]0;x\u0007\u009b2J\r"}"#)));
         for bad in [&b""[..], b"\n", b"0: cut", b"updated\n", ": x\n".as_bytes(), b"256: x\n", b"-1: x\n", b"x: y\n"] {
             assert_eq!(parse_answer(bad), Err(MalformedAnswer), "{bad:?}");
         }

@@ -18,7 +18,7 @@
 //!  work      what may be asked of an image
 //!  sys       libc and io_uring, the only unsafe code
 //!  buffer    memory for payloads             bitmap    a bit for each block
-//!  endpoint  where a server is
+//!  endpoint  where a server is           printable  text of others
 //! ```
 //!
 //! What is marked PURE in its own docs sees no socket, no file and no clock, and is tested and fuzzed on bytes alone.
@@ -68,6 +68,7 @@ pub mod endpoint;
 pub mod event;
 pub mod logging;
 pub mod migrate;
+pub mod printable;
 pub mod proto;
 pub mod remote;
 pub mod server;

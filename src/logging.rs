@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use log::{Level, LevelFilter, Record};
 
+use crate::printable;
 use crate::sys;
 
 /// The longest line in bytes, with its newline. No other writer's output gets into the middle of a write of that size to
@@ -136,8 +137,7 @@ fn line(record: &Record, now_ms: u64, pid: u32, thread: &str) -> String {
     line
 }
 
-/// Collects text up to the length of a line or a little more. Control characters, which could forge lines or drive a
-/// terminal, are escaped.
+/// Collects text up to the length of a line or a little more, with its control characters escaped.
 struct OneLine(String);
 
 impl fmt::Write for OneLine {
@@ -146,11 +146,7 @@ impl fmt::Write for OneLine {
             if self.0.len() >= LINE_MAX {
                 break;
             }
-            if character.is_control() {
-                self.0.extend(character.escape_default());
-            } else {
-                self.0.push(character);
-            }
+            printable::push(&mut self.0, character);
         }
         Ok(())
     }
@@ -220,7 +216,7 @@ mod tests {
     #[test]
     fn control_characters_are_escaped() {
         let line = line_of(Level::Warn, "", "a\nb\r\t\0\u{1b}[2J\u{7f}\u{85}é");
-        assert_eq!(line, "1234:W:42 main src/x.rs:7: a\\nb\\r\\t\\u{0}\\u{1b}[2J\\u{7f}\\u{85}é\n");
+        assert_eq!(line, "1234:W:42 main src/x.rs:7: a\\nb\\r\\t\\u0000\\u001b[2J\\u007f\\u0085é\n");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::reactor::Reactor;
 use super::slot::Slot;
 use crate::command::StatusForm;
 use crate::migrate::{Plan, Progress};
+use crate::printable;
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
@@ -168,12 +169,10 @@ fn json_member((name, value): &(&str, Value)) -> String {
         Value::Text(text) => {
             let mut member = format!("\"{name}\":\"");
             for c in text.chars() {
-                // Writing to a String cannot fail.
-                let _ = match c {
-                    '"' | '\\' => write!(member, "\\{c}"),
-                    c if c.is_control() => write!(member, "\\u{:04x}", u32::from(c)),
-                    c => member.write_char(c),
-                };
+                if matches!(c, '"' | '\\') {
+                    member.push('\\');
+                }
+                printable::push(&mut member, c);
             }
             member + "\""
         }
@@ -216,9 +215,8 @@ mod tests {
 
     #[test]
     fn json_has_types_and_escapes() {
-        let server =
-            r#""pid":18446744073709551615,"is_mirroring":true,"address":"/a b\u0009\"\\\u007f\u0085é\u{2003}🦀""#
-                .replace(r"\u{2003}", "\u{2003}");
+        let server = r#""pid":18446744073709551615,"is_mirroring":true,"address":"/a b\t\"\\\u007f\u0085é\u{2003}🦀""#
+            .replace(r"\u{2003}", "\u{2003}");
         assert_eq!(json(&facts(), None), format!("{{{server}}}"));
         assert_eq!(json(&facts(), Some(&[])), format!("{{{server},\"clients\":[]}}"));
         let clients = r#""clients":[{"client":1,"style":"oldstyle"},{"client":9,"style":"oldstyle"}]"#;

@@ -1,9 +1,9 @@
 //! The control socket: its commands, its limits, and what no peer of it may do to another.
 
-use crate::support::{kind, request, run, wait_for, Server, SOON};
+use crate::support::{kind, request, run, wait_for, Server, TempDir, SOON};
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 const STATUS: &[u8] = b"status\n\n";
@@ -215,7 +215,7 @@ fn the_modes_say_when_nobody_answers() {
     let server = Server::serve().size(4096).start();
     let missing = server.dir().join("missing");
     let stale = server.dir().join("stale");
-    drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+    drop(UnixListener::bind(&stale).unwrap());
     for sock in [&missing, &stale, &server.image] {
         let sock = sock.to_str().unwrap();
         for args in [&["status", "-s", sock][..], &["acl", "-s", sock, "::1"]] {
@@ -228,4 +228,65 @@ fn the_modes_say_when_nobody_answers() {
             assert!(output.stderr.contains(sock), "{output:?}");
         }
     }
+}
+
+/// What a control socket answers goes to a terminal, and whoever listens there may not drive it.
+#[test]
+fn answers_cannot_drive_a_terminal() {
+    const DRIVES: &str = "\u{1b}]0;title\u{7}\u{1b}[2J\u{9b}31m\r\u{8}";
+    const SHOWN: &str = r"\u001b]0;title\u0007\u001b[2J\u009b31m\r\u0008";
+    let dir = TempDir::new();
+    let path = dir.join("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let script = std::thread::spawn(move || {
+        let mut waiting = None;
+        loop {
+            let mut stream = listener.accept().unwrap().0;
+            let mut command = Vec::new();
+            while !command.ends_with(b"\n\n") {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).unwrap();
+                command.extend(byte);
+            }
+            let answer = match command.strip_suffix(b"\n\n").unwrap() {
+                b"wait" => {
+                    waiting = Some(stream);
+                    continue;
+                }
+                b"status" if waiting.is_some() => {
+                    format!("0: is_mirroring=true migration_phase=x{DRIVES}x migration_attempts=1\n")
+                }
+                b"status" => format!("0: pid=1 address={DRIVES}.\n"),
+                b"status\njson" => format!("0: {{\"address\":\"{DRIVES}.\"}}\n"),
+                b"break" => format!("1: not {DRIVES} mirroring\n"),
+                b"mirror_max_bps\n7" => return,
+                command if command.starts_with(b"mirror\n") => "0: Mirror started\n".into(),
+                command => panic!("{}", String::from_utf8_lossy(command)),
+            };
+            stream.write_all(answer.as_bytes()).unwrap();
+            // Once the progress has been shown, the migration ends.
+            if let (b"status\n\n", Some(mut waiting)) = (&command[..], waiting.take_if(|_| answer.contains("_phase=")))
+            {
+                waiting.write_all(format!("1: it {DRIVES} broke\n").as_bytes()).unwrap();
+            }
+        }
+    });
+    let control = |mode: &str, options: &str| {
+        let args: Vec<_> = [mode, "--sock", path.to_str().unwrap()].into_iter().chain(options.split(' ')).collect();
+        let args: Vec<_> = args.into_iter().filter(|arg| !arg.is_empty()).collect();
+        let output = run(&args, &[]);
+        (output.code, String::from_utf8(output.stdout).unwrap(), output.stderr)
+    };
+    assert_eq!(control("status", ""), (Some(0), format!("pid=1 address={SHOWN}.\n"), String::new()));
+    let json = format!("{{\"address\":\"{SHOWN}.\"}}\n");
+    assert_eq!(control("status", "--json"), (Some(0), json, String::new()));
+    assert_eq!(control("break", ""), (Some(1), String::new(), format!("not {SHOWN} mirroring\n")));
+    assert_eq!(
+        control("mirror", "--addr 127.0.0.1 --port 1 --wait"),
+        (Some(1), "Migration started\n".into(), format!("x{SHOWN}x\nit {SHOWN} broke\n"))
+    );
+    // No answer at all is an error, which ends the script, too.
+    let (code, out, err) = control("mirror-speed", "--max-speed 7");
+    assert_eq!((code, out.as_str(), err.lines().count()), (Some(1), "", 1), "{err}");
+    script.join().unwrap();
 }
