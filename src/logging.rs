@@ -152,36 +152,6 @@ impl fmt::Write for OneLine {
     }
 }
 
-/// Lets a few of many similar messages pass in each interval and counts the others.
-#[derive(Debug, Clone)]
-pub struct Throttle {
-    interval_ms: u64,
-    burst: u32,
-    began_ms: Option<u64>,
-    passed: u32,
-    swallowed: u64,
-}
-
-impl Throttle {
-    /// Lets `burst` messages pass in each `interval_ms` milliseconds, the first of them at once.
-    pub const fn new(interval_ms: u64, burst: u32) -> Self {
-        Self { interval_ms, burst, began_ms: None, passed: 0, swallowed: 0 }
-    }
-
-    /// `None` if the message must not be logged now; otherwise how many were swallowed since the last one that passed.
-    pub fn pass(&mut self, now_ms: u64) -> Option<u64> {
-        if self.began_ms.is_none_or(|began_ms| now_ms.saturating_sub(began_ms) >= self.interval_ms) {
-            (self.began_ms, self.passed) = (Some(now_ms), 0);
-        }
-        if self.passed >= self.burst {
-            self.swallowed += 1;
-            return None;
-        }
-        self.passed += 1;
-        Some(std::mem::take(&mut self.swallowed))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,13 +222,5 @@ mod tests {
             });
             assert_eq!(enabled.map(|(letter, ..)| letter).collect::<String>(), shown, "{verbosity:?}");
         }
-    }
-
-    #[test]
-    fn a_throttle_counts_what_it_swallows() {
-        let mut throttle = Throttle::new(1000, 1);
-        let passes = [0, 1, 999, 1000, 1001, 5000, 4000, 6000].map(|now_ms| throttle.pass(now_ms));
-        assert_eq!(passes, [Some(0), None, None, Some(2), None, Some(1), None, Some(1)]);
-        assert_eq!(Throttle::new(0, 1).pass(u64::MAX), Some(0));
     }
 }

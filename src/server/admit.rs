@@ -1,16 +1,12 @@
 //! Who is let in: the rules, and the counts they go by. Every connection that is accepted passes here once.
 
+use super::complaints::Complaints;
 use crate::acl::Acl;
-use crate::logging::Throttle;
 use crate::proto::server::Tally;
 use std::net::IpAddr;
 
 /// Control connections served at once; further ones wait in the backlog.
 pub(super) const CONTROLS_MAX: usize = 64;
-
-/// At most so many clients that end badly are logged in this many milliseconds; the rest are counted.
-const BAD_ENDS_LOGGED: u32 = 10;
-const BAD_ENDS_LOG_MS: u64 = 10_000;
 
 /// Who may connect, and who has.
 #[derive(Debug)]
@@ -23,15 +19,15 @@ pub(super) struct Admission {
     controls: usize,
     /// What was done for clients that are gone.
     closed: Tally,
-    /// Bounds the log lines about clients that end badly.
-    pub bad_ends: Throttle,
+    /// Bounds what is logged about those who misbehave.
+    pub complaints: Complaints,
 }
 
 impl Admission {
     /// Nobody is connected yet.
     pub(super) fn new(acl: Acl, clients_max: usize) -> Self {
-        let bad_ends = Throttle::new(BAD_ENDS_LOG_MS, BAD_ENDS_LOGGED);
-        Self { acl, clients_max, clients: 0, controls: 0, closed: Tally::default(), bad_ends }
+        let (closed, complaints) = (Tally::default(), Complaints::default());
+        Self { acl, clients_max, clients: 0, controls: 0, closed, complaints }
     }
 
     /// Counts a client in, or says why not. A listener that awaits an image takes one sender at a time.

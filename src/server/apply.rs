@@ -1,6 +1,7 @@
 //! What effects do, at the end of a turn.
 
 use super::client::Client;
+use super::complaints::Complaint;
 use super::config::{Dialect, Fatal, Purpose};
 use super::control::Control;
 use super::effect::Effect;
@@ -11,7 +12,7 @@ use super::slot::Slot;
 use super::socket::{Peer, Socket};
 use crate::command::Answer;
 use crate::event::slots::Key;
-use log::{info, warn};
+use log::info;
 use std::fmt;
 use std::io;
 
@@ -79,8 +80,10 @@ impl Reactor {
     /// Serves a connection, or drops it, which closes it without a word.
     fn admit(&mut self, listener: Key, socket: Socket, peer: Peer, purpose: Purpose) {
         let Purpose::Nbd(dialect) = purpose else {
-            let added = self.add_control(socket);
-            added.unwrap_or_else(|error| warn!("lost a control connection before it was served: {error}"));
+            if let Err(error) = self.add_control(socket) {
+                let what = format_args!("lost a control connection before it was served: {error}");
+                self.warn_of(Complaint::LostConnection, listener, &what);
+            }
             return;
         };
         if let Some((key, next)) = self.meets_itself(&socket) {
@@ -89,10 +92,11 @@ impl Reactor {
         let sh = &mut self.shared;
         let awaits_sender = sh.life.awaits_image();
         if let Err(why) = sh.admission.admit_client(peer.ip(), awaits_sender) {
-            self.log_refused(listener, &format_args!("refused {peer}: {why}"));
+            self.warn_of(Complaint::RefusedConnection, listener, &format_args!("refused {peer}: {why}"));
         } else if let Err(error) = self.add_client(socket, peer, dialect) {
             self.shared.admission.client_left(crate::proto::server::Tally::default());
-            self.log_refused(listener, &format_args!("lost {peer} before it was served: {error}"));
+            let what = format_args!("lost {peer} before it was served: {error}");
+            self.warn_of(Complaint::LostConnection, listener, &what);
         }
     }
 
@@ -107,9 +111,9 @@ impl Reactor {
         }
     }
 
-    fn log_refused(&mut self, listener: Key, what: &dyn fmt::Display) {
-        if let Some(Slot::Listener(listener)) = self.slots.get_mut(listener) {
-            listener.log_refused(self.shared.now_ms, what);
+    fn warn_of(&mut self, of: Complaint, listener: Key, what: &dyn fmt::Display) {
+        if let Some(Slot::Listener(listener)) = self.slots.get(listener) {
+            listener.warn_of(of, what, &mut self.shared);
         }
     }
 

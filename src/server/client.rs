@@ -1,5 +1,6 @@
 //! One NBD client: its socket, its session, its deadlines.
 
+use super::complaints::Complaint;
 use super::config::Dialect;
 use super::effect::Effect;
 use super::gate::Gate;
@@ -10,7 +11,6 @@ use super::shared::Shared;
 use super::socket::{Peer, Received, Socket};
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
-use crate::logging::Throttle;
 use crate::proto::export::{Agreed, Export, Style};
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
@@ -19,9 +19,6 @@ use crate::work::{Action, Done, Op};
 use log::{info, warn};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
-
-/// Failed requests of one client are logged at most this often, in milliseconds; those between are counted.
-const FAILED_LOG_MS: u64 = 10_000;
 
 /// How long a negotiation may take, in milliseconds.
 const HANDSHAKE_MS: u64 = 10_000;
@@ -48,7 +45,8 @@ pub(super) struct Client {
     /// How long the gate has kept requests of this client altogether, in milliseconds.
     kept_ms: u64,
     alarm: Alarm,
-    failed: Throttle,
+    /// When one of its requests was last complained of.
+    warned_ms: Option<u64>,
 }
 
 impl Client {
@@ -69,7 +67,7 @@ impl Client {
             kept_since_ms: None,
             kept_ms: 0,
             alarm: Alarm::default(),
-            failed: Throttle::new(FAILED_LOG_MS, 1),
+            warned_ms: None,
         };
         info!("{client}: connected");
         client
@@ -132,7 +130,9 @@ impl Client {
                     let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
                     debug_assert!(taken.is_ok(), "it had room");
                 }
-                Step::Refused(refusal) => self.log_refusal(&refusal, sh.now_ms),
+                Step::Refused(Refusal { head, errno, why }) => {
+                    self.warn_of(Complaint::RefusedRequest, &format_args!("refused {head} with {errno}: {why}"), sh);
+                }
                 Step::NeedRoom => {
                     self.stalled = true;
                     return Next::Idle;
@@ -197,7 +197,7 @@ impl Client {
             }
         }
         if let Some(Completed { head, result: Err(Failed { error, errno, violation }), .. }) = completed {
-            self.log_failed(&format_args!("{head} failed: {error}; answered {errno}"), sh.now_ms);
+            self.warn_of(Complaint::FailedRequest, &format_args!("{head} failed: {error}; answered {errno}"), sh);
             if let Some(violation) = violation {
                 return Next::Close(Reason::Violation(violation));
             }
@@ -302,35 +302,25 @@ impl Client {
         let did = format_args!("{reads} reads, {writes} writes, {errors} errors, {seconds} s");
         if reason.is_orderly() {
             info!("{self}: closed: {reason}, {did}");
-        } else {
-            match sh.admission.bad_ends.pass(sh.now_ms) {
-                None => {}
-                Some(0) => warn!("{self}: closed: {reason}, {did}"),
-                Some(before) => warn!("{self}: closed: {reason}, {did} ({before} more closed like it before)"),
-            }
+        } else if sh.admission.complaints.may_log(Complaint::BadEnd, sh.now_ms) {
+            warn!("{self}: closed: {reason}, {did}");
         }
         if let Life::Receiving { incoming, .. } = &sh.life {
             let what = format!("this was no complete migration: {}; waiting for a sender", incoming.describe());
-            if incoming.has_begun() {
-                warn!("{self}: {what}");
-            } else {
+            if !incoming.has_begun() {
                 info!("{self}: {what}");
+            } else if sh.admission.complaints.may_log(Complaint::IncompleteMigration, sh.now_ms) {
+                warn!("{self}: {what}");
             }
         }
         sh.admission.client_left(tally);
         self.session.release(&mut sh.pool);
     }
 
-    fn log_refusal(&mut self, refusal: &Refusal, now_ms: u64) {
-        let Refusal { head, errno, why } = refusal;
-        self.log_failed(&format_args!("refused {head} with {errno}: {why}"), now_ms);
-    }
-
-    fn log_failed(&mut self, what: &dyn fmt::Display, now_ms: u64) {
-        match self.failed.pass(now_ms) {
-            None => {}
-            Some(0) => warn!("{self}: {what}"),
-            Some(before) => warn!("{self}: {what} ({before} more failed since the last such line)"),
+    /// Complains of one of its requests.
+    fn warn_of(&mut self, of: Complaint, what: &dyn fmt::Display, sh: &mut Shared) {
+        if sh.admission.complaints.may_log_again(of, &mut self.warned_ms, sh.now_ms) {
+            warn!("{self}: {what}");
         }
     }
 }

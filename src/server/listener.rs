@@ -1,6 +1,7 @@
 //! Listening sockets: they accept, and nothing else.
 
 use super::bind::{self, Bound};
+use super::complaints::Complaint;
 use super::config::{Dialect, Fatal, Purpose};
 use super::effect::Effect;
 use super::reason::Next;
@@ -9,7 +10,6 @@ use super::socket::{Peer, Socket, Stream};
 use crate::endpoint::Endpoint;
 use crate::event::ready::Ready;
 use crate::event::slots::Key;
-use crate::logging::Throttle;
 use crate::sys::{self, SignalFd};
 use log::warn;
 use mio::event::{Event, Source};
@@ -23,9 +23,6 @@ use std::path::Path;
 const ACCEPTS_PER_TURN: usize = 16;
 /// How long to wait before accepting again when descriptors have run out, in milliseconds.
 const REST_MS: u64 = 200;
-/// At most so many refused connections are logged in this many milliseconds; the rest are counted.
-const REFUSED_LOGGED: u32 = 5;
-const REFUSED_LOG_MS: u64 = 10_000;
 
 /// A listening socket.
 #[derive(Debug)]
@@ -35,7 +32,6 @@ pub(super) struct Listener {
     ready: Ready,
     /// When accepting may be tried again, in milliseconds.
     rests_until_ms: u64,
-    refused: Throttle,
 }
 
 impl Listener {
@@ -55,8 +51,7 @@ impl Listener {
     }
 
     fn new(bound: Bound, purpose: Purpose) -> Self {
-        let refused = Throttle::new(REFUSED_LOG_MS, REFUSED_LOGGED);
-        Self { bound, purpose, ready: Ready::default(), rests_until_ms: 0, refused }
+        Self { bound, purpose, ready: Ready::default(), rests_until_ms: 0 }
     }
 
     /// Registers the socket under `token`.
@@ -94,10 +89,8 @@ impl Listener {
                 // The peer gave up before it was accepted, or a signal came: the next one may be fine.
                 Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}
                 Err(error) => {
-                    self.log_refused(
-                        sh.now_ms,
-                        &format_args!("cannot accept: {error}; trying again every {REST_MS} ms"),
-                    );
+                    let what = format_args!("cannot accept: {error}; trying again every {REST_MS} ms");
+                    self.warn_of(Complaint::LostConnection, &what, sh);
                     self.rests_until_ms = sh.now_ms.saturating_add(REST_MS);
                     sh.wheel.arm(self.rests_until_ms, key);
                     return Next::Idle;
@@ -118,12 +111,10 @@ impl Listener {
         }
     }
 
-    /// Logs that a connection was not served, and why, at a bounded rate.
-    pub(super) fn log_refused(&mut self, now_ms: u64, what: &dyn fmt::Display) {
-        match self.refused.pass(now_ms) {
-            None => {}
-            Some(0) => warn!("{self}: {what}"),
-            Some(before) => warn!("{self}: {what} ({before} more like it since the last such line)"),
+    /// Complains that a connection was not served.
+    pub(super) fn warn_of(&self, of: Complaint, what: &dyn fmt::Display, sh: &mut Shared) {
+        if sh.admission.complaints.may_log(of, sh.now_ms) {
+            warn!("{self}: {what}");
         }
     }
 }

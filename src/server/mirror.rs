@@ -9,6 +9,7 @@
 //! ```
 
 use super::attempt::{Asked, Attempt, Stage, Task};
+use super::complaints::Complaint;
 use super::dial::{Destination, Dial, Failure};
 use super::effect::Effect;
 use super::life::Life;
@@ -19,7 +20,6 @@ use crate::buffer::SLICE;
 use crate::command::{Answer, Ending};
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
-use crate::logging::Throttle;
 use crate::migrate::{Abilities, Plan, Progress, Step};
 use crate::proto::client::Event;
 use crate::proto::export::Offer;
@@ -36,9 +36,6 @@ const LEAVING_MS: u64 = 10_000;
 const BUFFERED_MAX: usize = 4 * SLICE;
 /// Steps of the plan in one turn: clients come first.
 const STEPS_PER_TURN: usize = 64;
-/// At most so many failed attempts are logged in this many milliseconds; the rest are counted.
-const FAILURES_LOGGED: u32 = 3;
-const FAILURES_LOG_MS: u64 = 30_000;
 /// The smallest image that can be migrated, in bytes; the manual says so.
 pub(super) const SIZE_MIN: u64 = 4096;
 
@@ -71,7 +68,6 @@ pub(super) struct Mirror {
     alarm: Alarm,
     /// The tag of the last operation. Tags are not reused, so that operations of an earlier attempt are told apart.
     last_tag: u32,
-    failures: Throttle,
 }
 
 impl Mirror {
@@ -88,7 +84,6 @@ impl Mirror {
             wake_ms: None,
             alarm: Alarm::default(),
             last_tag: 0,
-            failures: Throttle::new(FAILURES_LOG_MS, FAILURES_LOGGED),
         };
         mirror.connect(key, sh).map_err(|failure| failure.answer())?;
         Ok(mirror)
@@ -407,14 +402,8 @@ impl Mirror {
             return Next::Close(Reason::NotStarted(why.answer().into()));
         }
         let attempts = self.attempts;
-        match self.failures.pass(sh.now_ms) {
-            None => {}
-            Some(0) => {
-                warn!("{self}: attempt {attempts} failed: {why}; clients go on, the next begins in {RETRY_MS} ms");
-            }
-            Some(before) => {
-                warn!("{self}: attempt {attempts} failed: {why} ({before} more failed since the last line)");
-            }
+        if sh.admission.complaints.may_log(Complaint::FailedAttempt, sh.now_ms) {
+            warn!("{self}: attempt {attempts} failed: {why}; clients go on, the next begins in {RETRY_MS} ms");
         }
         self.last_error = Some(why.to_string());
         self.drop_attempt(sh);

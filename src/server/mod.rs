@@ -22,7 +22,8 @@
 //!  attempt      one try of a migration       dial                             an outgoing connection
 //!  shared       what every slot is lent
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
-//!  reason, grace, socket, bind, config       why a slot closes; when deadlines count; a peer; listening; what to do
+//!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
+//!  socket, bind, config                      a peer; listening; what to do
 //! ```
 
 mod admit;
@@ -31,6 +32,7 @@ mod attempt;
 mod bind;
 mod client;
 mod commands;
+mod complaints;
 mod config;
 mod control;
 mod dial;
@@ -84,11 +86,15 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
     info!("{doing} {} on {}", server.shared.disk.path().display(), server.addresses.join(" and "));
     let mut events = Events::with_capacity(EVENTS_MAX);
     let mut batch = Vec::new();
-    loop {
-        if let Flow::Stop = server.turn(&mut events, &mut batch)? {
-            return Ok(());
+    let ended = loop {
+        match server.turn(&mut events, &mut batch) {
+            Ok(Flow::Continue) => {}
+            Ok(Flow::Stop) => break Ok(()),
+            Err(fatal) => break Err(fatal),
         }
-    }
+    };
+    server.shared.admission.complaints.tell();
+    ended
 }
 
 /// A signal came before anything was served.
@@ -108,6 +114,7 @@ impl Reactor {
         }
         let sh = &mut self.shared;
         sh.gate.wake(&mut sh.life, sh.now_ms, &mut self.run);
+        sh.admission.complaints.look(sh.now_ms);
 
         self.run.take_batch(batch);
         for key in batch.drain(..) {
@@ -163,7 +170,7 @@ impl Reactor {
             let sh = &mut self.shared;
             let gate = sh.gate.opens_at_ms(&mut sh.life, sh.now_ms);
             let deadline = self.grace.wakes_at_ms(sh.wheel.next_expiry());
-            let next = gate.into_iter().chain(deadline).min();
+            let next = gate.into_iter().chain(deadline).chain(sh.admission.complaints.due_ms()).min();
             next.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(sys::monotonic_ms())))
         };
         match self.poll.poll(events, timeout) {

@@ -1,8 +1,9 @@
 //! The log: the manual's line format, the levels of each verbosity, no floods, and never a wait for stderr.
 
-use crate::support::{kind, request, run, wait_for, Server, SOON};
+use crate::support::{kind, peers, request, run, wait_for, Server, SOON};
 use std::io::{Read, Seek, SeekFrom};
 use std::process::Stdio;
+use std::time::Instant;
 
 /// `<TIMESTAMP>:<LEVEL>:<PID> <THREAD> <SOURCEFILE:SOURCELINE>: <MSG>`; the level, or what is wrong.
 fn level_of(line: &str, pid: u32) -> Result<char, &'static str> {
@@ -128,6 +129,72 @@ fn a_refused_request_is_one_line_and_repeats_are_counted() {
     let mut other = server.connect();
     assert_eq!(other.ask(99, 0, 0, 0, &[]), 22);
     server.wait_for_log(&other.stream.local_addr().unwrap().to_string());
+}
+
+/// How many lines hold `what`, and how many more are said to have been left out as `called`.
+fn logged_and_left_out(log: &str, what: &str, called: &str) -> (u64, u64) {
+    let lines = log.lines().filter(|line| line.contains(":W:") && line.contains(what)).count() as u64;
+    let told = log.lines().filter_map(|line| line.split_once("not logged: ")?.1.split_once(&format!(" more {called}")));
+    let left_out = told.map(|(before, _)| before.rsplit(' ').next().unwrap().parse::<u64>().unwrap()).sum();
+    (lines, left_out)
+}
+
+/// The most lines of a kind since `start`: ten in ten seconds.
+fn lines_max(start: Instant) -> u64 {
+    10 * (start.elapsed().as_secs() / 10 + 1)
+}
+
+/// One bad request per connection: counted over all of them, and nothing else is lost with them.
+#[test]
+fn a_peer_that_comes_again_and_again_fills_no_log() {
+    const TIMES: u64 = 500;
+    let mut server = Server::serve().size(4096).start();
+    let start = Instant::now();
+    for _ in 0..TIMES {
+        let mut client = server.connect();
+        assert_eq!(client.write(4096, &[1; 512]), 28);
+        client.send(&request(kind::DISC, 0, 0, 0, 0));
+    }
+    let mut bad = server.connect();
+    let local = bad.stream.local_addr().unwrap().to_string();
+    bad.send(&[0; 28]);
+    bad.read_to_close();
+    let line = server.wait_for_log(&local);
+    assert!(line.contains("closed"), "another kind has lines of its own: {line}");
+    let line = server.wait_for_log("not logged: ");
+    assert_eq!(level_of(&line, server.pid()), Ok('W'));
+    // The rest is told at the end.
+    assert_eq!(server.stop().code(), Some(0));
+    let log = server.log();
+    let (lines, left_out) = logged_and_left_out(&log, "refused WRITE", "refused requests");
+    assert!(lines <= lines_max(start), "{log}");
+    assert_eq!(lines + left_out, TIMES, "{log}");
+}
+
+/// Half a migration each.
+#[test]
+fn senders_that_leave_again_and_again_fill_no_log() {
+    const TIMES: u64 = 200;
+    let mut listener = peers::listen(0).size(1 << 20).start();
+    let start = Instant::now();
+    for _ in 0..TIMES {
+        let mut sender = wait_for("to be let in", SOON, || {
+            let mut sender = listener.connect_bare();
+            // While the one before is not gone, there is no greeting.
+            sender.stream.peek(&mut [0; 1]).is_ok_and(|n| n == 1).then(|| {
+                sender.read_greeting();
+                sender
+            })
+        });
+        assert_eq!(sender.write(0, &[1; 4096]), 0);
+    }
+    wait_for("the last one gone", SOON, || (listener.status().number("num_clients") == 0).then_some(()));
+    assert_eq!(listener.stop().code(), Some(1));
+    let log = listener.log();
+    let (lines, left_out) = logged_and_left_out(&log, "no complete migration", "incomplete migrations");
+    assert!(lines <= lines_max(start), "{log}");
+    assert_eq!(lines + left_out, TIMES, "{log}");
+    assert!(log.lines().last().unwrap().contains(":F:"), "{log}");
 }
 
 #[test]

@@ -1,0 +1,165 @@
+//! The log lines that peers cause: a few of each kind in an interval, over all peers, and then how many more there were. So
+//! a peer that comes again and again fills no log, and hides nothing but its like.
+
+use log::warn;
+use std::collections::BTreeMap;
+use std::mem;
+
+/// How long an interval is, in milliseconds. It begins with the first complaint after the last one.
+const INTERVAL_MS: u64 = 10_000;
+
+/// What is complained of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Complaint {
+    /// A client asked for what is not there or not allowed.
+    RefusedRequest,
+    /// The disk failed a client's request.
+    FailedRequest,
+    /// A client did not end in good order.
+    BadEnd,
+    /// A sender left before its image was complete.
+    IncompleteMigration,
+    /// A client was not let in.
+    RefusedConnection,
+    /// A connection could not be served.
+    LostConnection,
+    /// An attempt to migrate the image away failed.
+    FailedAttempt,
+}
+
+impl Complaint {
+    /// The most lines in an interval. Attempts fail for the same reason, as a rule.
+    fn lines_max(self) -> u32 {
+        match self {
+            Self::FailedAttempt => 1,
+            _ => 10,
+        }
+    }
+
+    /// Several of them.
+    fn plural(self) -> &'static str {
+        match self {
+            Self::RefusedRequest => "refused requests",
+            Self::FailedRequest => "failed requests",
+            Self::BadEnd => "clients that ended badly",
+            Self::IncompleteMigration => "incomplete migrations",
+            Self::RefusedConnection => "refused connections",
+            Self::LostConnection => "connections that could not be served",
+            Self::FailedAttempt => "failed attempts of a migration",
+        }
+    }
+}
+
+/// The complaints of the current interval.
+#[derive(Debug, Default)]
+pub(super) struct Complaints {
+    /// `None`: the interval begins with the next one.
+    began_ms: Option<u64>,
+    counts: BTreeMap<Complaint, Count>,
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    logged: u32,
+    left_out: u64,
+}
+
+impl Complaints {
+    /// True when a line may be logged; otherwise it is counted as left out.
+    pub(super) fn may_log(&mut self, of: Complaint, now_ms: u64) -> bool {
+        let count = self.count(of, now_ms);
+        let may = count.logged < of.lines_max();
+        if may {
+            count.logged += 1;
+        } else {
+            count.left_out += 1;
+        }
+        may
+    }
+
+    /// As [`Complaints::may_log`], for a client whose last line was logged at `last_ms`: it has one in an interval's time.
+    pub(super) fn may_log_again(&mut self, of: Complaint, last_ms: &mut Option<u64>, now_ms: u64) -> bool {
+        if last_ms.is_some_and(|last_ms| now_ms.saturating_sub(last_ms) < INTERVAL_MS) {
+            self.count(of, now_ms).left_out += 1;
+            return false;
+        }
+        let may = self.may_log(of, now_ms);
+        if may {
+            *last_ms = Some(now_ms);
+        }
+        may
+    }
+
+    fn count(&mut self, of: Complaint, now_ms: u64) -> &mut Count {
+        self.began_ms.get_or_insert(now_ms);
+        self.counts.entry(of).or_default()
+    }
+
+    /// When the loop has to look here next: when something was left out and is to be told.
+    pub(super) fn due_ms(&self) -> Option<u64> {
+        let ends_ms = self.began_ms?.saturating_add(INTERVAL_MS);
+        self.counts.values().any(|count| count.left_out > 0).then_some(ends_ms)
+    }
+
+    /// Ends the interval if its time is over, and tells what was left out.
+    pub(super) fn look(&mut self, now_ms: u64) {
+        if self.began_ms.is_some_and(|began_ms| now_ms.saturating_sub(began_ms) >= INTERVAL_MS) {
+            self.tell();
+        }
+    }
+
+    /// Ends the interval and tells what was left out.
+    pub(super) fn tell(&mut self) {
+        if let Some(what) = self.end() {
+            warn!("not logged: {what}");
+        }
+    }
+
+    /// Ends the interval; what was left out, in words.
+    fn end(&mut self) -> Option<String> {
+        self.began_ms = None;
+        let left_out = mem::take(&mut self.counts).into_iter().filter(|(_, count)| count.left_out > 0);
+        let words: Vec<_> = left_out.map(|(of, count)| format!("{} more {}", count.left_out, of.plural())).collect();
+        (!words.is_empty()).then(|| words.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_out_is_counted_by_kind() {
+        let mut complaints = Complaints::default();
+        assert_eq!((complaints.due_ms(), complaints.end()), (None, None));
+        let logged = (0..1000).filter(|&n| complaints.may_log(Complaint::RefusedRequest, 5_000 + n)).count();
+        assert_eq!(logged, 10);
+        assert!(complaints.may_log(Complaint::BadEnd, 6_000), "another kind");
+        assert!(complaints.may_log(Complaint::FailedAttempt, 6_000));
+        assert!(!complaints.may_log(Complaint::FailedAttempt, 7_000));
+        complaints.look(14_999);
+        assert_eq!(complaints.due_ms(), Some(15_000), "an interval begins with its first complaint");
+        assert_eq!(complaints.end().unwrap(), "990 more refused requests, 1 more failed attempts of a migration");
+        assert!(complaints.may_log(Complaint::RefusedRequest, 15_000));
+        assert_eq!(complaints.due_ms(), None, "nothing to be told");
+        complaints.look(25_000);
+        assert_eq!((complaints.began_ms, complaints.counts.len()), (None, 0));
+    }
+
+    #[test]
+    fn one_client_does_not_take_the_lines_of_all() {
+        let mut complaints = Complaints::default();
+        let mut clients = [None; 12];
+        let mut logged = [0; 12];
+        for now_ms in 0..100 {
+            for (last_ms, logged) in clients.iter_mut().zip(&mut logged) {
+                *logged += u32::from(complaints.may_log_again(Complaint::FailedRequest, last_ms, now_ms));
+            }
+        }
+        assert_eq!(logged, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]);
+        assert_eq!(complaints.end().unwrap(), "1190 more failed requests");
+        let again = clients.map(|mut last_ms| complaints.may_log_again(Complaint::FailedRequest, &mut last_ms, 9_999));
+        assert_eq!(again.iter().filter(|&&again| again).count(), 2, "those that had no line yet");
+        assert!(complaints.may_log_again(Complaint::FailedRequest, &mut clients[0], 10_000));
+    }
+}
