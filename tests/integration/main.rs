@@ -16,6 +16,7 @@ mod interop;
 mod killswitch;
 mod logs;
 mod migration;
+mod power_failure;
 mod protocol;
 mod sparse;
 mod spec;

@@ -2,6 +2,7 @@
 //! nothing waits without a deadline.
 
 pub mod fuse;
+pub mod ledger;
 pub mod newstyle;
 pub mod peers;
 

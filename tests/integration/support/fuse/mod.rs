@@ -144,11 +144,16 @@ impl Disk {
         self.common.lock().rules.count(op)
     }
 
+    /// How many requests of a kind wait for their time.
+    pub fn waiting(&self, op: Op) -> usize {
+        self.common.lock().waiting(op)
+    }
+
     /// Waits until this many requests of a kind wait for their time.
     #[track_caller]
     pub fn wait_for_waiting(&self, op: Op, count: usize) {
         let what = format_args!("{count} times {op:?} in the disk");
-        wait_for(what, SOON, || (self.common.lock().waiting(op) >= count).then_some(()));
+        wait_for(what, SOON, || (self.waiting(op) >= count).then_some(()));
     }
 
     /// Every change and sync that was carried out, in their order: `write image 0..4096`, `fdatasync image`.

@@ -1,0 +1,235 @@
+//! Power failures: what a client was told is durable stays, and at every moment there is one whole copy of an image.
+//!
+//! A moment is what the disks may hold and what the clients know, taken at once. It is looked at later, so that nobody
+//! waits for that.
+
+use crate::support::fuse::{Disk, Op, PowerFailures};
+use crate::support::ledger::{Expected, Habits, Ledger, Writer, SECTOR};
+use crate::support::peers::{expect_exit, listen, start_mirror, wait_for_status};
+use crate::support::{kind, request, wait_for, Server, SOON};
+use std::io::ErrorKind;
+use std::sync::Arc;
+
+const SECTORS: usize = 1024;
+const SIZE: u64 = (SECTORS * SECTOR) as u64;
+
+/// With more changes than this that may be lost, not all sets of them are tried.
+const ALL_SETS_MAX: usize = 10;
+
+/// How often the two ways of trying were taken.
+#[derive(Default)]
+struct Tried {
+    /// Moments with several changes of which all sets were tried.
+    all: usize,
+    /// Moments with more changes.
+    many: usize,
+}
+
+/// The first power failure of this moment that loses what was promised.
+fn loss(expected: &Expected, failures: PowerFailures) -> Option<String> {
+    failures.into_iter().find_map(|remains| {
+        let image = remains.content("image").expect("the file is there");
+        let sector = expected.lost(&image)?;
+        Some(format!("sector {sector} is lost {remains}"))
+    })
+}
+
+/// Fails unless every power failure of this moment keeps what was promised.
+#[track_caller]
+fn expect_kept(ledger: &Ledger, disk: &Disk, seed: u64, tried: &mut Tried) {
+    let (expected, (pending, failures)) = ledger.at_once(|| (disk.pending().len(), disk.power_failures(seed)));
+    assert_eq!(loss(&expected, failures), None);
+    tried.all += usize::from((2..=ALL_SETS_MAX).contains(&pending));
+    tried.many += usize::from(pending > ALL_SETS_MAX);
+}
+
+/// Clients that each write to a part of the image.
+fn writers(ledger: &Arc<Ledger>, server: &Server, habits: [Habits; 4]) -> Vec<Writer> {
+    const PART: usize = SECTORS / 4;
+    let start = |(n, habits)| Writer::start(ledger, server.connect(), n * PART..(n + 1) * PART, habits);
+    habits.into_iter().enumerate().map(start).collect()
+}
+
+/// Moments in the life of a server whose clients write: in a sync, and after something was promised.
+#[track_caller]
+fn watch(ledger: &Ledger, disk: &Disk, moments: u64, tried: &mut Tried) {
+    for seed in 0..moments {
+        disk.hold(Op::Fsync, ..);
+        disk.wait_for_waiting(Op::Fsync, 1);
+        let promises = ledger.promises();
+        expect_kept(ledger, disk, seed, tried);
+        disk.heal(Op::Fsync);
+        wait_for("a promise", SOON, || (ledger.promises() > promises).then_some(()));
+        expect_kept(ledger, disk, seed, tried);
+    }
+}
+
+/// What is left can be served.
+#[track_caller]
+fn expect_served(ledger: &Ledger, disk: &Disk, seed: u64) {
+    let (expected, failures) = ledger.at_once(|| disk.power_failures(seed));
+    let remains = failures.last().unwrap();
+    let disk = Disk::mount_remains(&remains, 4 * SIZE).unwrap();
+    let server = Server::serve().file(disk.path("image")).start();
+    assert_eq!(expected.lost(&server.connect().read(0, SIZE as u32).unwrap()), None, "{remains}");
+    server.expect_healthy();
+}
+
+#[test]
+fn a_server_keeps_what_it_promised() {
+    let Some(disk) = Disk::mount(4 * SIZE) else { return };
+    let ledger = Ledger::new(SECTORS);
+    let server = Server::serve().file(disk.furnish("image", &ledger.content())).start();
+    let mut tried = Tried::default();
+    for (depth, flushes, fua) in [(1, 0, 64), (1, 64, 64), (4, 1, 0), (4, 0, 1), (16, 8, 8)] {
+        let habits = Habits { depth, flushes, fua, may_end: false };
+        // Where some only flush, others have to write.
+        let busy = Habits { flushes: flushes / 2, ..habits };
+        let clients = writers(&ledger, &server, [habits, busy, busy, habits]);
+        watch(&ledger, &disk, 6, &mut tried);
+        clients.into_iter().map(Writer::stop).for_each(drop);
+        expect_kept(&ledger, &disk, depth as u64, &mut tried);
+    }
+    assert!(tried.all > 0 && tried.many > 0, "both ways of trying: {} and {}", tried.all, tried.many);
+    expect_served(&ledger, &disk, 1);
+    server.expect_healthy();
+}
+
+/// The end of the connection after DISC is the promise of a listener that it has the image.
+#[test]
+fn a_listener_is_done_when_all_is_durable() {
+    let Some(disk) = Disk::mount(4 * SIZE) else { return };
+    let ledger = Ledger::new(SECTORS);
+    let mut listener = listen(0).file(disk.furnish("image", &ledger.content())).start();
+    let mut tried = Tried::default();
+    let habits = Habits { depth: 8, flushes: 1, fua: 1, may_end: false };
+    let writer = Writer::start(&ledger, listener.connect(), 0..SECTORS, habits);
+    watch(&ledger, &disk, 6, &mut tried);
+    let mut sender = writer.stop();
+    for start in (0..SECTORS).step_by(64) {
+        ledger.write(&mut sender, start..start + 64);
+    }
+    expect_kept(&ledger, &disk, 6, &mut tried);
+    disk.hold(Op::Fsync, ..);
+    sender.send(&request(kind::DISC, 0, 0, 0, 0));
+    disk.wait_for_waiting(Op::Fsync, 1);
+    assert!(!disk.pending().is_empty(), "no FLUSH came before");
+    sender.stream.set_nonblocking(true).unwrap();
+    assert_eq!(sender.stream.peek(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock, "not over yet");
+    sender.stream.set_nonblocking(false).unwrap();
+    disk.heal(Op::Fsync);
+    sender.expect_closed();
+    assert!(disk.pending().is_empty(), "{:?}", disk.pending());
+    expect_exit(&mut listener, 0);
+    expect_kept(&ledger, &disk, 7, &mut tried);
+    expect_served(&ledger, &disk, 7);
+}
+
+/// A migration between two disks that both lose power at every moment that matters, and in between. Clients write all the
+/// time, to whoever has the image.
+fn is_whole_somewhere(options: &str) {
+    let (Some(here), Some(there)) = (Disk::mount(4 * SIZE), Disk::mount(4 * SIZE)) else { return };
+    let ledger = Ledger::new(SECTORS);
+    let mut source = Server::serve().file(here.furnish("image", &ledger.content())).start();
+    let destination = listen(0).file(there.furnish_sparse("image", SIZE)).arg("--serve").start();
+    let habits = Habits { depth: 4, flushes: 2, fua: 2, may_end: true };
+    let clients = writers(&ledger, &source, [habits; 4]);
+    let unlinks = options.contains("--unlink");
+    let held = [(&there, Op::Fsync), (&here, Op::Unlink), (&here, Op::FsyncFolder)];
+    let (mut is_over, mut seed, mut met) = (false, 0, [false; 3]);
+    for (disk, op) in held {
+        disk.hold(op, ..);
+    }
+    start_mirror(&source, destination.address(), options);
+    while !is_over {
+        let written = there.count(Op::Write);
+        wait_for("the migration to go on", SOON, || {
+            is_over = !source.process.is_running();
+            let is_held = held.iter().any(|(disk, op)| disk.waiting(*op) > 0);
+            (is_over || is_held || there.count(Op::Write) > written).then_some(())
+        });
+        let waiting = held.map(|(disk, op)| disk.waiting(op) > 0);
+        let (expected, failures) = ledger.at_once(|| [&here, &there].map(|disk| disk.power_failures(seed)));
+        for ((disk, op), _) in held.iter().zip(waiting).filter(|(_, is_waiting)| *is_waiting) {
+            disk.heal(*op);
+            disk.hold(*op, ..);
+        }
+        let [at_source, at_destination] = failures;
+        let destination_lost = loss(&expected, at_destination);
+        let (mut source_lost, mut is_gone) = (None, false);
+        for remains in at_source {
+            match remains.content("image") {
+                Some(image) => source_lost = source_lost.or(expected.lost(&image).map(|at| (at, remains.to_string()))),
+                None => is_gone = true,
+            }
+        }
+        // With `--unlink`, the source's file is the image as long as it is there. Else it is left behind at the end.
+        let is_left = is_gone || waiting[1] || waiting[2];
+        assert!(!is_left || unlinks && destination_lost.is_none(), "the file is gone too early: {destination_lost:?}");
+        let has_moved = !unlinks && destination_lost.is_none();
+        assert!(source_lost.is_none() || has_moved, "lost: {source_lost:?}; at the destination: {destination_lost:?}");
+        (0..3).for_each(|n| met[n] |= waiting[n]);
+        seed += 1;
+    }
+    for (disk, op) in held {
+        disk.heal(op);
+    }
+    assert_eq!(met, [true, unlinks, unlinks], "the moments that matter");
+    expect_exit(&mut source, 0);
+    clients.into_iter().map(Writer::stop).for_each(drop);
+    // The destination's copy counts.
+    let mut tried = Tried::default();
+    expect_kept(&ledger, &there, seed, &mut tried);
+    assert_eq!(here.power_failures(seed).any(|remains| remains.content("image").is_none()), unlinks);
+    assert_eq!(here.power_failures(seed).all(|remains| remains.content("image").is_none()), unlinks);
+    wait_for_status(&destination, "has_control", "true");
+    let clients = writers(&ledger, &destination, [Habits { may_end: false, ..habits }; 4]);
+    watch(&ledger, &there, 3, &mut tried);
+    clients.into_iter().map(Writer::stop).for_each(drop);
+    expect_kept(&ledger, &there, seed, &mut tried);
+    destination.expect_healthy();
+}
+
+#[test]
+fn a_migration_has_a_whole_copy_somewhere() {
+    is_whole_somewhere("--max-speed 2000000");
+}
+
+#[test]
+fn a_migration_that_unlinks_has_a_whole_copy_somewhere() {
+    is_whole_somewhere("--max-speed 2000000 --unlink");
+}
+
+/// What a destination had answered, and lost with its power, is sent again.
+#[test]
+fn a_destination_that_lost_power_is_filled_anew() {
+    let Some(mut disk) = Disk::mount(4 * SIZE) else { return };
+    disk.hold(Op::Fsync, ..);
+    let ledger = Ledger::new(SECTORS);
+    let mut source = Server::serve().content(&ledger.content()).start();
+    let mut listener = listen(0).file(disk.furnish_sparse("image", SIZE)).start();
+    let port = listener.port();
+    let clients = writers(&ledger, &source, [Habits { depth: 4, flushes: 2, fua: 2, may_end: true }; 4]);
+    start_mirror(&source, listener.address(), "--max-speed 2000000");
+    for seed in 0..3 {
+        // With some of it there; with all of it, before the first FLUSH is answered.
+        if seed == 0 {
+            wait_for("a write", SOON, || (disk.count(Op::Write) > 0).then_some(()));
+        } else {
+            disk.wait_for_waiting(Op::Fsync, 1);
+        }
+        let remains = disk.power_failures(seed).next().unwrap();
+        listener.process.signal("KILL");
+        listener.process.wait(SOON);
+        disk = Disk::mount_remains(&remains, 4 * SIZE).unwrap();
+        if seed < 2 {
+            disk.hold(Op::Fsync, ..);
+        }
+        listener = listen(port).file(disk.path("image")).start();
+    }
+    expect_exit(&mut source, 0);
+    expect_exit(&mut listener, 0);
+    clients.into_iter().map(Writer::stop).for_each(drop);
+    expect_kept(&ledger, &disk, 0, &mut Tried::default());
+    expect_served(&ledger, &disk, 0);
+}
