@@ -4,29 +4,39 @@ use super::config::Fatal;
 use crate::sys::{self, SignalFd};
 use log::{debug, warn};
 use mio::net::{TcpListener, UnixListener};
-use std::fmt;
-use std::fs;
+use std::collections::hash_map::RandomState;
+use std::fs::{self, File};
+use std::hash::BuildHasher;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 /// How long to wait for an address that this machine does not have yet, in milliseconds.
 const ADDRESS_WAIT_MS: u64 = 10_000;
 /// How often to try meanwhile, in milliseconds.
 const ADDRESS_RETRY_MS: u64 = 250;
+/// How long to wait for servers that start in the same folder at the same time, in milliseconds. Each takes a few system
+/// calls, so what takes longer is no server.
+const FOLDER_WAIT_MS: u64 = 2_000;
+/// How often to try meanwhile, in milliseconds.
+const FOLDER_RETRY_MS: u64 = 5;
+
 /// A listening socket, and the path that goes with it.
 #[derive(Debug)]
 pub(super) enum Bound {
     /// On an address.
     Tcp(TcpListener),
-    /// On a path.
-    Unix(UnixListener, SocketFile),
+    /// On a path, which goes before the socket closes: what answers there is alive, so no other server has taken the path
+    /// for its own meanwhile.
+    Unix(SocketFile, UnixListener),
 }
 
-/// The path of a UNIX socket this process made; it is removed with the value, unless it is another's by then.
+/// The name of a UNIX socket that this process made. It is removed with the value, unless it is another's by then.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
@@ -34,8 +44,16 @@ pub(super) struct SocketFile {
 }
 
 impl SocketFile {
-    fn new(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), device_and_inode: Self::identify(path)? })
+    fn new(path: PathBuf) -> io::Result<Self> {
+        let device_and_inode = Self::identify(&path)?;
+        Ok(Self { path, device_and_inode })
+    }
+
+    /// Gives the socket another name instead of this one. An error when the other name is taken.
+    fn renamed(self, path: &Path) -> io::Result<Self> {
+        // A link, because that replaces nothing; the old name goes with `self`.
+        fs::hard_link(&self.path, path)?;
+        Ok(Self { path: path.to_owned(), device_and_inode: self.device_and_inode })
     }
 
     /// The path, while it is ours.
@@ -54,6 +72,61 @@ impl Drop for SocketFile {
             if let Err(error) = fs::remove_file(&self.path) {
                 debug!("{}: {error}", self.path.display());
             }
+        }
+    }
+}
+
+/// The folder of a socket. While the value lives, no other server looks for a socket there, removes one or makes one.
+///
+/// The lock is on the folder itself (`flock(2)`), so it leaves nothing behind and has no name that somebody could take first.
+/// Whoever may read the folder can hold it up, so it is not waited for for long: without it, two servers that start at
+/// the same moment may both find the socket of a dead one and the slower remove what the faster has made.
+struct Folder {
+    path: PathBuf,
+    /// `None`: it may not be read.
+    file: Option<File>,
+}
+
+impl Folder {
+    fn lock(socket: &Path) -> io::Result<Self> {
+        let path = match socket.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        let file = match File::options().read(true).custom_flags(libc::O_DIRECTORY).open(&path) {
+            Ok(file) => Some(file),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => None,
+            Err(error) => return Err(error),
+        };
+        let locked = file.as_ref().map_or(Err(ErrorKind::PermissionDenied.into()), Self::wait_for_lock);
+        if let Err(error) = locked {
+            warn!("{}: cannot lock this folder against other servers that start now: {error}", path.display());
+        }
+        Ok(Self { path, file })
+    }
+
+    fn wait_for_lock(file: &File) -> io::Result<()> {
+        let give_up_ms = sys::monotonic_ms().saturating_add(FOLDER_WAIT_MS);
+        while !sys::file::try_lock_folder(file)? {
+            if sys::monotonic_ms() >= give_up_ms {
+                return Err(io::Error::new(ErrorKind::TimedOut, "another program keeps it locked"));
+            }
+            // Nothing is served yet, so waiting stalls nobody.
+            thread::sleep(Duration::from_millis(FOLDER_RETRY_MS));
+        }
+        Ok(())
+    }
+
+    /// A name in the folder that nobody can foresee, short enough for the address of a socket.
+    fn unforeseeable_name(&self) -> PathBuf {
+        let name = format!(".{:016x}", RandomState::new().hash_one(()));
+        let path = self.path.join(&name);
+        match &self.file {
+            // The folder may have a name as long as an address may be.
+            Some(file) if net::SocketAddr::from_pathname(&path).is_err() => {
+                PathBuf::from(format!("/proc/self/fd/{}/{name}", file.as_raw_fd()))
+            }
+            _ => path,
         }
     }
 }
@@ -79,32 +152,56 @@ pub(super) fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<Bound>,
     }
 }
 
+/// Removes the socket that a process left when it died, before the server opens anything: a path that exists says that the
+/// server is ready. An error when the path cannot be had.
+pub(super) fn clear(path: &Path) -> Result<(), Fatal> {
+    let refused = cannot_listen(path);
+    let _folder = Folder::lock(path).map_err(&refused)?;
+    remove_stale(path)
+}
+
 /// Binds a UNIX socket. A path on which nobody answers is left from a process that died, and is replaced.
 pub(super) fn unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::UnixListener>) -> Result<Bound, Fatal> {
-    let fatal = |why: &dyn fmt::Display| Fatal(format!("cannot listen on {}: {why}", path.display()));
+    let refused = cannot_listen(path);
+    let folder = Folder::lock(path).map_err(&refused)?;
+    remove_stale(path)?;
+    // A socket refuses connections until it listens. It gets its name only then, because the name says «ready».
+    let unready = folder.unforeseeable_name();
+    let socket = bind(&unready).map_err(&refused)?;
+    let file = SocketFile::new(unready).and_then(|file| file.renamed(path)).map_err(&refused)?;
+    socket.set_nonblocking(true).map_err(&refused)?;
+    Ok(Bound::Unix(file, UnixListener::from_std(socket)))
+}
+
+/// Removes a socket on which nobody answers.
+fn remove_stale(path: &Path) -> Result<(), Fatal> {
+    let refused = cannot_listen(path);
+    let fatal = |why: &str| refused(io::Error::other(why));
+    // Nobody could connect to a path that does not fit an address.
+    net::SocketAddr::from_pathname(path).map_err(&refused)?;
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
-            return Err(fatal(&"the path exists and is not a socket; remove it or choose another"));
+            return Err(fatal("the path exists and is not a socket; remove it or choose another"));
         }
-        Ok(_) => match mio::net::UnixStream::connect(path) {
-            Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
-                debug!("{}: left by a process that is gone", path.display());
-            }
-            Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(fatal(&error)),
-            _ => return Err(fatal(&"another server answers there; stop it or choose another path")),
-        },
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => return Err(fatal(&error)),
+        Ok(_) => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(refused(error)),
     }
-    // Nobody could connect to a path that does not fit an address.
-    net::SocketAddr::from_pathname(path).map_err(|error| fatal(&error))?;
-    // A socket refuses connections until it listens. It gets its name only then, because the name says «ready».
-    // It has to fit where the real one does.
-    let unready = path.with_file_name(format!(".{:x}", std::process::id()));
-    let socket = bind(&unready).map_err(|error| fatal(&error))?;
-    let mut file = SocketFile::new(&unready).map_err(|error| fatal(&error))?;
-    fs::rename(&unready, path).map_err(|error| fatal(&error))?;
-    path.clone_into(&mut file.path);
-    socket.set_nonblocking(true).map_err(|error| fatal(&error))?;
-    Ok(Bound::Unix(UnixListener::from_std(socket), file))
+    match mio::net::UnixStream::connect(path) {
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            debug!("{}: left by a process that is gone", path.display());
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => Err(refused(error)),
+                _ => Ok(()),
+            }
+        }
+        // Its process has ended meanwhile.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() != ErrorKind::WouldBlock => Err(refused(error)),
+        _ => Err(fatal("another server answers there; stop it or choose another path")),
+    }
+}
+
+fn cannot_listen(path: &Path) -> impl Fn(io::Error) -> Fatal + '_ {
+    move |error| Fatal(format!("cannot listen on {}: {error}", path.display()))
 }

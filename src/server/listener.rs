@@ -58,7 +58,7 @@ impl Listener {
     pub(super) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
         match &mut self.bound {
             Bound::Tcp(socket) => socket.register(registry, token, Interest::READABLE),
-            Bound::Unix(socket, _) => socket.register(registry, token, Interest::READABLE),
+            Bound::Unix(_, socket) => socket.register(registry, token, Interest::READABLE),
         }
     }
 
@@ -105,7 +105,7 @@ impl Listener {
             Bound::Tcp(socket) => {
                 socket.accept().map(|(stream, addr)| (Socket::new(Stream::Tcp(stream)), Peer::Net(addr)))
             }
-            Bound::Unix(socket, _) => {
+            Bound::Unix(_, socket) => {
                 socket.accept().map(|(stream, _)| (Socket::new(Stream::Unix(stream)), Peer::Local))
             }
         }
@@ -127,7 +127,7 @@ impl fmt::Display for Listener {
                 Ok(addr) => addr.fmt(f),
                 Err(error) => error.fmt(f),
             },
-            Bound::Unix(_, file) => file.path().display().fmt(f),
+            Bound::Unix(file, _) => file.path().display().fmt(f),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! How a server comes to be: everything is opened, in the order in which others may see it.
 
 use super::admit::{Admission, CONTROLS_MAX};
+use super::bind;
 use super::config::Dialect;
 use super::config::{Config, Fatal, Role};
 use super::gate::Gate;
@@ -34,9 +35,10 @@ const OTHER_DESCRIPTORS: u64 = 16 + CONTROLS_MAX as u64;
 const NOTIFIER: Token = Token(usize::MAX);
 
 impl Reactor {
-    /// Opens everything; what listens for clients listens before the control socket appears. `None`: a signal has ended
-    /// the wait for an address.
+    /// Opens everything; what listens for clients listens before the control socket appears, and that of a server that was
+    /// killed goes first of all. `None`: a signal has ended the wait for an address.
     pub(super) fn start(config: Config) -> Result<Option<Self>, Fatal> {
+        config.control.as_deref().map_or(Ok(()), bind::clear)?;
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;

@@ -56,6 +56,17 @@ pub fn try_lock(file: &File, alone: bool) -> io::Result<bool> {
     }
 }
 
+/// Locks a folder against others that do the same (`flock(2)`), for as long as the open file lives. Does not wait: false
+/// when somebody else has it locked. [`try_lock`] needs a file that may be written, and a folder is none.
+pub fn try_lock_folder(folder: &File) -> io::Result<bool> {
+    // SAFETY: no memory is passed, and the descriptor is open while `folder` is borrowed.
+    match retry(|| check(unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) })) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Says that a range will be read soon (`POSIX_FADV_WILLNEED`).
 pub fn will_need(file: &File, offset: u64, length: u64) -> io::Result<()> {
     let (offset, length) = (off(offset)?, off(length)?);
@@ -113,6 +124,18 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         assert_eq!(mode & 0o777, 0o600);
         drop(listener);
+    }
+
+    #[test]
+    fn a_folder_is_locked_by_one_open_file_at_a_time() {
+        let path = std::env::temp_dir().join(format!("flexnbd-sys-{}.folder", std::process::id()));
+        std::fs::create_dir(&path).unwrap();
+        let (first, second) = (File::open(&path).unwrap(), File::open(&path).unwrap());
+        std::fs::remove_dir(&path).unwrap();
+        assert!(try_lock_folder(&first).unwrap());
+        assert!(!try_lock_folder(&second).unwrap());
+        drop(first);
+        assert!(try_lock_folder(&second).unwrap());
     }
 
     #[test]

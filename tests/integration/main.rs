@@ -18,6 +18,7 @@ mod logs;
 mod migration;
 mod power_failure;
 mod protocol;
+mod sockets;
 mod sparse;
 mod spec;
 mod stalled;
