@@ -3,7 +3,7 @@
 use super::drive::{Disk, Worked};
 use flexnbd::buffer::SLICE;
 use flexnbd::proto::error::Errno;
-use flexnbd::proto::export::Style;
+use flexnbd::proto::export::{Export, Style};
 use flexnbd::proto::server::request::refuse;
 use flexnbd::proto::wire::RequestHead;
 use flexnbd::work::{Action, Extent};
@@ -19,7 +19,7 @@ const HOLE: u64 = 4096;
 
 /// Fails unless the request may be answered like that: what must be refused is, what must not is at most unlucky.
 pub(super) fn check_error(head: &RequestHead, error: u32, style: Style) {
-    match refuse(head, SIZE, style) {
+    match refuse(head, Export { size: SIZE, read_only: false }, style) {
         Some(refusal) => assert_eq!(error, refusal.errno.to_wire(), "{head}"),
         None => assert!(error == 0 || error == Errno::Io.to_wire(), "{head}: {error}"),
     }

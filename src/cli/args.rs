@@ -211,6 +211,10 @@ pub(crate) struct ServeArgs {
     /// one migrates the image it has to be the only one.
     #[arg(long, verbatim_doc_comment)]
     pub shared_image: bool,
+    /// Let nobody change the image: it is opened for reading only, and may
+    /// be open in other servers, one of which may write it.
+    #[arg(long, conflicts_with = "shared_image", verbatim_doc_comment)]
+    pub read_only: bool,
     /// Control socket to open, for modes such as status. It appears once
     /// the server is ready and is removed when it stops. [default: none]
     #[arg(short, long, verbatim_doc_comment)]

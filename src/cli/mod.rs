@@ -19,6 +19,7 @@ use clap::{CommandFactory, Parser};
 
 use crate::acl::{self, Acl};
 use crate::command;
+use crate::disk::Access;
 use crate::endpoint::Endpoint;
 use crate::logging::{self, fatal, Verbosity};
 use crate::proto::wire;
@@ -146,7 +147,14 @@ fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
         listen,
         file: args.file,
         control: args.sock,
-        shared_image: args.shared_image,
+        access: match (args.read_only, args.shared_image) {
+            (true, _) if role != server::Role::Serve => {
+                return Err("--read-only does not go with listen, which writes the image; leave it out".into());
+            }
+            (true, _) => Access::ReadOnly,
+            (false, true) => Access::Shared,
+            (false, false) => Access::Alone,
+        },
         acl: Acl::new(args.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, args.default_deny),
         killswitch_ms: args.killswitch_ms,
         max_clients: args.max_clients,

@@ -26,7 +26,7 @@ mod verify;
 mod zero;
 
 pub use image::SECTOR;
-pub use open::OpenError;
+pub use open::{Access, OpenError};
 
 use crate::work::{Done, Op};
 use image::Image;
@@ -48,23 +48,24 @@ enum Engine {
 pub struct Disk {
     image: Image,
     path: PathBuf,
+    access: Access,
     tail: u64,
     engine: Engine,
     in_flight: usize,
 }
 
 impl Disk {
-    /// Opens a regular file or a block device for reading and writing.
-    pub fn open(path: &Path) -> Result<Self, OpenError> {
-        let (image, tail) = open::open(path)?;
+    /// Opens a regular file or a block device.
+    pub fn open(path: &Path, access: Access) -> Result<Self, OpenError> {
+        let (image, tail) = open::open(path, access)?;
         let engine = Engine::Real(Box::new(engine::Engine::new(&image)));
-        Ok(Self { image, path: path.to_owned(), tail, engine, in_flight: 0 })
+        Ok(Self { image, path: path.to_owned(), access, tail, engine, in_flight: 0 })
     }
 
     /// An image of which each operation takes so long, and the thread that kicks does not wait.
     #[cfg(test)]
     pub(crate) fn open_slow(path: &Path, delay: std::time::Duration) -> Self {
-        let disk = Self::open(path).unwrap();
+        let disk = Self::open(path, Access::Alone).unwrap();
         Self { engine: Engine::Slow(Box::new(slow::Engine::new(delay, &disk.image))), ..disk }
     }
 
@@ -81,6 +82,11 @@ impl Disk {
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What it was opened for.
+    pub fn access(&self) -> Access {
+        self.access
     }
 
     /// True for a block device.
@@ -257,7 +263,7 @@ mod tests {
     }
 
     fn error(path: &Path) -> String {
-        let text = Disk::open(path).err().unwrap().to_string();
+        let text = Disk::open(path, Access::Alone).err().unwrap().to_string();
         assert!(text.starts_with(&format!("cannot open {:?}: ", path.display())) && !text.contains('\n'), "{text}");
         text
     }
@@ -266,7 +272,7 @@ mod tests {
     fn a_rest_of_a_sector_is_not_served() {
         let temp = TempFile::new("tail");
         temp.file.set_len(2 * SECTOR + 100).unwrap();
-        let disk = Disk::open(&temp.path).unwrap();
+        let disk = Disk::open(&temp.path, Access::Alone).unwrap();
         assert_eq!((disk.size(), disk.tail(), disk.path()), (1024, 100, temp.path.as_path()));
     }
 
@@ -274,7 +280,7 @@ mod tests {
     fn what_goes_in_comes_out() {
         let temp = TempFile::new("through");
         temp.file.set_len(8192).unwrap();
-        let mut disk = Disk::open(&temp.path).unwrap();
+        let mut disk = Disk::open(&temp.path, Access::Alone).unwrap();
         let write = Action::Write { offset: 5, payload: buffer(b"abc"), fua: true };
         disk.submit(Op { owner: 7, tag: 1, action: write }).unwrap();
         assert!(disk.pop_done().is_none(), "nothing happens before a kick");
@@ -295,7 +301,7 @@ mod tests {
     fn a_full_queue_hands_the_operation_back() {
         let temp = TempFile::new("full");
         temp.file.set_len(4096).unwrap();
-        let mut disk = Disk::open(&temp.path).unwrap();
+        let mut disk = Disk::open(&temp.path, Access::Alone).unwrap();
         let op = |tag| Op { owner: 0, tag, action: Action::Trim { offset: 0, length: 0, fua: false } };
         for tag in 0..OPS_MAX as u32 {
             disk.submit(op(tag)).unwrap();
@@ -314,7 +320,7 @@ mod tests {
         let temp = TempFile::new("beyond");
         temp.file.set_len(4096).unwrap();
         let action = Action::Trim { offset: u64::MAX - 4, length: 8, fua: false };
-        let _ = Disk::open(&temp.path).unwrap().submit(Op { owner: 0, tag: 0, action });
+        let _ = Disk::open(&temp.path, Access::Alone).unwrap().submit(Op { owner: 0, tag: 0, action });
     }
 
     #[test]

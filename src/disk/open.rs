@@ -14,13 +14,24 @@ use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Opens a regular file or a block device for reading and writing. Also returns the number of bytes beyond its last whole
-/// sector.
-pub(super) fn open(path: &Path) -> Result<(Image, u64), OpenError> {
-    try_open(path).map_err(|problem| OpenError { path: path.to_owned(), problem })
+/// Whether an image is to be changed here, and what other servers of this machine may do meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// It is changed, and no other server may change it.
+    Alone,
+    /// It is changed, and other servers may change it, too.
+    Shared,
+    /// It is not changed; what others do with it is their affair.
+    ReadOnly,
 }
 
-fn try_open(path: &Path) -> Result<(Image, u64), Problem> {
+/// Opens a regular file or a block device. Also returns the number of bytes beyond its last whole
+/// sector.
+pub(super) fn open(path: &Path, access: Access) -> Result<(Image, u64), OpenError> {
+    try_open(path, access).map_err(|problem| OpenError { path: path.to_owned(), problem })
+}
+
+fn try_open(path: &Path, access: Access) -> Result<(Image, u64), Problem> {
     // Look at the kind before opening: opening a FIFO or a character device can wait, or have an effect.
     let kind = fs::metadata(path).map_err(Problem::from_lookup)?.file_type();
     if let Some(name) = unfit(kind) {
@@ -28,9 +39,10 @@ fn try_open(path: &Path) -> Result<(Image, u64), Problem> {
     }
     let mut options = OpenOptions::new();
     // If it has become a FIFO meanwhile, O_NONBLOCK keeps this from waiting, and the seek fails.
-    options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    options.read(true).write(access != Access::ReadOnly).custom_flags(libc::O_NONBLOCK);
     let mut file = options.open(path).map_err(|error| match File::open(path) {
-        Ok(_) => Problem::NotWritable(error),
+        Ok(_) if access != Access::ReadOnly => Problem::NotWritable(error),
+        Ok(_) => Problem::NotReadable(error),
         Err(error) => Problem::NotReadable(error),
     })?;
     // The metadata of a block device have no length.
@@ -128,7 +140,9 @@ impl fmt::Display for OpenError {
             Problem::Missing => f.write_str("it does not exist; create it first, with the size the disk shall have"),
             Problem::Kind(kind) => write!(f, "it is {kind}; give a regular file or a block device"),
             Problem::NotReadable(error) => write!(f, "it cannot be read: {error}; let this user read and write it"),
-            Problem::NotWritable(error) => write!(f, "it cannot be written: {error}; let this user write it"),
+            Problem::NotWritable(error) => {
+                write!(f, "it cannot be written: {error}; let this user write it, or serve it with --read-only")
+            }
             Problem::InUse { alone: true } => f.write_str(
                 "another server has it open; stop that one, or give another file. Several servers of one image \
                              need --shared-image, each of them",

@@ -10,17 +10,22 @@ use super::wire::transmission;
 pub struct Export {
     /// Size in bytes.
     pub size: u64,
+    /// Nobody may change it.
+    pub read_only: bool,
 }
 
 impl Export {
     /// The transmission flags of everything a client of this style may ask for.
     pub fn flags(&self, style: Style) -> u16 {
         use transmission as t;
-        let both = t::HAS_FLAGS | t::SEND_FLUSH | t::SEND_FUA | t::SEND_TRIM | t::SEND_WRITE_ZEROES | t::CAN_MULTI_CONN;
+        let changes = t::SEND_FLUSH | t::SEND_FUA | t::SEND_TRIM | t::SEND_WRITE_ZEROES;
+        let (always, negotiated) =
+            if self.read_only { (t::READ_ONLY, t::SEND_CACHE) } else { (changes, t::SEND_CACHE | t::SEND_FAST_ZERO) };
+        let always = always | t::HAS_FLAGS | t::CAN_MULTI_CONN;
         match style {
-            Style::Oldstyle => both,
-            Style::Newstyle(Agreed { structured: false, .. }) => both | t::SEND_CACHE | t::SEND_FAST_ZERO,
-            Style::Newstyle(_) => both | t::SEND_CACHE | t::SEND_FAST_ZERO | t::SEND_DF,
+            Style::Oldstyle => always,
+            Style::Newstyle(Agreed { structured: false, .. }) => always | negotiated,
+            Style::Newstyle(_) => always | negotiated | t::SEND_DF,
         }
     }
 }

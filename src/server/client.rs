@@ -9,6 +9,7 @@ use super::life::{Life, SEAL};
 use super::reason::{Next, Reason};
 use super::shared::Shared;
 use super::socket::{Peer, Received, Socket};
+use crate::disk::Access;
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
 use crate::proto::export::{Agreed, Export, Style};
@@ -52,7 +53,7 @@ pub(super) struct Client {
 impl Client {
     /// A client that has just been accepted.
     pub(super) fn new(id: u64, socket: Socket, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
-        let export = Export { size: sh.disk.size() };
+        let export = Export { size: sh.disk.size(), read_only: sh.disk.access() == Access::ReadOnly };
         let session = match dialect {
             Dialect::Newstyle => ServerSession::newstyle(export, sh.now_ms),
             Dialect::Oldstyle => ServerSession::oldstyle(export, sh.now_ms),

@@ -11,6 +11,7 @@ use super::slot::Slot;
 use super::status;
 use crate::acl::{parse_ip, Entry};
 use crate::command::{Answer, Command, Ending};
+use crate::disk::Access;
 use crate::event::slots::Key;
 use crate::migrate::Plan;
 use log::info;
@@ -73,6 +74,11 @@ impl Reactor {
         let bind = wanted.bind.as_deref().map(parse_ip).transpose().map_err(|_| "bad bind address")?;
         if bind.is_some_and(|bind| bind.is_ipv4() != ip.is_ipv4()) {
             return Err("bad bind address".into());
+        }
+        if sh.disk.access() == Access::ReadOnly {
+            return Err(
+                "not mirroring: this server is read-only and does not keep others from writing the image".into()
+            );
         }
         let (size, tail) = (sh.disk.size(), sh.disk.tail());
         if size < mirror::SIZE_MIN {

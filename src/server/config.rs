@@ -1,6 +1,7 @@
 //! What a server is told to do, and what ends it.
 
 use crate::acl::Acl;
+use crate::disk::Access;
 use crate::endpoint::Endpoint;
 use std::fmt;
 use std::path::PathBuf;
@@ -16,8 +17,8 @@ pub struct Config {
     pub file: PathBuf,
     /// The path of the control socket, if there is one.
     pub control: Option<PathBuf>,
-    /// Other servers of this machine may have the image open for writing.
-    pub shared_image: bool,
+    /// Whether clients may change the image, and who else may.
+    pub access: Access,
     /// Who may connect.
     pub acl: Acl,
     /// How long a request may take, in milliseconds; `None` is for ever.

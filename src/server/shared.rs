@@ -5,7 +5,7 @@ use super::effect::Effect;
 use super::gate::Gate;
 use super::life::Life;
 use crate::buffer::Pool;
-use crate::disk::Disk;
+use crate::disk::{Access, Disk};
 use crate::event::wheel::Wheel;
 use mio::Registry;
 use std::collections::VecDeque;
@@ -15,8 +15,6 @@ use std::collections::VecDeque;
 pub(super) struct Limits {
     /// How long a request may take, in milliseconds.
     pub killswitch_ms: Option<u64>,
-    /// Other servers of this machine may have the image open for writing.
-    pub shared_image: bool,
     /// How long a request of a migration may go without progress, in milliseconds.
     pub request_limit_ms: u64,
 }
@@ -48,7 +46,7 @@ pub(super) struct Shared {
 impl Shared {
     /// Lets other servers have the image open, too, if that is meant.
     pub(super) fn share_image(&self) {
-        if self.limits.shared_image {
+        if self.disk.access() == Access::Shared {
             // Downgrade the exclusive lock to a shared one; giving rights up cannot fail.
             let _ = self.disk.lock(false);
         }

@@ -12,7 +12,7 @@ use super::reactor::Reactor;
 use super::shared::{Limits, Shared};
 use super::slot::Slot;
 use crate::buffer::Pool;
-use crate::disk::Disk;
+use crate::disk::{Access, Disk};
 use crate::event::run_queue::RunQueue;
 use crate::event::slots::Slots;
 use crate::event::wheel::Wheel;
@@ -41,15 +41,17 @@ impl Reactor {
         config.control.as_deref().map_or(Ok(()), bind::clear)?;
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
-        let disk = Disk::open(&config.file).map_err(|error| Fatal(error.to_string()))?;
+        let disk = Disk::open(&config.file, config.access).map_err(|error| Fatal(error.to_string()))?;
         Self::start_with(disk, signals, config)
     }
 
     /// The same with an image that is open.
     pub(super) fn start_with(disk: Disk, signals: SignalFd, config: Config) -> Result<Option<Self>, Fatal> {
         // A listener overwrites the image, so it is alone with it until it serves it.
-        let alone = config.role != Role::Serve || !config.shared_image;
-        disk.lock(alone).map_err(|error| Fatal(error.to_string()))?;
+        let alone = config.role != Role::Serve || config.access == Access::Alone;
+        if config.access != Access::ReadOnly {
+            disk.lock(alone).map_err(|error| Fatal(error.to_string()))?;
+        }
         if disk.tail() > 0 {
             let (size, tail) = (disk.size(), disk.tail());
             warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());
@@ -91,11 +93,7 @@ impl Reactor {
                 pool: Pool::new(POOL_BYTES),
                 disk,
                 wheel: Wheel::new(now_ms),
-                limits: Limits {
-                    killswitch_ms: config.killswitch_ms,
-                    shared_image: config.shared_image,
-                    request_limit_ms: config.request_limit_ms,
-                },
+                limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms: config.request_limit_ms },
                 admission: Admission::new(config.acl, config.max_clients),
                 life,
                 gate: Gate::default(),

@@ -8,6 +8,7 @@ use super::mirror::Mirror;
 use super::reactor::Reactor;
 use super::slot::Slot;
 use crate::command::StatusForm;
+use crate::disk::Access;
 use crate::migrate::{Plan, Progress};
 use crate::printable;
 use std::fmt::{self, Write};
@@ -65,6 +66,7 @@ fn of_server(server: &Reactor) -> Facts {
     put("is_mirroring", Value::Flag(matches!(sh.life, Life::Sending { .. })));
     put("has_control", Value::Flag(!sh.life.awaits_image()));
     put("size", Value::Number(sh.disk.size()));
+    put("read_only", Value::Flag(sh.disk.access() == Access::ReadOnly));
     put("clients_allowed", Value::Flag(sh.admission.has_room(sh.life.awaits_image())));
     put("num_clients", Value::Number(sh.admission.clients() as u64));
     if let Some((mirror, plan)) = migration(server) {

@@ -6,7 +6,7 @@
 use super::reactor::Reactor;
 use super::{Config, Flow, Role};
 use crate::acl::Acl;
-use crate::disk::Disk;
+use crate::disk::{Access, Disk};
 use crate::endpoint::Endpoint;
 use crate::proto::wire::{kind, RequestHead, GREETING_LEN, SIMPLE_REPLY_LEN};
 use crate::sys::SignalFd;
@@ -38,7 +38,7 @@ impl House {
             newstyle: Vec::new(),
             file: path.clone(),
             control: None,
-            shared_image: false,
+            access: Access::Alone,
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
             max_clients: 10,

@@ -19,6 +19,7 @@ mod migration;
 mod power_failure;
 mod protocol;
 mod sockets;
+mod read_only;
 mod sparse;
 mod spec;
 mod stalled;

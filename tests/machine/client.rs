@@ -168,7 +168,7 @@ fn converse(begin: fn(Export, u64) -> ServerSession, name: &str, mut turns: Turn
 
 fn check(style: Style, heard: &Heard) {
     let beyond = if style == Style::Oldstyle { Errno::NoSpc } else { Errno::Inval };
-    let export = Export { size: SIZE as u64 };
+    let export = Export { size: SIZE as u64, read_only: false };
     assert_eq!(heard.offer, Some(Offer { size: export.size, flags: export.flags(style) }));
     assert!(heard.offer.is_some_and(|offer| offer.has(transmission::SEND_FLUSH)));
     let mut replies = heard.replies.clone();

@@ -21,7 +21,10 @@ struct Kept {
 
 impl Kept {
     fn new() -> Self {
-        let mut kept = Self { session: ServerSession::oldstyle(Export { size: SIZE }, 0), pool: Pool::new(16 << 20) };
+        let mut kept = Self {
+            session: ServerSession::oldstyle(Export { size: SIZE, read_only: false }, 0),
+            pool: Pool::new(16 << 20),
+        };
         kept.send_all();
         kept
     }

@@ -65,7 +65,7 @@ impl Client for Listener<'_> {
         self.wire.extend_from_slice(bytes);
         let heard = hear(&mut self.session, bytes, |event| match event {
             Event::Export(offer) => {
-                let export = Export { size: self.plan.before.len() as u64 };
+                let export = Export { size: self.plan.before.len() as u64, read_only: false };
                 assert_eq!(offer, Offer { size: export.size, flags: export.flags(Style::Oldstyle) });
             }
             Event::Data { note: &cookie, bytes } => {

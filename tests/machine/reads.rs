@@ -35,11 +35,15 @@ struct Reader {
 
 impl Reader {
     fn simple(cap: usize) -> Self {
-        Self::new(ServerSession::oldstyle(Export { size: SIZE as u64 }, 0), cap, &[])
+        Self::new(ServerSession::oldstyle(Export { size: SIZE as u64, read_only: false }, 0), cap, &[])
     }
 
     fn structured(cap: usize) -> Self {
-        Self::new(ServerSession::newstyle(Export { size: SIZE as u64 }, 0), cap, &Talk::new(512).stream)
+        Self::new(
+            ServerSession::newstyle(Export { size: SIZE as u64, read_only: false }, 0),
+            cap,
+            &Talk::new(512).stream,
+        )
     }
 
     fn new(session: ServerSession, cap: usize, haggling: &[u8]) -> Self {

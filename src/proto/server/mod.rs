@@ -338,7 +338,7 @@ impl ServerSession {
             self.state = State::Closing(End::Disconnect);
             return None;
         }
-        let refusal = refuse(&head, self.export.size, self.style);
+        let refusal = refuse(&head, self.export, self.style);
         if pass == Pass::Reads && refusal.is_none() && head.changes_export() {
             return Some(Step::Kept);
         }

@@ -4,7 +4,7 @@
 
 use crate::buffer::SLICE;
 use crate::proto::error::Errno;
-use crate::proto::export::Style;
+use crate::proto::export::{Export, Style};
 use crate::proto::wire::{command, kind, RequestHead};
 use crate::work::Action;
 
@@ -39,8 +39,11 @@ pub struct Refusal {
 }
 
 /// Everything that can be wrong with a request before the disk is asked ("Error values", "Command flags").
-pub fn refuse(head: &RequestHead, size: u64, style: Style) -> Option<Refusal> {
+pub fn refuse(head: &RequestHead, export: Export, style: Style) -> Option<Refusal> {
     let no = |errno, why| Some(Refusal { head: *head, errno, why });
+    if export.read_only && head.changes_export() {
+        return no(Errno::Perm, "the export is read-only");
+    }
     let oldstyle = style == Style::Oldstyle;
     let (allowed_flags, beyond) = match head.kind {
         // The predecessor's clients know ENOSPC for every request beyond the end.
@@ -60,13 +63,13 @@ pub fn refuse(head: &RequestHead, size: u64, style: Style) -> Option<Refusal> {
         kind::CACHE | kind::BLOCK_STATUS => return no(Errno::Inval, "the request type was not negotiated"),
         _ => return no(Errno::Inval, "this server does not know the request type"),
     };
-    // FUA is offered, so it is valid everywhere, also where it means nothing.
+    // Where FUA is offered it is valid everywhere, also where it means nothing; where it is not, it does no harm.
     if head.flags & !(allowed_flags | command::FUA) != 0 {
         return no(Errno::Inval, "the request type does not take these flags");
     }
     match head.end() {
         None => return no(beyond, "offset + length does not fit 64 bits"),
-        Some(end) if end > size => return no(beyond, "the range goes beyond the end of the export"),
+        Some(end) if end > export.size => return no(beyond, "the range goes beyond the end of the export"),
         Some(_) => {}
     }
     if head.flags & command::DF != 0 && head.length > DF_MAX {
