@@ -333,6 +333,11 @@ impl RequestHead {
         matches!(self.kind, kind::WRITE | kind::WRITE_ZEROES | kind::TRIM)
     }
 
+    /// True for a request that says what bytes of the export are from now on.
+    pub fn writes(&self) -> bool {
+        matches!(self.kind, kind::WRITE | kind::WRITE_ZEROES) && self.length > 0
+    }
+
     /// True for a request that may be answered with ENOTSUP.
     pub fn asks_for_fast_zero(&self) -> bool {
         self.kind == kind::WRITE_ZEROES && self.flags & command::FAST_ZERO != 0

@@ -277,16 +277,14 @@ impl Client {
     /// connects, or stops, would keep the real one out.
     fn first_step_due(&self, sh: &Shared) -> Option<(u64, Reason)> {
         let since_ms = self.opened_ms.saturating_add(self.kept_ms);
-        let is_sender = sh.life.awaits_image();
         if self.session.is_negotiating() {
-            Some((since_ms.saturating_add(HANDSHAKE_MS), Reason::Handshake))
-        } else if is_sender && !self.session.has_written() {
-            Some((since_ms.saturating_add(FIRST_WRITE_MS), Reason::Silent))
-        } else if is_sender {
-            Some((self.session.received_ms().saturating_add(NEXT_WRITE_MS), Reason::Silent))
-        } else {
-            None
+            return Some((since_ms.saturating_add(HANDSHAKE_MS), Reason::Handshake));
         }
+        let due_ms = match self.session.wrote_ms() {
+            None => since_ms.saturating_add(FIRST_WRITE_MS),
+            Some(wrote_ms) => wrote_ms.saturating_add(NEXT_WRITE_MS),
+        };
+        sh.life.awaits_image().then_some((due_ms, Reason::Silent))
     }
 
     /// Makes sure that the wheel looks at this client at `at_ms`. Armed at most [`ARM_MS`] ahead, so that entries of closed

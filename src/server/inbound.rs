@@ -11,7 +11,7 @@ pub(super) fn note(incoming: &mut Incoming, completed: &Completed) -> Result<(),
     let Completed { head, touched, result } = completed;
     match result {
         // A TRIM says nothing about what the bytes are now.
-        Ok(()) if !matches!(head.kind, kind::WRITE | kind::WRITE_ZEROES) => {}
+        Ok(()) if !head.writes() => {}
         Ok(()) => touched.iter().for_each(|range| incoming.note(range)),
         // Reads and hints lose nothing, and neither does a request that was only too slow to be done.
         Err(Failed { error, .. })

@@ -1,4 +1,4 @@
-//! Requests that may not pass now: which they are, and that only they do not age meanwhile.
+//! Requests that may not pass now: which they are, and that only they do not age meanwhile. And when a peer wrote last.
 
 use crate::plan::head;
 use flexnbd::buffer::{Pool, SLICE};
@@ -7,7 +7,7 @@ use flexnbd::proto::export::Export;
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::Request;
 use flexnbd::proto::server::{Pass, ServerSession, Step, IN_FLIGHT_MAX};
-use flexnbd::proto::wire::{kind, RequestHead};
+use flexnbd::proto::wire::{kind, RequestHead, REQUEST_LEN};
 use flexnbd::work::{Action, Done};
 use std::io::IoSlice;
 
@@ -160,7 +160,6 @@ fn what_was_kept_ages_later_and_nothing_else_does() {
     assert_eq!(kept.session.oldest_ms(), Some(120), "what stood behind it could not overtake it");
     let trim = kept.request(Pass::Everything, kind::TRIM);
     kept.receive(&stream(&[head(kind::FLUSH, 0, 0, 0)]), 130);
-    assert_eq!(kept.session.received_ms(), 130);
     kept.complete(trim);
     kept.send_all();
     assert_eq!(kept.session.oldest_ms(), Some(130), "what comes later is as old as it is");
@@ -187,4 +186,49 @@ fn a_write_whose_payload_was_kept_ages_later() {
     kept.complete(last);
     kept.send_all();
     assert_eq!(kept.session.oldest_ms(), None);
+}
+
+/// A sender keeps its place by writing: what is refused, or says nothing of any byte, is no write.
+#[test]
+fn only_what_is_written_counts_as_such() {
+    let mut kept = Kept::new();
+    let beyond = head(kind::WRITE, 0, SIZE - 9, 10);
+    let no_write = [
+        head(kind::READ, 0, 0, 9),
+        head(kind::FLUSH, 0, 0, 0),
+        head(kind::TRIM, 0, 0, 9),
+        head(kind::WRITE, 0, 0, 0),
+        head(kind::WRITE_ZEROES, 0, 0, 0),
+        head(kind::WRITE_ZEROES, 0, SIZE, 1),
+        beyond,
+    ];
+    kept.receive(&stream(&no_write)[..no_write.len() * REQUEST_LEN], 10);
+    let mut refused = 0;
+    loop {
+        match kept.step(Pass::Everything) {
+            Step::Request(request) => kept.complete(request),
+            Step::Refused(_) => refused += 1,
+            step => break assert!(matches!(step, Step::NeedBytes), "{step:?}"),
+        }
+    }
+    // The payload of the last one is swallowed.
+    kept.receive(&[1; 9], 20);
+    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert_eq!((refused, kept.session.wrote_ms()), (2, None));
+    kept.receive(&[1], 30);
+
+    kept.receive(&head(kind::WRITE, 0, 0, 3).encode(), 40);
+    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert_eq!(kept.session.wrote_ms(), Some(40));
+    kept.receive(&[1], 50);
+    assert_eq!(kept.session.wrote_ms(), Some(50));
+    kept.receive(&[1, 1], 60);
+    let write = kept.request(Pass::Everything, kind::WRITE);
+    kept.receive(&stream(&no_write[..1]), 70);
+    assert_eq!(kept.session.wrote_ms(), Some(60));
+    kept.complete(write);
+    kept.request(Pass::Everything, kind::READ);
+    kept.receive(&head(kind::WRITE_ZEROES, 0, 0, 1).encode(), 80);
+    kept.request(Pass::Everything, kind::WRITE_ZEROES);
+    assert_eq!(kept.session.wrote_ms(), Some(80));
 }

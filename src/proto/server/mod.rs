@@ -66,6 +66,8 @@ pub struct ServerSession {
     memory: Memory,
     outbox: Outbox,
     tally: Tally,
+    /// When something came last of a WRITE or `WRITE_ZEROES` that was not refused.
+    wrote_ms: Option<u64>,
 }
 
 impl ServerSession {
@@ -96,6 +98,7 @@ impl ServerSession {
             memory: Memory::default(),
             outbox,
             tally: Tally::default(),
+            wrote_ms: None,
         }
     }
 
@@ -115,7 +118,12 @@ impl ServerSession {
     /// Counts `n` bytes received into [`ServerSession::recv_space`] at `now_ms`.
     pub fn received(&mut self, n: usize, now_ms: u64) {
         let taken = match &mut self.state {
-            State::Payload(incoming) => incoming.received(n),
+            State::Payload(incoming) => {
+                if self.unanswered.get(incoming.tag()).is_some_and(|pending| pending.error.is_none()) {
+                    self.wrote_ms = Some(now_ms);
+                }
+                incoming.received(n)
+            }
             State::Handshake(_) | State::Request | State::Closing(_) => 0,
         };
         self.inbox.received(n - taken, now_ms);
@@ -262,14 +270,9 @@ impl ServerSession {
         }
     }
 
-    /// When the peer was last heard of.
-    pub fn received_ms(&self) -> u64 {
-        self.inbox.received_ms()
-    }
-
-    /// True once the peer has begun to change the export.
-    pub fn has_written(&self) -> bool {
-        self.tally.writes > 0 || self.unanswered.changes_export()
+    /// When something came last of a WRITE or `WRITE_ZEROES` that has a length and was not refused; `None` before the first.
+    pub fn wrote_ms(&self) -> Option<u64> {
+        self.wrote_ms
     }
 
     /// What it has done so far.
@@ -344,6 +347,9 @@ impl ServerSession {
         }
         if refusal.is_none() && head.kind == kind::READ && head.length > 0 {
             return Some(self.start_read(head, pool));
+        }
+        if refusal.is_none() && head.writes() {
+            self.wrote_ms = Some(self.inbox.received_ms());
         }
         let tag = self.accept(head);
         if let Some(pending) = self.unanswered.get_mut(tag) {

@@ -58,11 +58,6 @@ impl Unanswered {
     pub(super) fn oldest_ms(&self) -> Option<u64> {
         self.0.iter().map(|(_, pending)| pending.since_ms).min()
     }
-
-    /// True when one of them changes the export.
-    pub(super) fn changes_export(&self) -> bool {
-        self.0.iter().any(|(_, pending)| pending.head.changes_export())
-    }
 }
 
 /// Where the request is that a tag names.

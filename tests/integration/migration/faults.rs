@@ -6,7 +6,7 @@ use crate::support::peers::{
     wait_for_status, At, Fault, Script, Worker,
 };
 use crate::support::{
-    greeting, kind, not_tested, pattern, program, reply, request, run_command, uninterrupted, wait_for, Builder,
+    errno, greeting, kind, not_tested, pattern, program, reply, request, run_command, uninterrupted, wait_for, Builder,
     Client, Mount, Server, SOON,
 };
 use std::fs::{self, File};
@@ -561,16 +561,34 @@ fn a_listener_does_not_mirror() {
     assert!(destination.log().contains(":F:"), "{}", destination.log());
 }
 
+/// Whoever writes nothing keeps nobody out for more than a minute, whatever else it sends.
 #[test]
 #[ignore = "takes a minute"]
-fn a_silent_sender_makes_room() {
-    let mut destination = listen(0).size(1 << 20).start();
-    let mut silent = destination.connect();
-    silent.stream.set_read_timeout(Some(Duration::from_secs(90))).unwrap();
-    silent.expect_closed();
-    let mut source = Server::serve().content(&pattern(1, 1 << 20)).start();
-    start_mirror(&source, destination.address(), "");
-    expect_migrated(&mut source, &mut destination);
+fn a_sender_that_writes_nothing_makes_room() {
+    const SIZE: u64 = 1 << 20;
+    type Act = fn(&mut Client);
+    let senders = [
+        ("silent", (|_| {}) as Act),
+        ("a refused write", |sender| assert_eq!(sender.write(SIZE, &[1; 512]), errno::ENOSPC)),
+        ("half of a refused write", |sender| sender.send(&request(kind::WRITE, 0, 1, SIZE, 512))),
+        ("an empty write", |sender| assert_eq!(sender.write(0, &[]), 0)),
+        ("a trim", |sender| assert_eq!(sender.ask(kind::TRIM, 0, 0, 4096, &[]), 0)),
+    ];
+    thread::scope(|scope| {
+        for (what, act) in senders {
+            scope.spawn(move || {
+                let mut destination = listen(0).size(SIZE).start();
+                let mut sender = destination.connect();
+                act(&mut sender);
+                sender.stream.set_read_timeout(Some(Duration::from_secs(60) + SOON)).unwrap();
+                sender.expect_closed();
+                assert!(destination.log().contains("kept other senders out"), "{what}: {}", destination.log());
+                let mut source = Server::serve().content(&pattern(1, SIZE as usize)).start();
+                start_mirror(&source, destination.address(), "");
+                expect_migrated(&mut source, &mut destination);
+            });
+        }
+    });
 }
 
 /// What a listener cannot repair ends it, with a line; the source tries again for ever, and succeeds with the next.
