@@ -24,8 +24,8 @@ declare -A folders=(
     [proto/client]="mod handshake unanswered"
     [proto/server]="mod handshake write read reply step request unanswered inbox memory tally"
     [remote]="mod transfer progress connect"
-    [server]="mod start apply commands status reactor slot client control mirror listener signals attempt dial shared \
-        gate grace admit complaints life inbound effect reason socket bind config"
+    [server]="mod start apply commands status reactor slot client control mirror listener signals attempt trials dial \
+        shared gate grace admit complaints life inbound effect reason socket bind config"
     [sys]="ring pages file net mod"
 )
 

@@ -16,6 +16,7 @@ use super::life::Life;
 use super::reason::{Next, Reason};
 use super::shared::Shared;
 use super::socket::Socket;
+use super::trials::Trials;
 use crate::buffer::SLICE;
 use crate::command::{Answer, Ending};
 use crate::event::alarm::Alarm;
@@ -58,8 +59,7 @@ pub(super) struct Mirror {
     attempt: Option<Attempt>,
     /// Who waits to hear that it has started; `None` once it has.
     starter: Option<Key>,
-    attempts: u32,
-    last_error: Option<String>,
+    trials: Trials,
     started_ms: u64,
     /// When the current stage has failed; between two attempts, when the next one begins.
     deadline_ms: u64,
@@ -77,8 +77,7 @@ impl Mirror {
             settings,
             attempt: None,
             starter: Some(starter),
-            attempts: 0,
-            last_error: None,
+            trials: Trials::default(),
             started_ms: sh.now_ms,
             deadline_ms: u64::MAX,
             wake_ms: None,
@@ -90,7 +89,7 @@ impl Mirror {
     }
 
     fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
-        self.attempts += 1;
+        self.trials.begin();
         self.attempt = Some(Attempt::new(Dial::start(&self.settings.destination, key, sh)?));
         self.arm(key, sh);
         Ok(Next::Idle)
@@ -240,14 +239,9 @@ impl Mirror {
         self.attempt.as_ref().is_some_and(|attempt| attempt.stage != Stage::Dialling && !attempt.can.flush)
     }
 
-    /// Attempts begun.
-    pub(super) fn attempts(&self) -> u32 {
-        self.attempts
-    }
-
-    /// Why the last attempt failed, if one has.
-    pub(super) fn last_error(&self) -> Option<&str> {
-        self.last_error.as_deref()
+    /// Its attempts.
+    pub(super) fn trials(&self) -> &Trials {
+        &self.trials
     }
 
     /// When it was asked for.
@@ -293,7 +287,7 @@ impl Mirror {
         if !can.flush {
             warn!("{self}: the destination offers no FLUSH; how durable the copy is, is its own affair");
         }
-        info!("{self}: attempt {}: copying {size} bytes", self.attempts);
+        info!("{self}: attempt {}: copying {size} bytes", self.trials.begun());
         if let Some(starter) = self.starter.take() {
             sh.effects.push_back(Effect::Answer(starter, Answer::ok("Mirror started")));
         }
@@ -401,11 +395,11 @@ impl Mirror {
             warn!("{self}: not started: {why}");
             return Next::Close(Reason::NotStarted(why.answer().into()));
         }
-        let attempts = self.attempts;
+        let begun = self.trials.begun();
         if sh.admission.complaints.may_log(Complaint::FailedAttempt, sh.now_ms) {
-            warn!("{self}: attempt {attempts} failed: {why}; clients go on, the next begins in {RETRY_MS} ms");
+            warn!("{self}: attempt {begun} failed: {why}; clients go on, the next begins in {RETRY_MS} ms");
         }
-        self.last_error = Some(why.to_string());
+        self.trials.failed(why);
         self.drop_attempt(sh);
         if let Some(plan) = sh.life.plan() {
             plan.lost(sh.now_ms);

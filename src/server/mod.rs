@@ -19,7 +19,8 @@
 //!  mod          the turn                     start, apply, commands, status   opening; effects; what commands do; facts
 //!  reactor      the slots and their queues   slot                             the kinds of slot
 //!  client, control, mirror, listener, signals                                 one kind each
-//!  attempt      one try of a migration       dial                             an outgoing connection
+//!  attempt      one try of a migration       trials                           all of them, counted
+//!  dial         an outgoing connection
 //!  shared       what every slot is lent
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
 //!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
@@ -53,6 +54,7 @@ mod start;
 mod status;
 #[cfg(test)]
 mod tests;
+mod trials;
 
 pub use config::{Config, Dialect, Fatal, Role};
 

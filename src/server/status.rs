@@ -82,7 +82,7 @@ fn of_server(server: &Reactor) -> Facts {
         }
         put("migration_phase", Value::Text(mirror.phase(plan).into()));
         put("migration_pass", Value::Number(progress.pass.into()));
-        put("migration_attempts", Value::Number(mirror.attempts().into()));
+        put("migration_attempts", Value::Number(mirror.trials().begun().into()));
         put("migration_dirty_bytes", Value::Number(progress.dirty_bytes));
         if let Some(limit) = progress.write_limit_bytes_per_s {
             put("migration_write_limit", Value::Number(limit));
@@ -90,7 +90,7 @@ fn of_server(server: &Reactor) -> Facts {
         if mirror.lacks_flush() {
             put("migration_durability", Value::Text("destination".into()));
         }
-        if let Some(error) = mirror.last_error() {
+        if let Some(error) = mirror.trials().last_error() {
             put("migration_last_error", Value::Text(error.into()));
         }
     }
