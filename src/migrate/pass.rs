@@ -160,6 +160,13 @@ impl Pass {
         Some(self.in_flight.swap_remove(at))
     }
 
+    /// The destination refuses what was sent: it is dirty again.
+    pub(super) fn refused(&mut self, range: &Range<u64>) {
+        if let Some(sent) = self.acked(range) {
+            self.dirty.set_range(sent.range.start, sent.bytes());
+        }
+    }
+
     pub(super) fn in_flight(&self) -> &[Sent] {
         &self.in_flight
     }

@@ -196,6 +196,13 @@ impl Plan {
         }
     }
 
+    /// The destination does not do what a [`Step::Zero`] asked for, although it has offered to: this range and all others
+    /// are sent as data.
+    pub fn zeroes_refused(&mut self, range: &Range<u64>) {
+        self.attempt.can.zero = false;
+        self.attempt.pass.refused(range);
+    }
+
     /// The destination has answered a [`Step::Flush`].
     pub fn flushed(&mut self, now_ms: u64) {
         self.attempt.flushes.answered(now_ms);
@@ -206,9 +213,9 @@ impl Plan {
         self.attempt.next(self.limit.as_mut(), now_ms)
     }
 
-    /// True when a hole costs one small request, whatever its size.
-    pub fn sends_no_holes(&self) -> bool {
-        self.attempt.can.zero
+    /// What the destination of this attempt can do, as far as is known by now.
+    pub fn can(&self) -> Abilities {
+        self.attempt.can
     }
 
     /// What was done and what is left.

@@ -1,25 +1,31 @@
 //! One attempt of a migration: a connection to the destination and everything that is under way over it. Dropping the
 //! attempt forgets all of that.
 
-use super::dial::{Dial, Failure};
+use super::dial::{Destination, Dial, Failure};
 use super::shared::Shared;
 use crate::buffer::{Buffer, Pool, SLICE};
 use crate::event::slots::Key;
-use crate::migrate::{Abilities, Plan, DATA_MAX};
+use crate::migrate::{Plan, DATA_MAX};
 use crate::proto::error::Errno;
 use crate::proto::wire::kind;
 use crate::work::{Action, Op};
+use log::info;
 use std::fmt;
 use std::io;
 use std::ops::Range;
 
 const _: () = assert!(DATA_MAX == SLICE as u64, "a piece of data fills one buffer");
 
+/// How a destination says that it does not do what it was asked for, as opposed to that it has failed.
+const NOT_DONE: [u32; 2] = [Errno::NotSup as u32, Errno::Inval as u32];
+
 /// What an unanswered request was for.
 #[derive(Debug)]
 pub(super) enum Asked {
-    /// A WRITE or `WRITE_ZEROES` of this range.
-    Range(Range<u64>),
+    /// A WRITE of this range.
+    Data(Range<u64>),
+    /// A `WRITE_ZEROES` of this range.
+    Zeroes(Range<u64>),
     /// A FLUSH.
     Flush,
 }
@@ -56,8 +62,6 @@ pub(super) struct Attempt {
     pub dial: Dial<Asked>,
     /// Where it stands.
     pub stage: Stage,
-    /// What the destination can do.
-    pub can: Abilities,
     /// Operations the disk has, by their tags.
     tasks: Vec<(u32, Task)>,
     /// Memory of data that the disk fills, in bytes.
@@ -67,7 +71,7 @@ pub(super) struct Attempt {
 impl Attempt {
     /// An attempt over a connection that is being made.
     pub(super) fn new(dial: Dial<Asked>) -> Self {
-        Self { dial, stage: Stage::Dialling, can: Abilities::default(), tasks: Vec::new(), reading: 0 }
+        Self { dial, stage: Stage::Dialling, tasks: Vec::new(), reading: 0 }
     }
 
     /// What it is doing, in one word.
@@ -92,15 +96,16 @@ impl Attempt {
         self.stage == Stage::Copying && !matches!(self.dial.session.oldest(), Some(Asked::Flush))
     }
 
-    /// Queues a request without a payload.
-    pub(super) fn send_request(&mut self, kind: u16, range: Range<u64>) {
+    /// Queues a `WRITE_ZEROES`.
+    pub(super) fn ask_for_zeroes(&mut self, range: Range<u64>) {
         let length = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
-        self.dial.session.command(kind, 0, range.start, length, Asked::Range(range));
+        self.dial.session.command(kind::WRITE_ZEROES, 0, range.start, length, Asked::Zeroes(range));
     }
 
     /// Queues a WRITE of what is filled in `buffer`.
     fn send_data(&mut self, range: Range<u64>, buffer: Buffer) {
-        self.send_request(kind::WRITE, range);
+        let length = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
+        self.dial.session.command(kind::WRITE, 0, range.start, length, Asked::Data(range));
         self.dial.session.push_payload(buffer);
     }
 
@@ -160,17 +165,23 @@ impl Attempt {
 }
 
 impl Asked {
-    /// Takes the reply.
-    pub(super) fn answered(&self, error: u32, sh: &mut Shared) -> Result<(), Failure> {
-        if error != 0 {
-            let name = Errno::name(error);
-            return Err(Failure::Broken(format!("the destination answered {self} with {name} ({error})")));
-        }
-        if let Some(plan) = sh.life.plan() {
-            match self {
-                Self::Range(range) => plan.acked(range, sh.now_ms),
-                Self::Flush => plan.flushed(sh.now_ms),
+    /// Tells the plan what the destination has answered.
+    pub(super) fn answered(&self, error: u32, by: &Destination, sh: &mut Shared) -> Result<(), Failure> {
+        let Some(plan) = sh.life.plan() else { return Ok(()) };
+        match self {
+            Self::Zeroes(range) if NOT_DONE.contains(&error) => {
+                if plan.can().zero {
+                    let name = Errno::name(error);
+                    info!("migration to {by}: the destination answered {self} with {name}; sending zeroes as data");
+                }
+                plan.zeroes_refused(range);
             }
+            _ if error != 0 => {
+                let name = Errno::name(error);
+                return Err(Failure::Broken(format!("the destination answered {self} with {name} ({error})")));
+            }
+            Self::Data(range) | Self::Zeroes(range) => plan.acked(range, sh.now_ms),
+            Self::Flush => plan.flushed(sh.now_ms),
         }
         Ok(())
     }
@@ -179,7 +190,10 @@ impl Asked {
 impl fmt::Display for Asked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Range(range) => write!(f, "a write of {} bytes at offset {}", range.end - range.start, range.start),
+            Self::Data(range) => write!(f, "a write of {} bytes at offset {}", range.end - range.start, range.start),
+            Self::Zeroes(range) => {
+                write!(f, "WRITE_ZEROES of {} bytes at offset {}", range.end - range.start, range.start)
+            }
             Self::Flush => f.write_str("FLUSH"),
         }
     }

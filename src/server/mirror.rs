@@ -235,8 +235,8 @@ impl Mirror {
     }
 
     /// True when the destination offers no FLUSH, so that only it knows how durable the copy is.
-    pub(super) fn lacks_flush(&self) -> bool {
-        self.attempt.as_ref().is_some_and(|attempt| attempt.stage != Stage::Dialling && !attempt.can.flush)
+    pub(super) fn lacks_flush(&self, plan: &Plan) -> bool {
+        self.attempt.as_ref().is_some_and(|attempt| attempt.stage != Stage::Dialling && !plan.can().flush)
     }
 
     /// Its attempts.
@@ -263,7 +263,7 @@ impl Mirror {
             match attempt.dial.next_event()? {
                 None => return Ok(true),
                 Some(Event::Export(offer)) => self.greeted(offer, key, sh)?,
-                Some(Event::Reply { note, error }) => note.answered(error, sh)?,
+                Some(Event::Reply { note, error }) => note.answered(error, &self.settings.destination, sh)?,
                 // Nothing is read from the destination.
                 Some(Event::Data { .. }) => {}
             }
@@ -281,7 +281,7 @@ impl Mirror {
         let (Some(attempt), Some(plan)) = (&mut self.attempt, sh.life.plan()) else { return Ok(()) };
         let can =
             Abilities { zero: offer.has(transmission::SEND_WRITE_ZEROES), flush: offer.has(transmission::SEND_FLUSH) };
-        (attempt.can, attempt.stage) = (can, Stage::Copying);
+        attempt.stage = Stage::Copying;
         self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
         plan.begin(can, sh.now_ms);
         if !can.flush {
@@ -327,7 +327,7 @@ impl Mirror {
                     attempt.read(range, buffer, self.last_tag, key, sh);
                     continue;
                 }
-                Step::Zero(range) if !attempt.can.zero => {
+                Step::Zero(range) if !plan.can().zero => {
                     attempt.send_zeroes(range, buffer);
                     continue;
                 }
@@ -341,7 +341,7 @@ impl Mirror {
                     self.last_tag = self.last_tag.wrapping_add(1);
                     attempt.submit(action, Task::Look(offset), self.last_tag, key, sh);
                 }
-                Step::Zero(range) => attempt.send_request(kind::WRITE_ZEROES, range),
+                Step::Zero(range) => attempt.ask_for_zeroes(range),
                 Step::Flush => {
                     self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
                     attempt.dial.session.command(kind::FLUSH, 0, 0, 0, Asked::Flush);

@@ -87,7 +87,7 @@ fn of_server(server: &Reactor) -> Facts {
         if let Some(limit) = progress.write_limit_bytes_per_s {
             put("migration_write_limit", Value::Number(limit));
         }
-        if mirror.lacks_flush() {
+        if mirror.lacks_flush(plan) {
             put("migration_durability", Value::Text("destination".into()));
         }
         if let Some(error) = mirror.trials().last_error() {
@@ -184,7 +184,7 @@ fn json_member((name, value): &(&str, Value)) -> String {
 /// About how many bytes have to be sent yet. The first pass meets every hole of the file, and those cost next to nothing
 /// where the destination can make holes itself.
 fn data_left(server: &Reactor, plan: &Plan, progress: &Progress) -> u64 {
-    if progress.pass == 1 && plan.sends_no_holes() {
+    if progress.pass == 1 && plan.can().zero {
         let data = server.shared.disk.allocated().saturating_sub(progress.sent_bytes);
         return progress.left_bytes.min(data);
     }

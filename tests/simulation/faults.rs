@@ -18,3 +18,14 @@ fn an_attempt_may_fail_at_every_step() {
         }
     }
 }
+
+#[test]
+fn zeroes_that_are_refused_are_sent_as_data_in_the_same_attempt() {
+    for (holes, zeroes) in [(1, 0), (2, 4)] {
+        let size = 64 << 20;
+        let clients = vec![Client { zeroes, ..Client::steady(0..size, 64 << 10, 5_000_000) }];
+        let out = run(&Setup { refuses_zeroes: true, holes, clients, ..Setup::new(3, size) });
+        assert_eq!(out.attempts, 1);
+        assert!((size..size * 2).contains(&out.sent_bytes), "{out:?}");
+    }
+}

@@ -88,6 +88,7 @@ fn world(seed: u64) -> Setup {
             })
             .collect();
     }
+    setup.refuses_zeroes = setup.can.zero && random.one_in(5);
     setup
 }
 

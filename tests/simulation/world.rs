@@ -60,7 +60,10 @@ pub struct Setup {
     /// One in so many stretches of the file is a hole.
     pub holes: u64,
     pub max_pause_ms: u64,
+    /// What the destination offers.
     pub can: Abilities,
+    /// It refuses the zeroes that it has offered to write.
+    pub refuses_zeroes: bool,
     pub link_bytes_per_s: u64,
     /// The speed of the link from some millisecond on.
     pub link_changes: Vec<(u64, u64)>,
@@ -105,6 +108,7 @@ impl Setup {
             holes: 0,
             max_pause_ms: 100,
             can: Abilities { zero: true, flush: true },
+            refuses_zeroes: false,
             link_bytes_per_s: 1_000_000_000,
             link_changes: Vec::new(),
             latency_us: 100,
@@ -518,7 +522,7 @@ impl World {
                 Step::Data(range) => self.send(range, true),
                 Step::Zero(range) => {
                     self.check_is_zero(&range);
-                    let data = !self.setup.can.zero;
+                    let data = !self.plan.can().zero;
                     self.send(range, data);
                 }
                 Step::Flush => self.flush(),
@@ -636,6 +640,7 @@ impl World {
         }
         match &request.data {
             Some(data) => self.target[cells(&request.range)].copy_from_slice(data),
+            None if self.setup.refuses_zeroes => {}
             None => self.target[cells(&request.range)].fill(0),
         }
         self.after(self.setup.latency_us, Event::Ack { request: number });
@@ -643,6 +648,9 @@ impl World {
 
     fn ack(&mut self, number: u64) {
         let Some(request) = self.requests.remove(&number) else { return };
+        if request.data.is_none() && self.setup.refuses_zeroes {
+            return self.plan.zeroes_refused(&request.range);
+        }
         self.not_durable.insert(number);
         self.not_durable_bytes += request.data.map_or(0, |_| request.range.end - request.range.start);
         self.plan.acked(&request.range, self.now_ms());
@@ -707,6 +715,7 @@ impl World {
         let progress = self.plan.progress();
         assert_eq!((progress.left_bytes, progress.dirty_bytes), (0, 0));
         assert!(progress.sent_bytes + progress.zeroed_bytes >= self.setup.size);
+        assert!(progress.zeroed_bytes == 0 || !self.setup.refuses_zeroes);
         self.out.committed_ms = now_ms;
         self.out.pause_ms = (self.now_us - self.paused_us.unwrap()) / MS;
         self.out.passes = progress.pass;

@@ -86,6 +86,8 @@ pub struct Script {
     pub flags: u32,
     /// How long it takes over each request.
     pub delay: Duration,
+    /// What it answers to `WRITE_ZEROES`; unless that is 0, it does not do it.
+    pub zeroes_answer: u32,
     /// What goes wrong, one after the other.
     pub faults: Vec<(At, Fault)>,
     /// Answers the first FLUSH of a connection only once this has grown: there is something left for the pause then.
@@ -95,7 +97,8 @@ pub struct Script {
 impl Script {
     /// Nothing goes wrong.
     pub fn new(size: usize) -> Self {
-        Self { size, flags: offer::ALL, delay: Duration::ZERO, faults: Vec::new(), flush_after: None }
+        let (flags, delay, zeroes_answer) = (offer::ALL, Duration::ZERO, 0);
+        Self { size, flags, delay, zeroes_answer, faults: Vec::new(), flush_after: None }
     }
 
     /// With these flags.
@@ -106,6 +109,11 @@ impl Script {
     /// With this delay.
     pub fn delay(self, delay: Duration) -> Self {
         Self { delay, ..self }
+    }
+
+    /// With this answer to `WRITE_ZEROES`.
+    pub fn zeroes_answer(self, zeroes_answer: u32) -> Self {
+        Self { zeroes_answer, ..self }
     }
 
     /// With these faults.
@@ -214,6 +222,7 @@ impl Script {
                     seen.data += bytes as u64;
                     written += bytes;
                 }
+                kind::WRITE_ZEROES if self.zeroes_answer != 0 => {}
                 kind::WRITE_ZEROES => {
                     assert!(self.flags & 64 != 0, "WRITE_ZEROES was not offered");
                     seen.image[offset..][..bytes].fill(0);
@@ -245,6 +254,7 @@ impl Script {
                     return Ok(None);
                 }
                 _ if asked == kind::DISC => return Ok(None),
+                _ if asked == kind::WRITE_ZEROES => stream.write_all(&reply(self.zeroes_answer, cookie))?,
                 _ => stream.write_all(&reply(0, cookie))?,
             }
         }
