@@ -4,6 +4,7 @@
 //!  Copying ──> Quiescing ──> LastPass ──> Committed
 //!     ^            │             │
 //!     └────────────┴─────────────┘  the pause took too long: clients go on, and so does the copy
+//!     release_clients(): after the commit, clients go on where the image stays
 //!     lost(): everything is dirty again, from any phase
 //! ```
 //!

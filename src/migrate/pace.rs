@@ -49,6 +49,11 @@ impl Pace {
         self.write_limit.as_ref().map(|limit| limit.bucket.bytes_per_s())
     }
 
+    /// Ends the limit.
+    pub(super) fn release_clients(&mut self) {
+        self.write_limit = None;
+    }
+
     /// How long the limit makes clients wait for each block they dirty, in milliseconds.
     pub(super) fn kept_ms_per_block(&self) -> u64 {
         self.write_limit_bytes_per_s().map_or(0, |limit| BLOCK * 1000 / limit)

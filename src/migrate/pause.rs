@@ -6,7 +6,7 @@ pub(super) const PAUSE_MIN_MS: u64 = 1_000;
 /// slow destination is reached too. Guests report errors of a disk that is silent for 30 s.
 pub(super) const PAUSE_MAX_MS: u64 = 10_000;
 
-/// Where the copy stands. Clients are paused in every phase but the first.
+/// Where the copy stands. Clients are paused in every phase but the first and the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Phase {
     Copying,
@@ -20,6 +20,10 @@ pub(super) enum Phase {
     },
     Committed {
         since_ms: u64,
+    },
+    /// The destination has been told, and the image stays here, too.
+    Released {
+        paused_ms: u64,
     },
 }
 
@@ -52,10 +56,23 @@ impl Pause {
         self.not_before_ms
     }
 
-    /// When clients were paused, if they are.
-    pub(super) fn since_ms(&self) -> Option<u64> {
+    /// True while no request of a client may pass.
+    pub(super) fn pauses_clients(&self) -> bool {
+        self.since_ms().is_some()
+    }
+
+    /// How long clients have been paused; 0 when they are not, unless it was the last time.
+    pub(super) fn lasted_ms(&self, now_ms: u64) -> u64 {
         match self.phase {
-            Phase::Copying => None,
+            Phase::Released { paused_ms } => paused_ms,
+            _ => self.since_ms().map_or(0, |since_ms| now_ms.saturating_sub(since_ms)),
+        }
+    }
+
+    /// When clients were paused, if they are.
+    fn since_ms(&self) -> Option<u64> {
+        match self.phase {
+            Phase::Copying | Phase::Released { .. } => None,
             Phase::Quiescing { since_ms } | Phase::LastPass { since_ms } | Phase::Committed { since_ms } => {
                 Some(since_ms)
             }
@@ -65,7 +82,7 @@ impl Pause {
     /// When the pause has to end, if it can end without a commit.
     pub(super) fn ends_ms(&self) -> Option<u64> {
         match self.phase {
-            Phase::Copying | Phase::Committed { .. } => None,
+            Phase::Copying | Phase::Committed { .. } | Phase::Released { .. } => None,
             Phase::Quiescing { since_ms } | Phase::LastPass { since_ms } => {
                 let least_ms = self.target_ms.saturating_mul(5).max(PAUSE_MIN_MS);
                 let limit_ms = least_ms.saturating_mul(1 << self.given_up.min(16));
@@ -87,6 +104,13 @@ impl Pause {
     pub(super) fn commit(&mut self) {
         if let Phase::LastPass { since_ms } = self.phase {
             self.phase = Phase::Committed { since_ms };
+        }
+    }
+
+    /// Clients go on after the commit.
+    pub(super) fn release(&mut self, now_ms: u64) {
+        if let Phase::Committed { since_ms } = self.phase {
+            self.phase = Phase::Released { paused_ms: now_ms.saturating_sub(since_ms) };
         }
     }
 
@@ -128,6 +152,7 @@ mod tests {
         let mut pause = Pause::new(100, 0);
         pause.quiesced();
         pause.commit();
+        pause.release(3);
         assert_eq!((pause.phase(), pause.since_ms(), pause.ends_ms()), (Phase::Copying, None, None));
         assert!(!pause.give_up());
         pause.begin(5);
@@ -138,5 +163,8 @@ mod tests {
         pause.commit();
         assert_eq!((pause.phase(), pause.ends_ms()), (Phase::Committed { since_ms: 5 }, None));
         assert!(!pause.give_up());
+        assert_eq!((pause.pauses_clients(), pause.lasted_ms(8)), (true, 3));
+        pause.release(9);
+        assert_eq!((pause.pauses_clients(), pause.lasted_ms(700), pause.ends_ms()), (false, 4, None));
     }
 }

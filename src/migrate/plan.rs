@@ -146,7 +146,7 @@ impl Plan {
 
     /// True while no request of a client may pass.
     pub fn pauses_clients(&self) -> bool {
-        self.attempt.pause.phase() != Phase::Copying
+        self.attempt.pause.pauses_clients()
     }
 
     /// Until when clients' requests that change something are kept, if they are. Ask before each of them: each that
@@ -171,9 +171,15 @@ impl Plan {
         self.attempt.pause.ends_ms()
     }
 
-    /// How long clients have been paused; 0 when they are not.
+    /// How long clients have been paused, or were at the end; 0 when they are not, before that.
     pub fn paused_ms(&self, now_ms: u64) -> u64 {
-        self.attempt.pause.since_ms().map_or(0, |since_ms| now_ms.saturating_sub(since_ms))
+        self.attempt.pause.lasted_ms(now_ms)
+    }
+
+    /// Lets clients go on after the commit, because the image stays here, too. What they write now is no part of the copy.
+    pub fn release_clients(&mut self, now_ms: u64) {
+        self.attempt.pause.release(now_ms);
+        self.attempt.pace.release_clients();
     }
 
     /// Lets clients go on, because the end takes too long. They get as much time as they were paused.
@@ -263,7 +269,7 @@ impl Attempt {
             }
             Phase::LastPass { .. } if self.pass.left_bytes() == 0 => return self.finish(now_ms),
             Phase::LastPass { .. } => {}
-            Phase::Quiescing { .. } | Phase::Committed { .. } => return Step::Wait,
+            Phase::Quiescing { .. } | Phase::Committed { .. } | Phase::Released { .. } => return Step::Wait,
         }
         self.send(limit, speed, now_ms)
     }

@@ -153,9 +153,10 @@ impl Mirror {
             Ok(_) => {
                 if matches!(attempt.stage, Stage::Committing { .. }) && !attempt.dial.session.wants_send() {
                     attempt.stage = Stage::Leaving;
+                    self.leaving(sh);
                 }
                 // Sending is no sign of life while we wait for the greeting or a FLUSH reply: keep the deadline.
-                if attempt.counts_progress() {
+                if self.attempt.as_ref().is_some_and(Attempt::counts_progress) {
                     self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
                 }
                 Next::Again
@@ -377,6 +378,14 @@ impl Mirror {
         attempt.stage = Stage::Committing { unlinked };
         self.deadline_ms = sh.now_ms.saturating_add(LEAVING_MS);
         Ok(Next::Idle)
+    }
+
+    /// DISC has gone. Where the image stays here, too, nobody has to wait for what the destination does now.
+    fn leaving(&self, sh: &mut Shared) {
+        if let (Ending::Nothing, Some(plan)) = (self.settings.ending, sh.life.plan()) {
+            plan.release_clients(sh.now_ms);
+            sh.effects.push_back(Effect::ResumeClients);
+        }
     }
 
     /// An attempt is over. Before the start, that is the answer; after it, there is another attempt, unless the

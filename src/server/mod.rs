@@ -227,7 +227,7 @@ impl Reactor {
             }
             Life::Sending { mirror, .. } => match self.slots.get(*mirror) {
                 Some(Slot::Mirror(mirror)) if !mirror.may_stop() => {
-                    info!("the image has moved; not waiting for the destination to close");
+                    info!("the destination has everything; not waiting for it to close");
                     Ok(Flow::Stop)
                 }
                 _ => Err(Fatal(

@@ -1,6 +1,7 @@
 //! Whatever a destination does wrong, whenever: clients go on without an error over the same connections, and the
 //! migration succeeds in the end. Destinations and sources follow scripts.
 
+use crate::support::newstyle::ENOTSUP;
 use crate::support::peers::{
     expect_exit, expect_migrated, listen, listen_after, mirror, nowhere, offer, send_image, start_mirror, tell,
     wait_for_status, At, Fault, Script, Worker,
@@ -131,6 +132,48 @@ fn a_destination_that_hangs_at_disc() {
     expect_exit(&mut source, 0);
     assert_eq!(worker.rounds().load(Ordering::Relaxed), rounds, "a client was answered after DISC");
     worker.join().expect(&destination.seen.lock().unwrap().image);
+}
+
+/// Where the image stays, too, nobody waits for what the destination does with DISC.
+#[test]
+fn a_destination_that_hangs_at_disc_keeps_nobody_where_the_image_stays() {
+    let source = source_with_limit("60").start();
+    let worker = Worker::on(&source);
+    let destination = Script::new(SIZE).faults(&[(At::Disc, Fault::Hang)]).busy_with(&worker).start();
+    let (ip, port) = (destination.address.ip(), destination.address.port());
+    assert_eq!(source.control(format!("mirror\n{ip}\n{port}\nnothing\n\n")), "0: Mirror started\n");
+    wait_for_status(&source, "migration_phase", "finishing");
+    let goal = worker.rounds().load(Ordering::Relaxed) + 20;
+    wait_for("answers while the destination hangs", SOON, || {
+        let answered = worker.rounds().load(Ordering::Relaxed) >= goal;
+        assert_eq!(source.status().get("is_mirroring"), "true", "{}", source.log());
+        answered.then_some(())
+    });
+    assert_eq!(tell("break", &source, ""), (Some(1), "mirror completed\n".into()));
+    wait_for_status(&source, "is_mirroring", "false");
+    worker.expect_progress();
+    worker.stop().check(&source.image);
+    assert_eq!(destination.seen.lock().unwrap().fired, 1, "{}", source.log());
+    source.expect_healthy();
+}
+
+/// A destination that offers `WRITE_ZEROES` and does not do it is sent data, in the same attempt.
+#[test]
+fn a_destination_that_does_not_write_the_zeroes_it_offers() {
+    for answer in [ENOTSUP, errno::EINVAL] {
+        let mut source = Server::serve().size(SIZE as u64).arg("-v").start();
+        let worker = Worker::on(&source);
+        worker.may_end();
+        let destination = Script::new(SIZE).zeroes_answer(answer).start();
+        start_mirror(&source, destination.address, "");
+        expect_exit(&mut source, 0);
+        let outcome = worker.join();
+        let seen = destination.seen.lock().unwrap();
+        assert!(seen.disc && seen.attempts == 1, "{}", source.log());
+        outcome.expect(&seen.image);
+        assert!(fs::read(&source.image).unwrap() == seen.image, "answered {answer}");
+        assert_eq!(source.log().matches("sending zeroes as data").count(), 1, "{}", source.log());
+    }
 }
 
 /// The end of the stream after the last FLUSH: DISC has gone out, and all is there, or there is another attempt.
