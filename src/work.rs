@@ -111,6 +111,14 @@ impl Action {
         Some(offset..offset.saturating_add(length))
     }
 
+    /// The memory it carries.
+    pub fn into_buffer(self) -> Option<Buffer> {
+        match self {
+            Self::Read { buffer, .. } | Self::Write { payload: buffer, .. } => Some(buffer),
+            _ => None,
+        }
+    }
+
     /// True when it is done only when its effect is on stable storage.
     pub fn wants_sync(&self) -> bool {
         match self {

@@ -6,6 +6,7 @@ use super::config::{Dialect, Fatal, Purpose};
 use super::control::Control;
 use super::effect::Effect;
 use super::life::Life;
+use super::mirror::Mirror;
 use super::reactor::Reactor;
 use super::reason::{Next, Reason};
 use super::slot::Slot;
@@ -30,6 +31,11 @@ impl Reactor {
             Effect::AnswerWaiters(answer) => {
                 for key in self.keys_of(|slot| matches!(slot, Slot::Control(control) if control.awaits_end())) {
                     self.answer(key, &answer);
+                }
+            }
+            Effect::CameBack => {
+                if let Some((key, next)) = self.met_itself(Mirror::sends) {
+                    self.settle(key, Some(next));
                 }
             }
             Effect::PauseClients => {
@@ -86,7 +92,7 @@ impl Reactor {
             }
             return;
         };
-        if let Some((key, next)) = self.meets_itself(&socket) {
+        if let Some((key, next)) = self.met_itself(|mirror| mirror.is_other_end(&socket)) {
             return self.settle(key, Some(next));
         }
         let sh = &mut self.shared;
@@ -100,13 +106,11 @@ impl Reactor {
         }
     }
 
-    /// The migration whose own connection this is, if its destination is this server, and what it wants next.
-    fn meets_itself(&mut self, socket: &Socket) -> Option<(Key, Next)> {
+    /// The migration, if it is the one whose destination is this server, and what it wants next.
+    fn met_itself(&mut self, is_it: impl Fn(&Mirror) -> bool) -> Option<(Key, Next)> {
         let key = self.shared.life.mirror()?;
         match self.slots.get_mut(key) {
-            Some(Slot::Mirror(mirror)) if mirror.is_other_end(socket) => {
-                Some((key, mirror.met_itself(key, &mut self.shared)))
-            }
+            Some(Slot::Mirror(mirror)) if is_it(mirror) => Some((key, mirror.met_itself(key, &mut self.shared))),
             _ => None,
         }
     }

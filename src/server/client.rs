@@ -126,6 +126,11 @@ impl Client {
                 return Next::Idle;
             };
             match self.session.next_step(pass, &mut sh.pool) {
+                Step::Request(Request { head, action, .. }) if sh.gate.is_own(&head) => {
+                    action.into_buffer().into_iter().for_each(|buffer| sh.pool.give(buffer));
+                    sh.effects.push_back(Effect::CameBack);
+                    return Next::Close(Reason::CameBack);
+                }
                 Step::Request(Request { tag, action, .. }) => {
                     Gate::passed(&mut sh.life, action.touches());
                     let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });

@@ -138,7 +138,7 @@ impl<T> Dial<T> {
         Ok(Self {
             stage: Stage::Connecting,
             socket,
-            session: ClientSession::new(destination.export.clone()),
+            session: ClientSession::with_cookies(destination.export.clone(), sh.gate.own_cookies()),
             deadline_ms: sh.now_ms.saturating_add(CONNECT_MS),
         })
     }

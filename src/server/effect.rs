@@ -16,6 +16,8 @@ pub(super) enum Effect {
     Answer(Key, Answer),
     /// The migration has ended: the answer for every control connection that waits for that.
     AnswerWaiters(Answer),
+    /// A client brings a request of this server's own migration.
+    CameBack,
     /// Clients are paused from now on.
     PauseClients,
     /// Clients that were paused or kept waiting may go on.

@@ -3,21 +3,44 @@
 //! A migration closes the gate in two ways. Before its end nothing passes at all ([`Life::pauses_clients`]). While
 //! clients change the image faster than it can be sent, what changes the image waits, and the rest passes. Time in which
 //! a request is kept does not count against its client.
+//!
+//! A request of this server's own migration never passes: it comes when the destination is this server, behind a
+//! forwarder or under another name. What it writes may be older than what clients have written meanwhile. It is known by
+//! its cookie, also when it comes late, after its attempt.
 
 use super::life::Life;
 use crate::event::run_queue::RunQueue;
 use crate::event::slots::Key;
+use crate::proto::client::Cookies;
 use crate::proto::server::Pass;
+use crate::proto::wire::RequestHead;
 use std::ops::Range;
 
-/// The clients that wait at the gate.
-#[derive(Debug, Default)]
+/// The clients that wait at the gate, and who may not pass it.
+#[derive(Debug)]
 pub(super) struct Gate {
+    /// Those of the requests that the migrations of this process send.
+    own_cookies: Cookies,
     /// Clients whose next request changes the image and may not pass.
     kept: RunQueue,
 }
 
 impl Gate {
+    /// Nobody waits. The cookies have to be as good as random.
+    pub(super) fn new(own_cookies: Cookies) -> Self {
+        Self { own_cookies, kept: RunQueue::default() }
+    }
+
+    /// What a migration of this process gives its requests.
+    pub(super) fn own_cookies(&self) -> Cookies {
+        self.own_cookies
+    }
+
+    /// True for a request that a migration of this process has sent.
+    pub(super) fn is_own(&self, head: &RequestHead) -> bool {
+        self.own_cookies.contains(head.cookie)
+    }
+
     /// What may pass now. `None`: nothing, and clients are not read from.
     pub(super) fn pass(life: &mut Life, now_ms: u64) -> Option<Pass> {
         if life.pauses_clients() {

@@ -219,6 +219,11 @@ impl Mirror {
         self.attempt.as_ref().is_some_and(|attempt| attempt.dial.is_other_end(socket))
     }
 
+    /// True while it sends requests. One that comes back in any other state belongs to an earlier attempt.
+    pub(super) fn sends(&self) -> bool {
+        self.attempt.as_ref().is_some_and(|attempt| attempt.stage == Stage::Copying)
+    }
+
     /// The destination is this server: fail, because the copy would dirty itself for ever.
     pub(super) fn met_itself(&mut self, key: Key, sh: &mut Shared) -> Next {
         self.failed(&Failure::Itself, key, sh)

@@ -34,6 +34,8 @@ pub(super) enum Reason {
     },
     /// A negotiation took too long.
     Handshake,
+    /// It brings back what this server's own migration sends.
+    CameBack,
     /// A sender wrote nothing for too long.
     Silent,
     /// The access control list has changed.
@@ -73,6 +75,7 @@ impl fmt::Display for Reason {
                 write!(f, "killswitch: a request was not done after {}.{:03} s", age_ms / 1000, age_ms % 1000)
             }
             Self::Handshake => f.write_str("the negotiation took too long"),
+            Self::CameBack => f.write_str("it brings back what the migration of this server sends"),
             Self::Silent => f.write_str("it was silent and kept other senders out"),
             Self::AclChanged => f.write_str("the access control list does not allow it any more"),
             Self::Deadline => f.write_str("it took too long"),

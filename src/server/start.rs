@@ -17,6 +17,7 @@ use crate::event::run_queue::RunQueue;
 use crate::event::slots::Slots;
 use crate::event::wheel::Wheel;
 use crate::migrate::Incoming;
+use crate::proto::client::Cookies;
 use crate::sys::{self, SignalFd};
 use log::warn;
 use mio::unix::SourceFd;
@@ -96,7 +97,7 @@ impl Reactor {
                 limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms: config.request_limit_ms },
                 admission: Admission::new(config.acl, config.max_clients),
                 life,
-                gate: Gate::default(),
+                gate: Gate::new(Cookies::starting_at(sys::random())),
                 effects: VecDeque::new(),
             },
             control_listener: None,

@@ -14,6 +14,7 @@ mod scratch;
 
 use std::ffi::{c_int, c_short};
 use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{self, ErrorKind, Read};
 use std::mem::{size_of, MaybeUninit};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
@@ -45,6 +46,12 @@ fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
 pub fn monotonic_ms() -> u64 {
     let now = clock(libc::CLOCK_MONOTONIC);
     now.as_secs() * 1000 + u64::from(now.subsec_millis())
+}
+
+/// A number that nobody can foresee.
+pub fn random() -> u64 {
+    // The standard library takes the keys of its hash maps from the kernel, so that nobody can foresee their order.
+    RandomState::new().build_hasher().finish()
 }
 
 /// The time that this thread has had a processor for.

@@ -8,10 +8,13 @@
 //!
 //! Specification: "Oldstyle negotiation", "Newstyle negotiation", "Request message", "Simple reply message".
 
+mod cookies;
 mod handshake;
 #[cfg(test)]
 mod tests;
 mod unanswered;
+
+pub use cookies::Cookies;
 
 use crate::buffer::{Buffer, Pool};
 use crate::proto::error::Violation;
@@ -78,12 +81,17 @@ pub struct ClientSession<T> {
 
 impl<T> ClientSession<T> {
     /// A conversation about the export of this name, which is at most 4096 bytes long; an empty one is the default
-    /// export.
+    /// export. Its commands have the cookies 1, 2, ...
     pub fn new(export: String) -> Self {
+        Self::with_cookies(export, Cookies::starting_at(1))
+    }
+
+    /// The same with these cookies.
+    pub fn with_cookies(export: String, cookies: Cookies) -> Self {
         Self {
             state: State::Greeting(export),
             inbox: Buffer::with_capacity(RECEIVE),
-            unanswered: Unanswered::new(),
+            unanswered: Unanswered::new(cookies),
             outbox: Outbox::default(),
             buffered: 0,
         }

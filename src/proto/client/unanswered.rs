@@ -1,5 +1,6 @@
 //! The commands of a client that are not answered, in the order in which they were given.
 
+use super::cookies::Cookies;
 use std::collections::VecDeque;
 
 #[derive(Debug)]
@@ -14,18 +15,20 @@ struct Command<T> {
 #[derive(Debug)]
 pub(super) struct Unanswered<T> {
     commands: VecDeque<Command<T>>,
-    next_cookie: u64,
+    cookies: Cookies,
+    /// Commands given.
+    given: u64,
 }
 
 impl<T> Unanswered<T> {
-    pub(super) fn new() -> Self {
-        Self { commands: VecDeque::new(), next_cookie: 1 }
+    pub(super) fn new(cookies: Cookies) -> Self {
+        Self { commands: VecDeque::new(), cookies, given: 0 }
     }
 
     /// Adds a command to which a good reply brings so much data; returns its cookie.
     pub(super) fn push(&mut self, data_bytes: u32, note: T) -> u64 {
-        let cookie = self.next_cookie;
-        self.next_cookie = cookie.wrapping_add(1);
+        let cookie = self.cookies.nth(self.given);
+        self.given += 1;
         self.commands.push_back(Command { cookie, data_bytes, note });
         cookie
     }

@@ -298,19 +298,6 @@ fn a_signal_during_a_migration() {
     }
 }
 
-/// An image copied onto itself would never be done, whichever family the connection came by.
-#[test]
-fn a_server_is_no_destination_of_its_own() {
-    for (listens, connects) in [("127.0.0.1", "127.0.0.1"), ("::", "127.0.0.1"), ("::", "::1")] {
-        let source = Server::serve().addr(listens).content(&pattern(1, SIZE)).start();
-        let port = source.port();
-        let (code, text) = tell("mirror", &source, &format!("--addr {connects} --port {port}"));
-        assert_eq!((code, text.as_str()), (Some(1), "Mirror was rejected: the destination is this server itself\n"));
-        assert_eq!(source.status().get("is_mirroring"), "false");
-        assert_eq!(source.status().number("writes"), 0);
-    }
-}
-
 /// A destination that takes everything, tells when DISC has come and from where, and closes when it is told to.
 struct Patient {
     address: SocketAddr,

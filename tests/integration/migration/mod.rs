@@ -1,6 +1,7 @@
 //! Migrations: as they should go, and whatever may come between.
 
 mod faults;
+mod itself;
 mod load;
 mod net;
 mod ordinary;
