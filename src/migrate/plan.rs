@@ -94,25 +94,33 @@ struct Attempt {
 
 impl Plan {
     /// A plan for an image of `size` bytes, all of it dirty. `pause_target_ms` is how long clients should be paused at
-    /// most.
-    pub fn new(size: u64, pause_target_ms: u64, limit_bytes_per_s: Option<u64>, now_ms: u64) -> Self {
+    /// most, `answer_max_ms` how long a destination may take to answer a flush before it is lost.
+    pub fn new(
+        size: u64,
+        pause_target_ms: u64,
+        answer_max_ms: u64,
+        limit_bytes_per_s: Option<u64>,
+        now_ms: u64,
+    ) -> Self {
+        let flushes = Flushes::new(answer_max_ms);
         Self {
             size,
             pause_target_ms,
             limit: limit_bytes_per_s.map(|limit| Bucket::new(limit, now_ms)),
-            attempt: Attempt::new(size, pause_target_ms, Abilities::default(), now_ms),
+            attempt: Attempt::new(size, pause_target_ms, Abilities::default(), flushes, now_ms),
         }
     }
 
     /// Starts an attempt with a destination that holds nothing yet.
     pub fn begin(&mut self, can: Abilities, now_ms: u64) {
-        self.attempt = Attempt::new(self.size, self.pause_target_ms, can, now_ms);
+        let flushes = self.attempt.flushes.of_next_attempt(can.flush, now_ms);
+        self.attempt = Attempt::new(self.size, self.pause_target_ms, can, flushes, now_ms);
     }
 
     /// The destination is gone, and what it has is worth nothing any more. Clients go on. Even [`Step::Commit`] may
     /// fail like this, up to the moment in which the destination could have been told.
     pub fn lost(&mut self, now_ms: u64) {
-        self.attempt = Attempt::new(self.size, self.pause_target_ms, Abilities::default(), now_ms);
+        self.begin(Abilities::default(), now_ms);
     }
 
     /// Limits what is sent, in bytes per second, from now on; `None` ends the limit.
@@ -243,12 +251,12 @@ impl Plan {
 }
 
 impl Attempt {
-    fn new(size: u64, pause_target_ms: u64, can: Abilities, now_ms: u64) -> Self {
+    fn new(size: u64, pause_target_ms: u64, can: Abilities, flushes: Flushes, now_ms: u64) -> Self {
         Self {
             can,
             pass: Pass::new(size),
             holes: Holes::default(),
-            flushes: Flushes::new(can.flush),
+            flushes,
             pause: Pause::new(pause_target_ms, now_ms),
             pace: Pace::new(now_ms),
             sent_bytes: 0,
@@ -398,7 +406,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn begun(size: u64) -> Plan {
-        let mut plan = Plan::new(size, 100, None, 0);
+        let mut plan = Plan::new(size, 100, 60_000, None, 0);
         plan.begin(Abilities { zero: true, flush: true }, 0);
         plan
     }
@@ -420,7 +428,7 @@ mod tests {
     fn a_long_copy_is_flushed_on_its_way() {
         let mut plan = begun(5 * GIB);
         let mut sent = 0;
-        for flush in 1..=4 {
+        for mib in [64, 192, 448, 960, 1984, 3008, 4032, 5056] {
             loop {
                 match next(&mut plan, u64::MAX, 0) {
                     Step::Data(range) => {
@@ -431,39 +439,44 @@ mod tests {
                     step => panic!("{step:?}"),
                 }
             }
-            assert_eq!(sent, flush * GIB);
+            assert_eq!(sent, mib * MIB);
         }
     }
 
     #[test]
     fn a_flush_that_is_not_answered_holds_up_the_copy() {
         let mut plan = begun(5 * GIB);
-        let (mut sent, mut flushes) = (0, 0);
-        loop {
-            match next(&mut plan, u64::MAX, 0) {
-                Step::Data(range) => {
-                    sent += range.end - range.start;
-                    plan.acked(&range, 0);
+        let sent_until_wait = |plan: &mut Plan| {
+            let (mut sent, mut flushes) = (0, 0);
+            loop {
+                match next(plan, u64::MAX, 0) {
+                    Step::Data(range) => {
+                        sent += range.end - range.start;
+                        plan.acked(&range, 0);
+                    }
+                    Step::Flush => flushes += 1,
+                    step => break assert_eq!(step, Step::Wait),
                 }
-                Step::Flush => flushes += 1,
-                step => break assert_eq!(step, Step::Wait),
             }
-        }
-        assert_eq!((sent, flushes), (2 * GIB, 1));
-        plan.flushed(0);
-        assert!(matches!(next(&mut plan, u64::MAX, 0), Step::Flush));
+            assert_eq!(flushes, 1);
+            sent / MIB
+        };
+        assert_eq!(sent_until_wait(&mut plan), 2 * 64);
+        // It took far too long, so that there is less from now on.
+        plan.flushed(20_000);
+        assert_eq!(sent_until_wait(&mut plan), 16);
     }
 
     #[test]
     fn time_that_went_into_zeroes_is_not_counted_as_slow() {
         let mut plan = begun(1 << 30);
-        for now_ms in 0..400 {
+        for now_ms in 0..250 {
             let Step::Data(range) = next(&mut plan, 100 * MIB, now_ms) else { panic!("data first") };
             plan.acked(&range, now_ms);
         }
         let speed = plan.progress().bytes_per_s;
         assert!(speed > 0);
-        for now_ms in 400..10_000 {
+        for now_ms in 250..10_000 {
             match next(&mut plan, 100 * MIB, now_ms * 10) {
                 Step::Zero(range) => plan.acked(&range, now_ms * 10),
                 Step::Flush => break,
@@ -478,7 +491,7 @@ mod tests {
 
     #[test]
     fn after_a_pause_that_took_too_long_clients_go_on_for_as_long() {
-        let mut plan = Plan::new(BLOCK, 100, None, 0);
+        let mut plan = Plan::new(BLOCK, 100, 60_000, None, 0);
         plan.begin(Abilities::default(), 0);
         let mut limit_ms = 1_000;
         let Step::Data(range) = next(&mut plan, u64::MAX, 0) else { panic!("data first") };

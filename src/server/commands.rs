@@ -108,7 +108,8 @@ impl Reactor {
             .try_insert_with(|key| Mirror::start(settings, from, key, sh).map(|mirror| Slot::Mirror(Box::new(mirror))));
         let mirror = started.inspect_err(|_| sh.share_image())?;
         let max_pause_ms = wanted.max_pause_ms.unwrap_or(DEFAULT_PAUSE_MS);
-        let plan = Box::new(Plan::new(size, max_pause_ms, wanted.max_bytes_per_s, sh.now_ms));
+        let answer_max_ms = sh.limits.request_limit_ms;
+        let plan = Box::new(Plan::new(size, max_pause_ms, answer_max_ms, wanted.max_bytes_per_s, sh.now_ms));
         sh.life = Life::Sending { mirror, plan };
         Ok(())
     }

@@ -84,8 +84,10 @@ pub struct Setup {
     pub flush_us: u64,
     /// What a flush takes for each MiB that was not flushed.
     pub flush_us_per_mib: u64,
-    /// The destination does nothing else while it flushes.
+    /// The destination does nothing else while it flushes, so that it does not greet either.
     pub flush_blocks: bool,
+    /// The connection is lost when a flush is not answered in this time.
+    pub answer_max_ms: u64,
     pub clients: Vec<Client>,
     /// The limit at the start, and from some millisecond on.
     pub limit: Option<u64>,
@@ -120,6 +122,7 @@ impl Setup {
             flush_us: 2_000,
             flush_us_per_mib: 100,
             flush_blocks: true,
+            answer_max_ms: 60_000,
             clients: Vec::new(),
             limit: None,
             limits: Vec::new(),
@@ -136,6 +139,8 @@ impl Setup {
 pub struct Outcome {
     pub committed_ms: u64,
     pub attempts: u32,
+    /// Attempts that were lost because a flush was not answered in time.
+    pub late: u64,
     pub steps: u64,
     /// The pause that ended with the commit.
     pub pause_ms: u64,
@@ -167,6 +172,7 @@ enum Event {
     Execute { request: u64 },
     Ack { request: u64 },
     Flushed { attempt: u32 },
+    Late { flush: u32 },
     Limit(Option<u64>),
     Link(u64),
     Break,
@@ -224,7 +230,8 @@ pub struct World {
     busy_until_us: u64,
     /// Answered, and not covered by the answer of a flush.
     not_durable: BTreeSet<u64>,
-    not_durable_bytes: u64,
+    /// Data that the disk of the destination does not have, whoever sent it.
+    cached_bytes: u64,
     /// What the flush on its way covers.
     covered: Option<BTreeSet<u64>>,
     paused_us: Option<u64>,
@@ -267,7 +274,7 @@ impl World {
         }
         let clients = setup.clients.len();
         let mut world = Self {
-            plan: Plan::new(setup.size, setup.max_pause_ms, setup.limit, 0),
+            plan: Plan::new(setup.size, setup.max_pause_ms, setup.answer_max_ms, setup.limit, 0),
             random,
             now_us: 0,
             events: BinaryHeap::new(),
@@ -290,7 +297,7 @@ impl World {
             link_free_us: 0,
             busy_until_us: 0,
             not_durable: BTreeSet::new(),
-            not_durable_bytes: 0,
+            cached_bytes: 0,
             covered: None,
             paused_us: None,
             resumed: None,
@@ -367,6 +374,10 @@ impl World {
                 self.not_durable.retain(|request| !covered.contains(request));
                 self.plan.flushed(self.now_ms());
             }
+            Event::Late { flush } if flush == self.out.flushes && self.covered.is_some() => {
+                self.out.late += 1;
+                self.lose();
+            }
             Event::Limit(limit) => {
                 let now_ms = self.now_ms();
                 self.plan.set_limit(limit, now_ms);
@@ -377,11 +388,12 @@ impl World {
                 self.running = false;
                 self.begin_in(500);
             }
+            Event::Begin { timer } if timer == self.timer && self.now_us < self.busy_until_us => self.begin_in(6_000),
             Event::Begin { timer } if timer == self.timer => self.begin(),
             Event::Wake => {
                 self.wakes.remove(&self.now_ms());
             }
-            Event::Begin { .. } | Event::Flushed { .. } => {}
+            Event::Begin { .. } | Event::Flushed { .. } | Event::Late { .. } => {}
         }
     }
 
@@ -393,12 +405,13 @@ impl World {
     fn begin(&mut self) {
         if !self.running {
             // A new migration knows nothing of the one before.
-            self.plan = Plan::new(self.setup.size, self.setup.max_pause_ms, self.setup.limit, self.now_ms());
+            let Setup { size, max_pause_ms, answer_max_ms, limit, .. } = self.setup;
+            self.plan = Plan::new(size, max_pause_ms, answer_max_ms, limit, self.now_ms());
             self.running = true;
         }
         self.connected = true;
         self.out.attempts += 1;
-        (self.busy_until_us, self.link_free_us) = (self.now_us, self.now_us);
+        self.link_free_us = self.now_us;
         self.sent_before = 0;
         self.plan.begin(self.setup.can, self.now_ms());
     }
@@ -603,6 +616,7 @@ impl World {
             assert!(len <= DATA_MAX);
             *self.out.sent.entry(self.now_ms() / 100).or_default() += len;
             self.out.sent_bytes += len;
+            self.cached_bytes += len;
             self.requests.insert(number, Request { data: Some(vec![STALE; cells(&(0..len)).end]), range });
             let disk_us = self.setup.disk_us;
             let (first, second) = (self.random.below(disk_us), self.random.below(disk_us));
@@ -652,7 +666,6 @@ impl World {
             return self.plan.zeroes_refused(&request.range);
         }
         self.not_durable.insert(number);
-        self.not_durable_bytes += request.data.map_or(0, |_| request.range.end - request.range.start);
         self.plan.acked(&request.range, self.now_ms());
     }
 
@@ -662,7 +675,8 @@ impl World {
         self.covered = Some(self.not_durable.clone());
         self.out.flushes += 1;
         self.out.flushes_in_pause += u32::from(self.plan.pauses_clients());
-        let bytes = std::mem::take(&mut self.not_durable_bytes);
+        self.after(self.setup.answer_max_ms * MS, Event::Late { flush: self.out.flushes });
+        let bytes = std::mem::take(&mut self.cached_bytes);
         let arrives_us = self.arrives_us(0, 0);
         let done_us = arrives_us + self.setup.flush_us + bytes * self.setup.flush_us_per_mib / (1 << 20);
         if self.setup.flush_blocks {

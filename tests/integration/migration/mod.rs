@@ -5,3 +5,4 @@ mod itself;
 mod load;
 mod net;
 mod ordinary;
+mod slow_disk;

@@ -2,7 +2,8 @@
 //! FUSE with the kernel. The program under test sees ordinary files in [`Disk::path`].
 //!
 //! - Slow: requests of a kind, in a range of a file, are answered after a time ([`Disk::delay`]) or when they are let go
-//!   ([`Disk::hold`]). All others are answered meanwhile. Whoever is killed does not wait.
+//!   ([`Disk::hold`]); a sync may take as long as what was written ([`Disk::limit_syncs`]). All others are answered
+//!   meanwhile. Whoever is killed does not wait.
 //! - Failing: [`Disk::fail`], [`Disk::fail_once`], and a full disk by its size.
 //! - Forgetting: [`Disk::power_failures`] are all the contents that a power failure may leave.
 //!
@@ -113,6 +114,11 @@ impl Disk {
     /// From now on, requests of a kind that touch the range are carried out and answered after a time.
     pub fn delay(&self, op: Op, range: impl RangeBounds<u64>, delay: Duration) {
         self.common.lock().rules.add(op, range, Fault::Delay(delay));
+    }
+
+    /// From now on, a sync of a file takes as long as a disk of this speed needs for what was written since the last one.
+    pub fn limit_syncs(&self, bytes_per_s: u64) {
+        self.common.lock().sync_bytes_per_s = Some(bytes_per_s);
     }
 
     /// From now on, requests of a kind that touch the range wait until [`Disk::heal`].

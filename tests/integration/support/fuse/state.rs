@@ -24,6 +24,10 @@ pub type Reply = (u64, Answer);
 pub struct State {
     pub journal: Journal,
     pub rules: Rules,
+    /// How much of what was written a sync of a file covers in a second, if that takes any time.
+    pub sync_bytes_per_s: Option<u64>,
+    /// What was written since the last sync of a file.
+    unsynced_bytes: u64,
     /// In the order in which they came.
     waiting: Vec<Waiting>,
     /// The bytes that data may take.
@@ -52,8 +56,18 @@ impl State {
     /// Of a disk with this content and this room for data, in bytes.
     pub fn new(folder: Folder, capacity: u64, is_cached: bool) -> Self {
         let (last_id, journal) = (folder.last_id(), Journal::new(folder));
-        let (rules, waiting, open) = (Rules::default(), Vec::new(), BTreeMap::new());
-        Self { journal, rules, waiting, capacity, is_cached, open, last_id, is_over: false }
+        Self {
+            journal,
+            rules: Rules::default(),
+            sync_bytes_per_s: None,
+            unsynced_bytes: 0,
+            waiting: Vec::new(),
+            capacity,
+            is_cached,
+            open: BTreeMap::new(),
+            last_id,
+            is_over: false,
+        }
     }
 
     /// No more requests come.
@@ -73,12 +87,26 @@ impl State {
             return is_answered.then(|| (request.unique, self.answer(&request)));
         };
         let verdict = self.rules.judge(op, range.as_ref());
-        if verdict.delay.is_zero() && !verdict.is_held {
+        let delay = verdict.delay.max(self.work_of(&request.call));
+        if delay.is_zero() && !verdict.is_held {
             return Some((request.unique, self.carry_out(&request, verdict.error)));
         }
-        let due = Instant::now() + if verdict.is_held { HELD_MAX } else { verdict.delay };
+        let due = Instant::now() + if verdict.is_held { HELD_MAX } else { delay };
         self.waiting.push(Waiting { request, op, due, is_held: verdict.is_held, error: verdict.error });
         None
+    }
+
+    /// How long a sync takes for what was written before it.
+    fn work_of(&mut self, call: &Call) -> Duration {
+        match (call, self.sync_bytes_per_s) {
+            (Call::Write { bytes, .. }, _) => self.unsynced_bytes += bytes.len() as u64,
+            (Call::Fsync { .. }, Some(bytes_per_s)) => {
+                let bytes = std::mem::take(&mut self.unsynced_bytes);
+                return Duration::from_micros(bytes * 1_000_000 / bytes_per_s);
+            }
+            _ => {}
+        }
+        Duration::ZERO
     }
 
     /// How long nothing has to be done if nothing happens.
