@@ -137,7 +137,10 @@ Example:
     Break(SockArgs),
     /// Replace the access control list of a running server.
     #[command(after_help = "\
-Connected clients that the new list refuses are disconnected.
+Connected clients that the new list refuses are disconnected, and what they
+have asked for and is not answered yet is dropped: once this is done, they
+change the image no more. When the disk has not ended some of it within 10 s,
+that is an error; the new list is in force all the same.
 
 Example: from now on, only this host and one network:
   flexnbd acl --sock /run/disk.sock 127.0.0.1 ::1 10.0.0.0/8")]

@@ -90,6 +90,11 @@ impl Engine {
         !self.quick.is_empty() || !self.dear.is_empty()
     }
 
+    /// True when [`Engine::pop_done`] has something.
+    pub(super) fn has_done(&self) -> bool {
+        !self.done.is_empty()
+    }
+
     pub(super) fn pop_done(&mut self) -> Option<Done> {
         self.done.pop_front()
     }

@@ -140,11 +140,11 @@ impl Disk {
         }
     }
 
-    /// True when a kick would move something. What is in flight without that completes by itself, and
-    /// [`Disk::notifier`] says when.
+    /// True when there is something to kick, or to pop: an operation that [`Disk::forget`] has dropped is done at once. What
+    /// is in flight without that completes by itself, and [`Disk::notifier`] says when.
     pub fn has_work(&self) -> bool {
         match &self.engine {
-            Engine::Real(engine) => engine.has_work(),
+            Engine::Real(engine) => engine.has_work() || engine.has_done(),
             #[cfg(test)]
             Engine::Slow(engine) => engine.has_work(),
         }
@@ -173,12 +173,22 @@ impl Disk {
     }
 
     /// Drops the operations of an owner that is gone: what is queued changes the image no more. Each is done with an error, and
-    /// its buffer comes back with [`Disk::pop_done`].
+    /// its buffer comes back with [`Disk::pop_done`]. What the kernel has in hand goes on ([`Disk::flying`]).
     pub fn forget(&mut self, owner: u64) {
         match &mut self.engine {
             Engine::Real(engine) => engine.forget(owner),
             #[cfg(test)]
             Engine::Slow(engine) => engine.forget(owner),
+        }
+    }
+
+    /// The owners of the operations that the kernel has in hand now, one for each operation. Nothing stops those.
+    pub fn flying(&self) -> Vec<u64> {
+        match &self.engine {
+            // It waits for each.
+            Engine::Real(_) => Vec::new(),
+            #[cfg(test)]
+            Engine::Slow(engine) => engine.flying(),
         }
     }
 

@@ -44,8 +44,17 @@ impl Engine {
         }
     }
 
+    /// What it drops is done at once.
     pub(super) fn forget(&mut self, owner: u64) {
         self.inner.forget(owner);
+        while let Some(done) = self.inner.pop_done() {
+            self.flying.push_front((Instant::now(), done));
+        }
+    }
+
+    /// The owners of what is not done yet.
+    pub(super) fn flying(&self) -> Vec<u64> {
+        self.flying.iter().filter(|(due, _)| *due > Instant::now()).map(|(_, done)| done.owner).collect()
     }
 
     pub(super) fn has_work(&self) -> bool {

@@ -2,7 +2,7 @@
 
 use super::admit::CONTROLS_MAX;
 use super::dial::Destination;
-use super::life::Life;
+use super::life::{Life, SEAL};
 use super::mirror::{self, Mirror};
 use super::reactor::Reactor;
 use super::reason::Next;
@@ -28,7 +28,10 @@ impl Reactor {
     pub(super) fn execute(&mut self, from: Key, command: Command) -> Option<Answer> {
         let outcome = match command {
             Command::Status(wanted) => Ok(status::answer(self, wanted)),
-            Command::Acl(entries) => self.replace_acl(&entries),
+            Command::Acl(entries) => match self.replace_acl(&entries) {
+                Ok(()) => return self.fenced(from),
+                Err(refused) => Err(refused),
+            },
             Command::Mirror(wanted) => match self.start_mirror(from, &wanted) {
                 Ok(()) => return None,
                 Err(why) => Err(Answer::failed(why)),
@@ -43,7 +46,7 @@ impl Reactor {
         Some(outcome.map_or_else(|refused| refused, Answer::ok))
     }
 
-    fn replace_acl(&mut self, entries: &[String]) -> Result<String, Answer> {
+    fn replace_acl(&mut self, entries: &[String]) -> Result<(), Answer> {
         let parsed: Result<Vec<Entry>, _> =
             entries.iter().map(|entry| entry.parse().map_err(|_| Answer::bad_spec(entry))).collect();
         let parsed = parsed?;
@@ -57,7 +60,24 @@ impl Reactor {
         for key in self.keys_of(is_refused) {
             self.settle(key, Some(Next::Close(Reason::AclChanged)));
         }
-        Ok("updated".into())
+        Ok(())
+    }
+
+    /// The answer to `acl` means that nobody who is out changes the image any more. `None`: it waits for what the kernel has in
+    /// hand for clients that are gone.
+    fn fenced(&mut self, from: Key) -> Option<Answer> {
+        let mut owners = self.shared.disk.flying();
+        owners.retain(|&owner| owner != SEAL && self.slots.get(Key::from_u64(owner)).is_none());
+        owners.sort_unstable();
+        owners.dedup();
+        if owners.is_empty() {
+            return Some(Answer::ok("updated"));
+        }
+        if let Some(Slot::Control(control)) = self.slots.get_mut(from) {
+            control.await_disk(owners, from, &mut self.shared);
+            self.wait_disk.push(from);
+        }
+        None
     }
 
     /// Begins a migration; its start is answered when the destination has greeted.

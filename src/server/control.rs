@@ -23,6 +23,10 @@ enum State {
     Executing,
     /// `wait`: the answer comes with the end of a migration.
     AwaitingEnd,
+    /// `acl`: the answer comes when the kernel has in hand no operation of these owners.
+    AwaitingDisk {
+        owners: Vec<u64>,
+    },
     Answering {
         line: Vec<u8>,
         sent: usize,
@@ -54,8 +58,8 @@ impl Control {
     /// Receives once; a complete command becomes an effect.
     pub(super) fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         let State::Reading(reader) = &mut self.state else {
-            // A client that waits for a migration may give up, and others want its place.
-            return if self.socket.hung_up() { Next::Close(Reason::HungUp) } else { Next::Idle };
+            // A client that waits for its answer may give up, and others want its place.
+            return if self.socket.hung_up() { Next::Close(Reason::HungUp) } else { self.look_at_disk(key, sh) };
         };
         if !self.socket.readable() {
             return Next::Idle;
@@ -93,18 +97,42 @@ impl Control {
         self.state = State::AwaitingEnd;
     }
 
+    /// The command was `acl`: the answer comes when the kernel has in hand no operation of these owners, who are gone. It
+    /// waits no longer than for a command.
+    pub(super) fn await_disk(&mut self, owners: Vec<u64>, key: Key, sh: &mut Shared) {
+        self.state = State::AwaitingDisk { owners };
+        self.deadline_ms = sh.now_ms.saturating_add(DEADLINE_MS);
+        sh.wheel.arm(self.deadline_ms, key);
+    }
+
+    /// Answers when the kernel has nothing in hand any more of what is awaited, or when that has taken too long.
+    fn look_at_disk(&mut self, key: Key, sh: &mut Shared) -> Next {
+        let State::AwaitingDisk { owners } = &self.state else { return Next::Idle };
+        let left = sh.disk.flying().iter().filter(|owner| owners.contains(owner)).count();
+        if left == 0 {
+            self.answer(&Answer::ok("updated"), key, sh);
+        } else if sh.now_ms >= self.deadline_ms {
+            self.answer(&Answer::failed(format!("{left} operations are still in the disk")), key, sh);
+        } else {
+            return Next::WaitDisk;
+        }
+        Next::Again
+    }
+
     /// True while it waits for a migration to end.
     pub(super) fn awaits_end(&self) -> bool {
         matches!(self.state, State::AwaitingEnd)
     }
 
     /// A wheel entry has fired. There is no deadline while the command is being carried out.
-    pub(super) fn timeout(&self, sh: &Shared) -> Next {
+    pub(super) fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
+        if sh.now_ms < self.deadline_ms {
+            return Next::Idle;
+        }
         match self.state {
-            State::Reading(_) | State::Answering { .. } if sh.now_ms >= self.deadline_ms => {
-                Next::Close(Reason::Deadline)
-            }
-            _ => Next::Idle,
+            State::Reading(_) | State::Answering { .. } => Next::Close(Reason::Deadline),
+            State::AwaitingDisk { .. } => self.look_at_disk(key, sh),
+            State::Executing | State::AwaitingEnd => Next::Idle,
         }
     }
 

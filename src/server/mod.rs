@@ -10,7 +10,8 @@
 //! 1. Only `Reactor::settle` removes a slot, and it does not recurse. A slot never touches another one: it
 //!    pushes an `Effect`.
 //! 2. A key of an old generation finds no slot: stale events, timers and completions are dropped by that one rule.
-//! 3. A slot that could do something without a new event is in the run queue; one that waits for the disk is woken when
+//! 3. What a slot has asked of the disk ends with it: nothing that is queued for it is done any more.
+//! 4. A slot that could do something without a new event is in the run queue; one that waits for the disk is woken when
 //!    the disk has done something.
 //!
 //! The files, top down; each imports from those below it only:

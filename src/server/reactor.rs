@@ -41,6 +41,7 @@ impl Reactor {
             Some(Next::WaitDisk) => self.wait_disk.push(key),
             Some(Next::Close(reason)) => {
                 let Some(slot) = self.slots.remove(key) else { return };
+                self.shared.disk.forget(key.to_u64());
                 if let Slot::Control(_) = slot {
                     // The listener may have stopped accepting for want of room.
                     self.run.extend(self.control_listener);

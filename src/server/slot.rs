@@ -76,7 +76,7 @@ impl Slot {
     pub(super) fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
         match self {
             Self::Client(client) => client.timeout(key, sh),
-            Self::Control(control) => control.timeout(sh),
+            Self::Control(control) => control.timeout(key, sh),
             Self::Mirror(mirror) => mirror.timeout(key, sh),
             // Accepting has rested.
             Self::Listener(_) => Next::Again,

@@ -3,7 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test may fail by panic")]
 #![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 
+use super::admit::CONTROLS_MAX;
 use super::reactor::Reactor;
+use super::shared::Shared;
 use super::{Config, Flow, Role};
 use crate::acl::Acl;
 use crate::disk::{Access, Disk};
@@ -14,6 +16,7 @@ use mio::Events;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -30,14 +33,15 @@ struct House {
 }
 
 impl House {
-    fn new(name: &str) -> Self {
+    /// Each operation takes `delay`.
+    fn new(name: &str, delay: Duration) -> Self {
         let path = std::env::temp_dir().join(format!("flexnbd-loop-{name}-{}", std::process::id()));
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let config = Config {
             listen: Endpoint::Tcp("127.0.0.1:0".parse().unwrap()),
             newstyle: Vec::new(),
             file: path.clone(),
-            control: None,
+            control: Some(path.with_extension("control")),
             access: Access::Alone,
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
@@ -45,7 +49,7 @@ impl House {
             role: Role::Serve,
             request_limit_ms: 60_000,
         };
-        let disk = Disk::open_slow(&path, DELAY);
+        let disk = Disk::open_slow(&path, delay);
         let server = Reactor::start_with(disk, SignalFd::new().unwrap(), config).unwrap().unwrap();
         Self { path, server }
     }
@@ -61,17 +65,38 @@ impl House {
         })
     }
 
-    /// Takes turns until a client has come and gone; says how many.
-    fn turns_until_alone(&mut self) -> usize {
+    /// Sends `acl` with one entry, in a thread of its own, which ends with the answer.
+    fn acl(&self, entry: &str) -> JoinHandle<String> {
+        let (path, command) = (self.path.with_extension("control"), format!("acl\n{entry}\n\n"));
+        thread::spawn(move || {
+            let mut stream = UnixStream::connect(path).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.write_all(command.as_bytes()).unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            answer
+        })
+    }
+
+    /// Takes turns until this is so; says how many.
+    fn turns_until(&mut self, mut is_so: impl FnMut(&Shared) -> bool) -> usize {
         let (mut events, mut batch) = (Events::with_capacity(16), Vec::new());
-        let (mut turns, mut came, began) = (0, false, Instant::now());
-        while !came || self.server.shared.admission.clients() > 0 || self.server.shared.disk.in_flight() > 0 {
+        let (mut turns, began) = (0, Instant::now());
+        while !is_so(&self.server.shared) {
             assert!(began.elapsed() < LIMIT, "after {turns} turns");
             assert!(matches!(self.server.turn(&mut events, &mut batch), Ok(Flow::Continue)));
-            came |= self.server.shared.admission.clients() > 0;
             turns += 1;
         }
         turns
+    }
+
+    /// Takes turns until a client has come and gone, and all it asked for; says how many.
+    fn turns_until_alone(&mut self) -> usize {
+        let mut came = false;
+        self.turns_until(|shared| {
+            came |= shared.admission.clients() > 0;
+            came && shared.admission.clients() == 0 && shared.disk.in_flight() == 0
+        })
     }
 }
 
@@ -87,7 +112,7 @@ fn head(kind: u16, cookie: u64, length: u32) -> Vec<u8> {
 
 #[test]
 fn the_loop_sleeps_while_operations_fly() {
-    let mut house = House::new("sleeps");
+    let mut house = House::new("sleeps", DELAY);
     let began = Instant::now();
     let client = house.client(|mut stream| {
         stream.write_all(&[head(kind::READ, 1, 4096), head(kind::FLUSH, 2, 0)].concat()).unwrap();
@@ -104,7 +129,7 @@ fn a_full_session_is_woken_by_its_completions() {
     // More than may be in flight, and payloads for more memory than a client may have.
     const REQUESTS: u64 = 100;
     const LENGTH: usize = 64 << 10;
-    let mut house = House::new("full");
+    let mut house = House::new("full", DELAY);
     let client = house.client(|mut stream| {
         let mut requests = Vec::new();
         for cookie in 0..REQUESTS {
@@ -123,9 +148,56 @@ fn a_full_session_is_woken_by_its_completions() {
 
 #[test]
 fn a_client_that_leaves_does_not_wake_the_loop_for_what_it_left() {
-    let mut house = House::new("left");
+    let mut house = House::new("left", DELAY);
     let client = house.client(|mut stream| stream.write_all(&head(kind::READ, 1, 4096).repeat(32)).unwrap());
     let turns = house.turns_until_alone();
     client.join().unwrap();
     assert!(turns < 100, "{turns} turns");
+}
+
+/// A client that asks for 32 writes and waits for the end of its connection.
+fn writer(house: &House) -> JoinHandle<()> {
+    house.client(|mut stream| {
+        let write = [head(kind::WRITE, 1, 512), vec![7; 512]].concat();
+        stream.write_all(&write.repeat(32)).unwrap();
+        assert!(matches!(stream.read(&mut [0; 1]), Ok(0) | Err(_)), "nothing was answered");
+    })
+}
+
+#[test]
+fn an_access_list_is_answered_when_the_kernel_is_done_with_what_it_refuses() {
+    // Longer than it takes a busy machine to hand over 32 operations.
+    let mut house = House::new("fenced", DELAY * 10);
+    let client = writer(&house);
+    house.turns_until(|shared| shared.disk.flying().len() == 32);
+    let acl = house.acl("127.0.0.2");
+    house.turns_until(|shared| shared.admission.clients() == 0);
+    let turns = house.turns_until(|shared| shared.admission.controls_left() == CONTROLS_MAX);
+    assert!(house.server.shared.disk.flying().is_empty());
+    assert_eq!(acl.join().unwrap(), "0: updated\n");
+    assert!(turns < 1000, "{turns} turns");
+    client.join().unwrap();
+}
+
+#[test]
+fn an_access_list_is_answered_also_while_the_disk_hangs() {
+    let mut house = House::new("hangs", LIMIT * 10);
+    let client = writer(&house);
+    house.turns_until(|shared| shared.disk.flying().len() == 32);
+    let acl = house.acl("127.0.0.2");
+    house.turns_until(|shared| shared.admission.clients() == 0);
+    house.turns_until(|shared| shared.admission.controls_left() == CONTROLS_MAX);
+    assert_eq!(acl.join().unwrap(), "1: 32 operations are still in the disk\n");
+    client.join().unwrap();
+}
+
+#[test]
+fn a_killswitch_fires_while_the_kernel_has_the_requests() {
+    let mut house = House::new("killed", LIMIT * 10);
+    house.server.shared.limits.killswitch_ms = Some(100);
+    let client = writer(&house);
+    house.turns_until(|shared| shared.disk.flying().len() == 32);
+    let turns = house.turns_until(|shared| shared.admission.clients() == 0);
+    assert!(turns < 100, "{turns} turns");
+    client.join().unwrap();
 }

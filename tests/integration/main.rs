@@ -12,6 +12,7 @@ mod bench_client;
 mod cli;
 mod control;
 mod durability;
+mod gone;
 mod interop;
 mod killswitch;
 mod logs;
