@@ -13,7 +13,7 @@
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// The most bytes one query reads or writes; the manual says so.
 const SIZE_MAX: u64 = 1 << 30;
@@ -184,6 +184,14 @@ pub(crate) struct LogFlags {
     pub quiet: bool,
 }
 
+/// The values of `--disk-engine`; comments of their own would show in its help.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Engine {
+    Auto,
+    Sync,
+    Ring,
+}
+
 /// Options of `serve`, and of `listen` with more.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
@@ -209,6 +217,20 @@ pub(crate) struct ServeArgs {
     /// UNIX socket to open for newstyle clients. [default: none]
     #[arg(long, value_name = "PATH")]
     pub newstyle_sock: Option<PathBuf>,
+    /// Who waits for the disk: with ring the kernel (io_uring), so that no
+    /// client waits for what another has asked of the disk; with sync the
+    /// server; with auto the kernel where it can. ring fails where it cannot.
+    /// [default: auto]
+    #[arg(
+        long,
+        value_name = "ENGINE",
+        value_enum,
+        default_value_t = Engine::Auto,
+        hide_default_value = true,
+        hide_possible_values = true,
+        verbatim_doc_comment
+    )]
+    pub disk_engine: Engine,
     /// Let other servers of this machine have the image open, too; each of
     /// them needs this option. Without it, a second one is refused. While
     /// one migrates the image it has to be the only one.

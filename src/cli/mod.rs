@@ -19,7 +19,7 @@ use clap::{CommandFactory, Parser};
 
 use crate::acl::{self, Acl};
 use crate::command;
-use crate::disk::Access;
+use crate::disk::{Access, EngineChoice};
 use crate::endpoint::Endpoint;
 use crate::logging::{self, fatal, Verbosity};
 use crate::proto::wire;
@@ -146,6 +146,11 @@ fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
         newstyle: newstyle(&listen, args.newstyle_port, args.newstyle_sock)?,
         listen,
         file: args.file,
+        disk_engine: match args.disk_engine {
+            args::Engine::Auto => EngineChoice::Auto,
+            args::Engine::Sync => EngineChoice::Sync,
+            args::Engine::Ring => EngineChoice::Ring,
+        },
         control: args.sock,
         access: match (args.read_only, args.shared_image) {
             (true, _) if role != server::Role::Serve => {

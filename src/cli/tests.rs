@@ -105,6 +105,20 @@ fn the_request_limit_comes_from_the_environment() {
 fn serve_has_defaults() {
     let config = config(SERVE);
     assert_eq!((config.control, config.killswitch_ms, config.max_clients), (None, None, 100));
+    assert_eq!(config.disk_engine, EngineChoice::Auto);
+}
+
+#[test]
+fn the_disk_engine_is_one_of_three() {
+    for (name, choice) in [("auto", EngineChoice::Auto), ("sync", EngineChoice::Sync), ("ring", EngineChoice::Ring)] {
+        for mode in [SERVE, LISTEN] {
+            assert_eq!(config(&format!("{mode} --disk-engine {name}")).disk_engine, choice);
+        }
+    }
+    for name in ["", "uring", "Ring", "ring,sync"] {
+        let message = refused(&format!("{SERVE} --disk-engine={name}"));
+        assert!(message.contains("--disk-engine <ENGINE>") && message.contains("auto, sync, ring"), "{message}");
+    }
 }
 
 #[test]

@@ -2,13 +2,19 @@
 
 use super::image::Image;
 use super::queue::Job;
-use crate::work::Done;
+use crate::work::{Done, Op};
 use std::collections::VecDeque;
 use std::io;
 use std::mem;
 
 /// What the log says, once and at level E, after an fdatasync has failed.
 const SYNC_LOST: &str = "fdatasync failed, written data may be lost; every later flush will fail until a restart";
+
+/// How many operations in a row are of one owner when it is alone.
+const ALONE_OPS: u32 = 64;
+
+/// How much may have been written since the last fdatasync when the next is a short one, in bytes.
+const SHORT_BYTES: u64 = 64 << 10;
 
 /// Operations that are done but for the fdatasync they share, and whether what was written is on stable storage.
 ///
@@ -25,12 +31,29 @@ pub(super) struct Commit {
     /// The errno of the fdatasync that failed.
     errno: Option<i32>,
     syncs: u64,
+    /// Whose the last operation was, and how many before it, without another's between them.
+    company: (u64, u32),
+    /// How much was to be written since the last fdatasync began, in bytes.
+    written: u64,
 }
 
 impl Commit {
     /// How many times fdatasync was called.
     pub(super) fn syncs(&self) -> u64 {
         self.syncs
+    }
+
+    /// An operation was submitted.
+    pub(super) fn note(&mut self, op: &Op) {
+        let (owner, row) = self.company;
+        self.company = (op.owner, if op.owner == owner { row.saturating_add(1) } else { 1 });
+        let bytes = op.action.touches().map_or(0, |range| range.end - range.start);
+        self.written = self.written.saturating_add(bytes);
+    }
+
+    /// True when an fdatasync would be short and nobody but one owner would wait for it: there has been no other for a while.
+    pub(super) fn serves_one(&self) -> bool {
+        self.company.1 >= ALONE_OPS && self.written < SHORT_BYTES
     }
 
     pub(super) fn add(&mut self, job: Job) {
@@ -46,6 +69,7 @@ impl Commit {
     pub(super) fn start(&mut self) -> bool {
         debug_assert!(self.syncing.is_empty(), "invariant 1");
         self.syncing = mem::take(&mut self.gathering);
+        self.written = 0;
         let begins = self.errno.is_none();
         self.syncs += u64::from(begins);
         begins
@@ -66,6 +90,11 @@ impl Commit {
         }
         let result = || self.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
         done.extend(self.syncing.drain(..).map(|job| job.finish(result())));
+    }
+
+    /// The owners of the operations whose fdatasync runs.
+    pub(super) fn syncing(&self) -> impl Iterator<Item = u64> + '_ {
+        self.syncing.iter().map(|job| job.op.owner)
     }
 
     /// Takes out what no fdatasync has begun for yet.

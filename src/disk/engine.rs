@@ -1,19 +1,26 @@
 //! The engine behind the queue: the thread that calls [`Engine::kick`] does each operation, with pread, pwrite, fallocate and
+//! fdatasync. Where there is a ring, the kernel does what would keep this thread waiting: reads of what is not cached, and
 //! fdatasync.
 //!
-//! A kick begins with what is quick: reads of what is cached, writes, and hints to the kernel to read what is not cached, so
-//! that a disk has many reads at once. What may take long is dear: reads of what is not cached, questions for holes, ranges
-//! of zeroes, trims, hints for long ranges. It is done in steps, each owner in turn, within the time that a kick has.
+//! A kick begins with what is quick: reads of what is cached, writes and, without a ring, hints to the kernel to read what
+//! is not cached, so that a disk has many reads at once. What may take long is dear: reads of what is not cached, questions
+//! for holes, ranges of zeroes, trims, hints for long ranges. It is done in steps, each owner in turn, within the time that
+//! a kick has.
 //!
-//! Invariant 1: an operation is in `quick`, in `dear`, in `last_pieces`, in `commit` or, as its `Done`, in `done`.
+//! Invariant 1: an operation is in `quick`, in `dear`, in `flights`, in `last_pieces`, in `commit` or, as its `Done`, in
+//! `done`.
 //!
 //! Invariant 2: a step stays inside what is left of its range.
+//!
+//! Invariant 3: an fdatasync that the ring carries out ends in one kick, and the next begins in a later one: the replies
+//! have gone out by then and the sockets were looked at, so that many share it.
 
 use super::commit::Commit;
 use super::image::Image;
 use super::pace::{Budget, Stride};
 use super::queue::{Job, Lanes};
 use super::reads::Way;
+use super::ring::{Flights, Landed};
 use super::sparse::{self, Holes};
 use super::verify;
 use super::zero::{Zeroes, STEP_MAX};
@@ -23,6 +30,7 @@ use crate::work::{Action, Done, Extent, Op};
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::mem;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
@@ -30,21 +38,44 @@ pub(super) struct Engine {
     /// Not looked at yet.
     quick: VecDeque<Job>,
     dear: Lanes,
+    /// What the kernel does. `None`: this thread does all itself.
+    flights: Option<Flights>,
     /// Last pieces of requests that are done but for earlier pieces, and ask for stable storage.
     last_pieces: Vec<Job>,
     commit: Commit,
     done: VecDeque<Done>,
-    way: Way,
+    pub(super) way: Way,
     holes: Holes,
     zeroes: Zeroes,
     hint: Stride,
 }
 
+/// What a step of a dear operation has come to.
+enum Step {
+    /// All of it is done.
+    Done,
+    /// There is more to do.
+    More,
+    /// What comes next would wait for the disk.
+    Wait,
+}
+
+impl Step {
+    fn new(is_all: bool) -> Self {
+        if is_all {
+            Self::Done
+        } else {
+            Self::More
+        }
+    }
+}
+
 impl Engine {
-    pub(super) fn new(image: &Image) -> Self {
+    pub(super) fn new(image: &Image, flights: Option<Flights>) -> Self {
         Self {
             quick: VecDeque::new(),
             dear: Lanes::default(),
+            flights,
             last_pieces: Vec::new(),
             commit: Commit::default(),
             done: VecDeque::new(),
@@ -56,38 +87,59 @@ impl Engine {
     }
 
     pub(super) fn submit(&mut self, op: Op) {
+        self.commit.note(&op);
         self.quick.push_back(Job::new(op));
     }
 
-    /// Does what is quick, then what is dear as far as its time goes, then the fdatasync for all that wait for one.
+    /// Takes over what the kernel has done. Does what is quick, then what is dear as far as its time goes. Then begins the
+    /// fdatasync for all that wait for one, and gives the kernel its work.
     pub(super) fn kick(&mut self, image: &Image) {
+        self.depart();
+        let has_synced = self.land(image);
         for _ in 0..self.quick.len() {
             let Some(job) = self.quick.pop_front() else { break };
             self.quick_step(image, job);
         }
         let budget = Budget::begin();
-        while let Some(mut job) = self.dear.pop() {
-            match self.dear_step(image, &mut job.op.action, &mut job.extents) {
-                Ok(false) => self.dear.push_front(job),
-                Ok(true) => self.complete(job, Ok(())),
-                Err(error) => self.complete(job, Err(error)),
-            }
+        while let Some(job) = self.dear.pop() {
+            self.turn(image, job);
             if budget.is_spent() {
                 break;
             }
         }
-        if self.commit.may_start() {
-            if self.commit.start() {
-                self.commit.sync(image, &mut self.done);
-            } else {
-                self.commit.ended(Ok(()), &mut self.done);
-            }
+        if self.commit.may_start() && !has_synced {
+            self.start_sync(image);
         }
+        self.depart();
+        self.land(image);
     }
 
     /// True when a kick would move something.
     pub(super) fn has_work(&self) -> bool {
-        !self.quick.is_empty() || !self.dear.is_empty()
+        !self.quick.is_empty()
+            || !self.dear.is_empty()
+            || self.commit.may_start()
+            || self.flights.as_ref().is_some_and(Flights::has_work)
+    }
+
+    /// True when the kernel does what would keep this thread waiting.
+    pub(super) fn has_ring(&self) -> bool {
+        self.flights.is_some()
+    }
+
+    /// As [`super::Disk::notifier`].
+    pub(super) fn notifier(&self) -> Option<BorrowedFd<'_>> {
+        self.flights.as_ref().map(Flights::notifier)
+    }
+
+    /// The owners of what the kernel has in hand, one for each operation.
+    pub(super) fn flying(&self) -> Vec<u64> {
+        self.flights.iter().flat_map(Flights::owners).chain(self.commit.syncing()).collect()
+    }
+
+    /// Leaves what the kernel has in hand to the kernel, with its memory: for the end of the process.
+    pub(super) fn leak(&mut self) {
+        self.flights.take().into_iter().for_each(Flights::leak);
     }
 
     /// True when [`Engine::pop_done`] has something.
@@ -103,13 +155,14 @@ impl Engine {
         self.commit.syncs()
     }
 
-    /// Drops what is left of an owner's operations; each is done with an error.
+    /// Drops what is left of an owner's operations; each is done with an error. What the kernel has in hand goes on.
     pub(super) fn forget(&mut self, owner: u64) {
         let (gone, quick) = mem::take(&mut self.quick).into_iter().partition(|job| job.op.owner == owner);
         let (last, stay) = mem::take(&mut self.last_pieces).into_iter().partition(|job| job.op.owner == owner);
         let (gone, last): (VecDeque<Job>, Vec<Job>) = (gone, last);
         (self.quick, self.last_pieces) = (quick, stay);
-        let rest = self.dear.remove(owner).into_iter().chain(last).chain(self.commit.remove(owner));
+        let waiting = self.flights.as_mut().map(|flights| flights.forget(owner)).unwrap_or_default();
+        let rest = self.dear.remove(owner).into_iter().chain(waiting).chain(last).chain(self.commit.remove(owner));
         self.done.extend(gone.into_iter().chain(rest).map(|job| job.finish(Err(ErrorKind::ConnectionAborted.into()))));
     }
 
@@ -133,9 +186,13 @@ impl Engine {
                 if missing == 0 && !*skip_hole {
                     return self.complete(job, Ok(()));
                 }
-                if missing > 0 {
-                    // All of them are on their way before the first is waited for.
-                    let _ = sys::file::will_need(&image.file, *offset + n as u64, missing as u64);
+                match &mut self.flights {
+                    Some(flights) if !*skip_hole => return flights.add(job),
+                    None if missing > 0 => {
+                        // All of them are on their way before the first is waited for.
+                        let _ = sys::file::will_need(&image.file, *offset + n as u64, missing as u64);
+                    }
+                    _ => {}
                 }
             }
             _ => {}
@@ -143,8 +200,24 @@ impl Engine {
         self.dear.push(job);
     }
 
-    /// Does a step of what is dear of an action, and says whether that was all of it.
-    fn dear_step(&mut self, image: &Image, action: &mut Action, extents: &mut Vec<Extent>) -> io::Result<bool> {
+    /// Does a step of a dear operation.
+    fn turn(&mut self, image: &Image, mut job: Job) {
+        let mut step = self.dear_step(image, &mut job.op.action, &mut job.extents);
+        if let Ok(Step::Wait) = step {
+            match &mut self.flights {
+                Some(flights) => return flights.add(job),
+                None => step = wait_step(image, &mut job.op.action),
+            }
+        }
+        match step {
+            Ok(Step::More | Step::Wait) => self.dear.push_front(job),
+            Ok(Step::Done) => self.complete(job, Ok(())),
+            Err(error) => self.complete(job, Err(error)),
+        }
+    }
+
+    /// Does a step of what is dear of an action.
+    fn dear_step(&mut self, image: &Image, action: &mut Action, extents: &mut Vec<Extent>) -> io::Result<Step> {
         match action {
             Action::Read { offset, length, skip_hole, buffer } => {
                 if mem::take(skip_hole) {
@@ -155,13 +228,11 @@ impl Engine {
                         extents.push(hole);
                     }
                 }
-                let (at, rest) = (*offset + buffer.len() as u64, *length - buffer.len());
-                let room = buffer.spare().get_mut(..rest).ok_or(ErrorKind::InvalidInput)?;
-                image.file.read_exact_at(room, at)?;
-                buffer.advance(rest);
-                Ok(true)
+                Ok(if buffer.len() == *length { Step::Done } else { Step::Wait })
             }
-            Action::Write { offset, payload, .. } => self.holes.write(image, *offset, payload.filled()).map(|()| true),
+            Action::Write { offset, payload, .. } => {
+                self.holes.write(image, *offset, payload.filled()).map(|()| Step::Done)
+            }
             Action::Zero { offset, length, no_hole, fast, .. } => {
                 let done = self.zeroes.zero_step(image, &mut self.holes, *offset, *length, *no_hole, *fast)?;
                 Ok(proceed(offset, length, done))
@@ -178,24 +249,68 @@ impl Engine {
                 self.hint.note(n, began.elapsed());
                 Ok(proceed(offset, length, n))
             }
-            Action::Verify { offset, length } => {
-                let done = verify::step(image, *offset, *length)?;
-                Ok(proceed(offset, length, done))
-            }
+            Action::Verify { offset, length } => match verify::cached_step(image, &mut self.way, *offset, *length) {
+                0 if *length > 0 => Ok(Step::Wait),
+                done => Ok(proceed(offset, length, done)),
+            },
             Action::Map { offset, length, most } => {
                 let found = self.holes.extent(image, *offset, *offset + *length);
                 let n = found.length();
                 let is_full = extents.len() >= *most;
                 match extents.last_mut() {
                     Some(last) if last.is_hole == found.is_hole => last.range.end = found.range.end,
-                    _ if is_full => return Ok(true),
+                    _ if is_full => return Ok(Step::Done),
                     _ => extents.push(found),
                 }
                 // In memory, data comes in steps.
                 let may_go_on = image.source == FileSystem::Memory && extents.last().is_some_and(|last| !last.is_hole);
-                Ok(proceed(offset, length, n) || (extents.len() >= *most && !may_go_on))
+                let is_enough = extents.len() >= *most && !may_go_on;
+                Ok(if is_enough { Step::Done } else { proceed(offset, length, n) })
             }
-            Action::Flush => Ok(true),
+            Action::Flush => Ok(Step::Done),
+        }
+    }
+
+    /// Gives the kernel what it can take, and collects what has ended.
+    fn depart(&mut self) {
+        self.flights.iter_mut().for_each(Flights::depart);
+    }
+
+    /// Takes over what has ended of what the kernel had in hand. True: an fdatasync was among it.
+    fn land(&mut self, image: &Image) -> bool {
+        let mut has_synced = false;
+        while let Some(landed) = self.flights.as_mut().and_then(Flights::land) {
+            match landed {
+                Landed::Ended(job, result) => self.complete(job, result),
+                Landed::Onward(job) => self.dear.push_front(job),
+                Landed::Cancelled(mut job) => match wait_step(image, &mut job.op.action) {
+                    Ok(Step::Done) => self.complete(job, Ok(())),
+                    Ok(Step::More | Step::Wait) => self.dear.push_front(job),
+                    Err(error) => self.complete(job, Err(error)),
+                },
+                Landed::Synced(Some(result)) => {
+                    self.commit.ended(result, &mut self.done);
+                    has_synced = true;
+                }
+                Landed::Synced(None) => {
+                    self.commit.sync(image, &mut self.done);
+                    has_synced = true;
+                }
+            }
+        }
+        has_synced
+    }
+
+    /// Begins the fdatasync for all that wait for one. This thread does it where that is cheaper and nobody has to wait for
+    /// it.
+    fn start_sync(&mut self, image: &Image) {
+        let is_idle = self.dear.is_empty() && self.flights.as_ref().is_none_or(Flights::is_empty);
+        let is_inline = image.source == FileSystem::Memory
+            || image.source == FileSystem::Local && is_idle && self.commit.serves_one();
+        if !self.commit.start() {
+            self.commit.ended(Ok(()), &mut self.done);
+        } else if is_inline || !self.flights.as_mut().is_some_and(Flights::push_sync) {
+            self.commit.sync(image, &mut self.done);
         }
     }
 
@@ -227,12 +342,30 @@ impl Engine {
     }
 }
 
-/// Takes `done` bytes off the front of a range and says whether it is empty now.
-fn proceed(offset: &mut u64, length: &mut u64, done: u64) -> bool {
+/// Takes `done` bytes off the front of a range and says whether that was all of it.
+fn proceed(offset: &mut u64, length: &mut u64, done: u64) -> Step {
     debug_assert!(done <= *length, "invariant 2");
     *offset = offset.saturating_add(done);
     *length = length.saturating_sub(done);
-    *length == 0
+    Step::new(*length == 0)
+}
+
+/// Does a step that waits for the disk, of what [`Engine::dear_step`] says that it would wait for.
+fn wait_step(image: &Image, action: &mut Action) -> io::Result<Step> {
+    match action {
+        Action::Read { offset, length, buffer, .. } => {
+            let (at, rest) = (*offset + buffer.len() as u64, *length - buffer.len());
+            let room = buffer.spare().get_mut(..rest).ok_or(ErrorKind::InvalidInput)?;
+            image.file.read_exact_at(room, at)?;
+            buffer.advance(rest);
+            Ok(Step::Done)
+        }
+        Action::Verify { offset, length } => {
+            let done = verify::step(image, *offset, *length)?;
+            Ok(proceed(offset, length, done))
+        }
+        _ => Ok(Step::Done),
+    }
 }
 
 #[cfg(test)]
@@ -259,7 +392,7 @@ mod tests {
     /// An engine whose image has only some of the ways to make zeroes.
     fn able(punch: bool, zero_range: bool) -> Engine {
         let zeroes = Zeroes::able(punch, zero_range);
-        Engine { zeroes, ..Engine::new(&special("/dev/null")) }
+        Engine { zeroes, ..Engine::new(&special("/dev/null"), None) }
     }
 
     /// An operation of owner 1.
@@ -349,6 +482,37 @@ mod tests {
             let image = Image { is_device, ..image(&temp, 3_000_832) };
             agrees_with_a_model(&image, able(can_punch, can_zero_range), seed);
         }
+    }
+
+    #[test]
+    fn with_a_ring_every_action_agrees_with_a_model_cached_and_not() {
+        for (seed, way) in [(31, Way::Nowait), (32, Way::Blind)] {
+            let temp = TempFile::new("ring");
+            let image = image(&temp, 3_000_832);
+            let Ok(flights) = Flights::open(&image.file) else { return };
+            let engine = Engine { way, ..Engine::new(&image, Some(flights)) };
+            agrees_with_a_model(&image, engine, seed);
+        }
+    }
+
+    #[test]
+    fn a_disk_that_is_dropped_waits_for_its_ring() {
+        let temp = TempFile::new("dropped");
+        let image = image(&temp, 4 << 20);
+        image.file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
+        forget_pages(&temp);
+        let Ok(flights) = Flights::open(&image.file) else { return };
+        let mut engine = Engine::new(&image, Some(flights));
+        for tag in 0..100 {
+            engine.submit(op(tag, read(u64::from(tag) * 40_000, 4096, false)));
+        }
+        engine.submit(op(100, write(0, b"abc", true)));
+        engine.kick(&image);
+        // Were there a read under way in memory that is freed, the next to get that memory would see it change.
+        drop(engine);
+        let memory: Vec<Vec<u8>> = (0..100).map(|_| vec![0xa5; 4096]).collect();
+        image.file.sync_data().unwrap();
+        assert!(memory.iter().flatten().all(|&byte| byte == 0xa5));
     }
 
     #[test]
@@ -608,7 +772,7 @@ mod tests {
             (5 << 20, 9, vec![data]),
             (4096, 1, vec![Extent { range: 0..4096, is_hole: false }]),
         ] {
-            let answer = run(&mut Engine::new(&image), &image, Action::Map { offset: 0, length, most });
+            let answer = run(&mut Engine::new(&image, None), &image, Action::Map { offset: 0, length, most });
             assert_eq!(answer.extents, found, "{most} of {length}");
         }
     }

@@ -1,9 +1,10 @@
 //! A disk image: a regular file or a block device, and a queue of operations on it.
 //!
 //! The way through is always [`Disk::submit`], [`Disk::kick`], [`Disk::pop_done`]. An operation owns its buffer until
-//! it is done, so whoever asked may vanish meanwhile. What becomes of it is in `engine`; what waits is in `queue`; how long
-//! a step may take, in `pace`; what can be read at once, in `reads`. What holes are and how they stay is in `sparse`; what
-//! is called beside the queue, and why that may be, is in `open`. There is no socket here and no word of a protocol.
+//! it is done, so whoever asked may vanish meanwhile. What becomes of it is in `engine`; what the kernel does of it while
+//! this thread goes on, in `ring`; what waits is in `queue`; how long a step may take, in `pace`; what can be read at once,
+//! in `reads`. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is in
+//! `open`. There is no socket here and no word of a protocol.
 //!
 //! Operations that are queued together may be carried out in any order, and long ones in steps between others, so two
 //! of them that overlap have no defined order unless the first was done when the second was submitted.
@@ -19,6 +20,9 @@ mod open;
 mod pace;
 mod queue;
 mod reads;
+mod ring;
+#[cfg(test)]
+mod scripted;
 #[cfg(test)]
 mod slow;
 mod sparse;
@@ -28,14 +32,28 @@ mod zero;
 pub use image::SECTOR;
 pub use open::{Access, OpenError};
 
+use crate::sys::pages::FileSystem;
 use crate::work::{Done, Op};
 use image::Image;
+use log::info;
+use ring::Flights;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 /// The most operations in flight: more than 100 clients at 32 each, and under 1 MiB of queue.
 pub const OPS_MAX: usize = 4096;
+
+/// Who waits for the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EngineChoice {
+    /// The kernel where it can (`io_uring`), else the thread that kicks.
+    Auto,
+    /// The thread that kicks.
+    Sync,
+    /// The kernel; without a ring the image does not open.
+    Ring,
+}
 
 /// What carries operations out.
 enum Engine {
@@ -56,16 +74,35 @@ pub struct Disk {
 
 impl Disk {
     /// Opens a regular file or a block device.
-    pub fn open(path: &Path, access: Access) -> Result<Self, OpenError> {
+    pub fn open(path: &Path, access: Access, choice: EngineChoice) -> Result<Self, OpenError> {
         let (image, tail) = open::open(path, access)?;
-        let engine = Engine::Real(Box::new(engine::Engine::new(&image)));
+        let flights = Self::flights(&image, choice).map_err(|error| OpenError::no_ring(path, error))?;
+        let engine = Engine::Real(Box::new(engine::Engine::new(&image, flights)));
         Ok(Self { image, path: path.to_owned(), access, tail, engine, in_flight: 0 })
+    }
+
+    /// A ring, where one is wanted and to be had; says so in the log.
+    fn flights(image: &Image, choice: EngineChoice) -> io::Result<Option<Flights>> {
+        let why = match choice {
+            EngineChoice::Sync => "as it was told".into(),
+            EngineChoice::Auto if image.source == FileSystem::Memory => "because the image lies in memory".into(),
+            EngineChoice::Auto | EngineChoice::Ring => match Flights::open(&image.file) {
+                Ok(flights) => {
+                    info!("disk: engine ring");
+                    return Ok(Some(flights));
+                }
+                Err(error) if choice == EngineChoice::Ring => return Err(error),
+                Err(error) => format!("because there is no io_uring: {error}"),
+            },
+        };
+        info!("disk: engine sync, {why}");
+        Ok(None)
     }
 
     /// An image of which each operation takes so long, and the thread that kicks does not wait.
     #[cfg(test)]
     pub(crate) fn open_slow(path: &Path, delay: std::time::Duration) -> Self {
-        let disk = Self::open(path, Access::Alone).unwrap();
+        let disk = Self::open(path, Access::Alone, EngineChoice::Sync).unwrap();
         Self { engine: Engine::Slow(Box::new(slow::Engine::new(delay, &disk.image))), ..disk }
     }
 
@@ -154,7 +191,7 @@ impl Disk {
     /// none ever does.
     pub fn notifier(&self) -> Option<BorrowedFd<'_>> {
         match &self.engine {
-            Engine::Real(_) => None,
+            Engine::Real(engine) => engine.notifier(),
             #[cfg(test)]
             Engine::Slow(engine) => Some(engine.notifier()),
         }
@@ -185,8 +222,7 @@ impl Disk {
     /// The owners of the operations that the kernel has in hand now, one for each operation. Nothing stops those.
     pub fn flying(&self) -> Vec<u64> {
         match &self.engine {
-            // It waits for each.
-            Engine::Real(_) => Vec::new(),
+            Engine::Real(engine) => engine.flying(),
             #[cfg(test)]
             Engine::Slow(engine) => engine.flying(),
         }
@@ -200,6 +236,28 @@ impl Disk {
     /// How many operations were submitted and not popped.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// The name of what carries operations out: `ring` where the kernel does what would keep this thread waiting, else `sync`.
+    pub fn engine(&self) -> &'static str {
+        match &self.engine {
+            Engine::Real(engine) if engine.has_ring() => "ring",
+            Engine::Real(_) => "sync",
+            #[cfg(test)]
+            Engine::Slow(_) => "sync",
+        }
+    }
+
+    /// Waits for nothing that the kernel has in hand: for the end of the process, when the disk may hang. The memory of such
+    /// operations is never used again. They change the image no more, so its lock ends here and not with them. Without this,
+    /// to drop the disk waits until the kernel is done with it.
+    pub fn leak(mut self) {
+        open::unlock(&self.image);
+        match &mut self.engine {
+            Engine::Real(engine) => engine.leak(),
+            #[cfg(test)]
+            Engine::Slow(_) => {}
+        }
     }
 
     /// How many times fdatasync was called since the image was opened.
@@ -272,8 +330,12 @@ mod tests {
         buffer
     }
 
+    fn open(path: &Path) -> Result<Disk, OpenError> {
+        Disk::open(path, Access::Alone, EngineChoice::Sync)
+    }
+
     fn error(path: &Path) -> String {
-        let text = Disk::open(path, Access::Alone).err().unwrap().to_string();
+        let text = open(path).err().unwrap().to_string();
         assert!(text.starts_with(&format!("cannot open {:?}: ", path.display())) && !text.contains('\n'), "{text}");
         text
     }
@@ -282,7 +344,7 @@ mod tests {
     fn a_rest_of_a_sector_is_not_served() {
         let temp = TempFile::new("tail");
         temp.file.set_len(2 * SECTOR + 100).unwrap();
-        let disk = Disk::open(&temp.path, Access::Alone).unwrap();
+        let disk = open(&temp.path).unwrap();
         assert_eq!((disk.size(), disk.tail(), disk.path()), (1024, 100, temp.path.as_path()));
     }
 
@@ -290,7 +352,7 @@ mod tests {
     fn what_goes_in_comes_out() {
         let temp = TempFile::new("through");
         temp.file.set_len(8192).unwrap();
-        let mut disk = Disk::open(&temp.path, Access::Alone).unwrap();
+        let mut disk = open(&temp.path).unwrap();
         let write = Action::Write { offset: 5, payload: buffer(b"abc"), fua: true };
         disk.submit(Op { owner: 7, tag: 1, action: write }).unwrap();
         assert!(disk.pop_done().is_none(), "nothing happens before a kick");
@@ -311,7 +373,7 @@ mod tests {
     fn a_full_queue_hands_the_operation_back() {
         let temp = TempFile::new("full");
         temp.file.set_len(4096).unwrap();
-        let mut disk = Disk::open(&temp.path, Access::Alone).unwrap();
+        let mut disk = open(&temp.path).unwrap();
         let op = |tag| Op { owner: 0, tag, action: Action::Trim { offset: 0, length: 0, fua: false } };
         for tag in 0..OPS_MAX as u32 {
             disk.submit(op(tag)).unwrap();
@@ -330,7 +392,7 @@ mod tests {
         let temp = TempFile::new("beyond");
         temp.file.set_len(4096).unwrap();
         let action = Action::Trim { offset: u64::MAX - 4, length: 8, fua: false };
-        let _ = Disk::open(&temp.path, Access::Alone).unwrap().submit(Op { owner: 0, tag: 0, action });
+        let _ = open(&temp.path).unwrap().submit(Op { owner: 0, tag: 0, action });
     }
 
     #[test]

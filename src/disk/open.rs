@@ -64,6 +64,12 @@ pub(super) fn lock(image: &Image, path: &Path, alone: bool) -> Result<(), OpenEr
     }
 }
 
+/// Ends the lock on the image.
+pub(super) fn unlock(image: &Image) {
+    // If it cannot be ended now, it ends with the open file.
+    let _ = sys::file::unlock(&image.file);
+}
+
 /// As [`super::Disk::allocated`].
 pub(super) fn allocated(image: &Image) -> u64 {
     let blocks = if image.is_device { None } else { image.file.metadata().ok().map(|file| file.blocks()) };
@@ -121,6 +127,14 @@ enum Problem {
     NotWritable(io::Error),
     TooSmall(u64),
     InUse { alone: bool },
+    NoRing(io::Error),
+}
+
+impl OpenError {
+    /// The ring that was asked for is not to be had.
+    pub(super) fn no_ring(path: &Path, error: io::Error) -> Self {
+        Self { path: path.to_owned(), problem: Problem::NoRing(error) }
+    }
 }
 
 impl Problem {
@@ -149,6 +163,12 @@ impl fmt::Display for OpenError {
             ),
             Problem::InUse { alone: false } => f.write_str(
                 "another server has it open as the only one; stop that one, or start it with --shared-image, too",
+            ),
+            Problem::NoRing(error) => write!(
+                f,
+                "--disk-engine ring needs io_uring, and there is none: {error}; it takes Linux 6.1, which neither the \
+                 sysctl kernel.io_uring_disabled nor the policy of a container may forbid it. Without the option, the \
+                 image is served all the same"
             ),
             Problem::TooSmall(bytes) => {
                 write!(f, "its size is {bytes} bytes, less than one sector of {SECTOR}; make it larger")

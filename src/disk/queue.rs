@@ -70,12 +70,23 @@ impl Lanes {
 
     /// The first job of the owner whose turn it is.
     pub(super) fn pop(&mut self) -> Option<Job> {
-        let mut lane = self.lanes.pop_front()?;
+        self.pop_of(|_| true)
+    }
+
+    /// The same of those owners of whom this is true.
+    pub(super) fn pop_of(&mut self, may: impl Fn(u64) -> bool) -> Option<Job> {
+        let at = self.lanes.iter().position(|lane| may(lane.owner))?;
+        let mut lane = self.lanes.remove(at)?;
         let job = lane.jobs.pop_front();
         if !lane.jobs.is_empty() {
             self.lanes.push_back(lane);
         }
         job
+    }
+
+    /// The owners of whom there are jobs.
+    pub(super) fn owners(&self) -> impl Iterator<Item = u64> + '_ {
+        self.lanes.iter().map(|lane| lane.owner)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Job> {
@@ -119,7 +130,11 @@ mod tests {
         let first = lanes.pop().unwrap();
         lanes.push_front(first);
         lanes.push(job(3, 0));
+        assert!(lanes.pop_of(|owner| owner == 4).is_none() && lanes.owners().eq([2, 1, 3]));
         assert_eq!(names(&mut lanes), [(2, 0), (1, 0), (3, 0), (1, 1), (1, 2)]);
+        (0..6).for_each(|n| lanes.push(job(u64::from(n % 3), n)));
+        assert_eq!(lanes.pop_of(|owner| owner == 1).map(|job| job.op.tag), Some(1));
+        assert_eq!(names(&mut lanes), [(0, 0), (2, 2), (1, 4), (0, 3), (2, 5)]);
         assert!(lanes.is_empty());
     }
 

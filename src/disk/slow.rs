@@ -22,7 +22,7 @@ pub(super) struct Engine {
 impl Engine {
     pub(super) fn new(delay: Duration, image: &Image) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        Self { inner: engine::Engine::new(image), delay, flying: VecDeque::new(), theirs, ours }
+        Self { inner: engine::Engine::new(image, None), delay, flying: VecDeque::new(), theirs, ours }
     }
 
     pub(super) fn submit(&mut self, op: Op) {

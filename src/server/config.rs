@@ -1,7 +1,7 @@
 //! What a server is told to do, and what ends it.
 
 use crate::acl::Acl;
-use crate::disk::Access;
+use crate::disk::{Access, EngineChoice};
 use crate::endpoint::Endpoint;
 use std::fmt;
 use std::path::PathBuf;
@@ -15,6 +15,8 @@ pub struct Config {
     pub newstyle: Vec<Endpoint>,
     /// The image: a regular file or a block device.
     pub file: PathBuf,
+    /// Who waits for the disk that it lies on.
+    pub disk_engine: EngineChoice,
     /// The path of the control socket, if there is one.
     pub control: Option<PathBuf>,
     /// Whether clients may change the image, and who else may.

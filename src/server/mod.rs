@@ -89,7 +89,7 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
     info!("{doing} {} on {}", server.shared.disk.path().display(), server.addresses.join(" and "));
     let mut events = Events::with_capacity(EVENTS_MAX);
     let mut batch = Vec::new();
-    let ended = loop {
+    let outcome = loop {
         match server.turn(&mut events, &mut batch) {
             Ok(Flow::Continue) => {}
             Ok(Flow::Stop) => break Ok(()),
@@ -97,7 +97,9 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
         }
     };
     server.shared.admission.complaints.tell();
-    ended
+    // The process ends, and a disk that hangs does not keep it.
+    server.shared.disk.leak();
+    outcome
 }
 
 /// A signal came before anything was served.

@@ -29,8 +29,8 @@ use std::path::PathBuf;
 
 /// Memory for the payloads of all clients together, in bytes.
 const POOL_BYTES: usize = 16 << 20;
-/// Descriptors besides those of clients: standard streams, poll, signals, image, listeners, control connections.
-const OTHER_DESCRIPTORS: u64 = 16 + CONTROLS_MAX as u64;
+/// Descriptors besides those of clients: standard streams, poll, signals, image, ring, listeners, control connections.
+const OTHER_DESCRIPTORS: u64 = 20 + CONTROLS_MAX as u64;
 
 /// The disk's notifier; no slot has this token.
 const NOTIFIER: Token = Token(usize::MAX);
@@ -42,7 +42,8 @@ impl Reactor {
         config.control.as_deref().map_or(Ok(()), bind::clear)?;
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
-        let disk = Disk::open(&config.file, config.access).map_err(|error| Fatal(error.to_string()))?;
+        let disk =
+            Disk::open(&config.file, config.access, config.disk_engine).map_err(|error| Fatal(error.to_string()))?;
         Self::start_with(disk, signals, config)
     }
 

@@ -97,6 +97,7 @@ fn of_server(server: &Reactor) -> Facts {
     put("reads", Value::Number(tally.reads));
     put("writes", Value::Number(tally.writes));
     put("trims", Value::Number(tally.trims));
+    put("disk_engine", Value::Text(sh.disk.engine().into()));
     put("syncs", Value::Number(sh.disk.syncs()));
     put("flushes", Value::Number(tally.flushes));
     put("read_bytes", Value::Number(tally.read_bytes));

@@ -8,7 +8,7 @@ use super::reactor::Reactor;
 use super::shared::Shared;
 use super::{Config, Flow, Role};
 use crate::acl::Acl;
-use crate::disk::{Access, Disk};
+use crate::disk::{Access, Disk, EngineChoice};
 use crate::endpoint::Endpoint;
 use crate::proto::wire::{kind, RequestHead, GREETING_LEN, SIMPLE_REPLY_LEN};
 use crate::sys::SignalFd;
@@ -42,6 +42,7 @@ impl House {
             newstyle: Vec::new(),
             file: path.clone(),
             control: Some(path.with_extension("control")),
+            disk_engine: EngineChoice::Sync,
             access: Access::Alone,
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,

@@ -40,7 +40,19 @@ pub fn zero_range(file: &File, offset: u64, length: u64) -> io::Result<()> {
 /// It is an open-file-description lock on the first byte (`fcntl_locking(2)`): `flock` gives up a shared lock before it tries
 /// to get an exclusive one. Programs that lock other bytes of images, as qemu does, are not in the way.
 pub fn try_lock(file: &File, alone: bool) -> io::Result<bool> {
-    let kind = if alone { libc::F_WRLCK } else { libc::F_RDLCK };
+    match set_lock(file, if alone { libc::F_WRLCK } else { libc::F_RDLCK }) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Ends a lock of [`try_lock`], whoever else has the open file.
+pub fn unlock(file: &File) -> io::Result<()> {
+    set_lock(file, libc::F_UNLCK)
+}
+
+fn set_lock(file: &File, kind: c_int) -> io::Result<()> {
     let lock = libc::flock {
         l_type: libc::c_short::try_from(kind).unwrap_or_default(),
         l_whence: libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default(),
@@ -49,11 +61,7 @@ pub fn try_lock(file: &File, alone: bool) -> io::Result<bool> {
         l_pid: 0,
     };
     // SAFETY: the kernel reads `lock`, which is a valid flock, and the descriptor is open while `file` is borrowed.
-    match retry(|| check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })) {
-        Ok(_) => Ok(true),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
-        Err(error) => Err(error),
-    }
+    retry(|| check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) })).map(drop)
 }
 
 /// Locks a folder against others that do the same (`flock(2)`), for as long as the open file lives. Does not wait: false

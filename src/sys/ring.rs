@@ -311,7 +311,7 @@ fn length(len: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::file::{punch_hole, try_lock, zero_range};
+    use crate::sys::file::{punch_hole, try_lock, unlock, zero_range};
     use crate::sys::{monotonic_ms, scratch, wait_readable};
     use std::fs;
     use std::io::Read;
@@ -572,6 +572,9 @@ mod tests {
         assert!(!try_lock(&again, true).unwrap(), "the ring has it open");
         drop(ring);
         assert!(try_lock(&again, true).unwrap());
+        let third = File::options().write(true).open(format!("/proc/self/fd/{}", again.as_raw_fd())).unwrap();
+        unlock(&again).unwrap();
+        assert!(try_lock(&third, true).unwrap(), "or when it is given up");
     }
 
     #[test]

@@ -157,7 +157,7 @@ fn a_power_failure_loses_nothing_that_was_flushed() {
 fn a_flush_that_lies_is_found() {
     let Some(disk) = Disk::mount(2 * SIZE) else { return };
     let content = pattern(3, MIB as usize);
-    let builder = Server::serve().file(disk.furnish("image", &content));
+    let builder = Server::serve().engine("sync").file(disk.furnish("image", &content));
     let trace = builder.dir().join("trace");
     let words = ["strace", "-D", "-f", "-o", trace.to_str().unwrap(), "-e", "inject=fdatasync:retval=0"];
     let server = builder.through(&words).start();

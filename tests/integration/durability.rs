@@ -4,12 +4,13 @@ use crate::support::{errno, flag, kind, request, wait_for, Builder, Client, Moun
 use std::fs;
 use std::path::PathBuf;
 
-/// A server under strace, which may be told to make calls fail, and the path of the trace.
+/// A server under strace, which may be told to make calls fail, and the path of the trace. What a ring does strace does not
+/// see, so there is none.
 fn traced(builder: Builder, expressions: &[&str]) -> (Server, PathBuf) {
     let trace = builder.dir().join("trace");
     let mut words = vec!["strace", "-D", "-f", "-o", trace.to_str().unwrap()];
     words.extend(expressions.iter().flat_map(|expression| ["-e", expression]));
-    let server = builder.through(&words).start();
+    let server = builder.engine("sync").through(&words).start();
     (server, trace)
 }
 
@@ -137,7 +138,7 @@ fn io_errors_are_replies() {
             "-e",
             UNCACHED,
         ];
-        let server = builder.through(&words).start();
+        let server = builder.engine("sync").through(&words).start();
         let mut client = server.connect();
         assert_eq!(work(&mut client), expected, "{call} {error}");
         assert_eq!(client.write(0, &[5; 512]), 0, "{call} {error}: then it goes on");
@@ -168,7 +169,7 @@ fn a_long_read_that_fails_half_way_cuts_the_connection() {
         "-e",
         UNCACHED,
     ];
-    let server = builder.through(&words).start();
+    let server = builder.engine("sync").through(&words).start();
     let mut client = server.connect();
     client.send(&request(kind::READ, 0, 1, 0, 8 << 20));
     let received = client.read_to_close().len();

@@ -11,6 +11,7 @@ mod bad_disk;
 mod bench_client;
 mod cli;
 mod control;
+mod disk_engine;
 mod durability;
 mod gone;
 mod interop;

@@ -23,7 +23,7 @@ fn a_flush_covers_every_write_answered_before() {
     let builder = Server::serve().size(SIZE);
     let trace = builder.dir().join("trace");
     let words = ["strace", "-D", "-f", "-o", trace.to_str().unwrap(), "-e", "trace=pwrite64,fdatasync,writev,sendmsg"];
-    let server = builder.arg(PORT).through(&words).start();
+    let server = builder.engine("sync").arg(PORT).through(&words).start();
     let (mut a, mut b) = (simple(&server), simple(&server));
     for round in 1..=5_u8 {
         assert_eq!(a.write(u64::from(round) * 4096, &[round; 4096]), 0);

@@ -69,15 +69,15 @@ pub fn serve_content(content: &[u8]) -> Server {
     Server::serve().content(content).arg(PORT).start()
 }
 
-/// Starts the server under strace, which traces what happens to the image (and `more` calls) and may make calls fail.
-/// The path of the trace comes too.
+/// Starts the server under strace, which traces what happens to the image (and `more` calls) and may make calls fail. What
+/// a ring does strace does not see, so there is none. The path of the trace comes too.
 #[track_caller]
 pub fn traced(builder: Builder, expressions: &[&str]) -> (Server, PathBuf) {
     let path = builder.dir().join("image");
     let trace = builder.dir().join("trace");
     let mut words = vec!["strace", "-D", "-f", "-o", trace.to_str().unwrap(), "-P", path.to_str().unwrap()];
     words.extend(expressions.iter().flat_map(|expression| ["-e", expression]));
-    (builder.arg(PORT).through(&words).start(), trace)
+    (builder.engine("sync").arg(PORT).through(&words).start(), trace)
 }
 
 /// Where the newstyle listener is.

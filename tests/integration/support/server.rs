@@ -1,6 +1,7 @@
 //! A server of the real binary, with everything it needs in a directory that goes with the test.
 
 use super::{program, wait_for, Client, Process, TempDir, BIN, GREETING_MAGICS, SOON};
+use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -9,6 +10,9 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
+
+/// The environment variable with the `--disk-engine` of all servers that are not told another.
+const DISK_ENGINE: &str = "FLEXNBD_TEST_DISK_ENGINE";
 
 /// How a server is to be started. The image is sparse unless there is content for it.
 pub struct Builder {
@@ -19,6 +23,7 @@ pub struct Builder {
     wrapper: Vec<OsString>,
     args: Vec<OsString>,
     stderr: Option<Stdio>,
+    engine: Option<String>,
 }
 
 impl Builder {
@@ -27,7 +32,8 @@ impl Builder {
         let _ = flexnbd::sys::raise_descriptor_limit(4096);
         let dir = TempDir::new();
         let (addr, wrapper, args) = ("127.0.0.1".into(), Vec::new(), Vec::new());
-        Self { dir, mode, addr, image: None, wrapper, args, stderr: None }
+        let engine = env::var(DISK_ENGINE).ok();
+        Self { dir, mode, addr, image: None, wrapper, args, stderr: None, engine }
     }
 
     /// The directory of the server, also its working directory.
@@ -58,6 +64,12 @@ impl Builder {
     /// Listens on another address than 127.0.0.1, as `--addr` takes it; the port is always picked by the system.
     pub fn addr(mut self, addr: impl Into<String>) -> Self {
         self.addr = addr.into();
+        self
+    }
+
+    /// Who waits for the disk, as `--disk-engine` takes it, whatever [`DISK_ENGINE`] says.
+    pub fn engine(mut self, engine: &str) -> Self {
+        self.engine = Some(engine.to_owned());
         self
     }
 
@@ -97,6 +109,9 @@ impl Builder {
         command.args(&words[1..]).arg(self.mode).args(["--addr", &self.addr]).arg("--file").arg(&image);
         if !self.addr.starts_with('/') {
             command.args(["--port", "0"]);
+        }
+        if let Some(engine) = &self.engine {
+            command.args(["--disk-engine", engine]);
         }
         command.arg("--sock").arg(&sock).args(&self.args).current_dir(self.dir.join("")).stdin(Stdio::null());
         command.stdout(Stdio::null()).stderr(self.stderr.unwrap_or_else(|| File::create(&log).unwrap().into()));

@@ -2,6 +2,7 @@
 //! out, and that is told with the reason; what is there has to work.
 
 use super::{run_command, TempDir};
+use flexnbd::sys::ring::Ring;
 use socket2::{Domain, Socket, Type};
 use std::env;
 use std::ffi::OsStr;
@@ -58,6 +59,8 @@ pub enum Need<'a> {
     Program(&'a str),
     /// A file system in the kernel.
     FileSystem(&'a str),
+    /// A ring, which `--disk-engine ring` asks for.
+    Ring,
     /// A script that the kernel lets run; it needs root.
     Kernel(&'a str),
 }
@@ -86,6 +89,11 @@ impl Need<'_> {
                 // The kernel may have it as a module.
                 let found = known() || (program("modprobe").arg(kind).output().is_ok() && known());
                 (!found).then(|| format!("the kernel has no {kind}"))
+            }
+            Self::Ring => {
+                let dir = TempDir::new();
+                let file = File::create(dir.join("file")).unwrap();
+                Ring::open(&file, 1, 1).err().map(|error| format!("there is no io_uring: {error}"))
             }
             Self::Kernel(script) => {
                 let output = run_command(program("sh").args(["-c", script]), &[]);

@@ -1,0 +1,315 @@
+//! What the kernel carries out while this thread goes on: reads of what is not cached, and fdatasync.
+//!
+//! The life of an operation: it waits for room, flies, and lands. A read that lands short waits again with its rest; a
+//! verification goes back to the engine after each piece, because the next one may be cached.
+//!
+//! Invariant 1: at most [`FLYING_MAX`] operations fly, and one fdatasync besides. The ring has room for as many.
+//!
+//! Invariant 2: the buffer of a read that flies belongs to the ring; its job has an empty one meanwhile.
+
+use super::queue::{Job, Lanes};
+use crate::buffer::Buffer;
+use crate::sys::pages;
+use crate::sys::ring::{Completion, Ring};
+use crate::work::Action;
+use slab::Slab;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::mem;
+use std::os::fd::BorrowedFd;
+
+/// The most operations that fly at once: fewer than a disk takes from the kernel (256 requests, as a rule), because a ring
+/// that hands over more waits for the disk.
+const FLYING_MAX: usize = 128;
+
+/// The room that a ring needs.
+const ROOM: u32 = 129;
+const _: () = assert!(ROOM as usize == FLYING_MAX + 1, "all that fly, and an fdatasync");
+
+/// What reads cost the kernel.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cost {
+    /// The most threads that the kernel may take for what it cannot do without waiting.
+    workers_max: u32,
+    /// The most operations of one owner that fly at once.
+    of_owner_max: usize,
+}
+
+impl Cost {
+    /// Where the file system starts a read and tells of its end. Only an fdatasync takes a thread, and no client has as many
+    /// requests as may fly.
+    pub(super) const NONE: Self = Self { workers_max: 4, of_owner_max: FLYING_MAX };
+
+    /// Where each read takes a thread as long as it lasts. If the disk hangs in what one owner reads, half of the threads
+    /// are left for others.
+    pub(super) const THREAD: Self = Self { workers_max: 32, of_owner_max: 16 };
+
+    /// A file system that starts reads without waiting reads what is cached without waiting, too.
+    fn of(file: &File) -> Self {
+        match pages::read_nowait(file, &mut [0], 0) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Self::THREAD,
+            _ => Self::NONE,
+        }
+    }
+}
+
+/// The most verifications that fly at once. Each needs memory for what it reads.
+const VERIFYING_MAX: usize = 8;
+
+/// How much of a verification flies at once, in bytes.
+const VERIFY_STEP: u64 = 128 << 10;
+
+/// The number of an fdatasync. The others are indexes of `flying`.
+const SYNC: u32 = u32::MAX;
+
+/// What is asked of a ring. Tests have one that does as it is told.
+pub(super) trait Kernel {
+    fn push_read(&mut self, id: u32, buffer: Buffer, offset: u64, len: usize) -> Result<(), Buffer>;
+    fn push_sync(&mut self, id: u32) -> bool;
+    fn enter(&mut self) -> io::Result<()>;
+    fn pop(&mut self) -> Option<Completion>;
+    fn is_stuck(&self) -> bool;
+    fn notifier(&self) -> BorrowedFd<'_>;
+    fn leak(self: Box<Self>);
+}
+
+impl Kernel for Ring {
+    fn push_read(&mut self, id: u32, buffer: Buffer, offset: u64, len: usize) -> Result<(), Buffer> {
+        self.push_read(id, buffer, 0, offset, len)
+    }
+
+    fn push_sync(&mut self, id: u32) -> bool {
+        self.push_sync(id)
+    }
+
+    fn enter(&mut self) -> io::Result<()> {
+        self.enter()
+    }
+
+    fn pop(&mut self) -> Option<Completion> {
+        self.pop()
+    }
+
+    /// True when the kernel has nothing in hand and has not taken what was pushed: nothing but another try gets it on.
+    fn is_stuck(&self) -> bool {
+        self.queued() > 0 && self.queued() == self.in_flight()
+    }
+
+    fn notifier(&self) -> BorrowedFd<'_> {
+        self.notifier()
+    }
+
+    fn leak(self: Box<Self>) {
+        (*self).leak();
+    }
+}
+
+/// The operations in the kernel's hands, and those that wait for their turn to be.
+pub(super) struct Flights {
+    kernel: Box<dyn Kernel>,
+    cost: Cost,
+    /// Under the number that the kernel knows each by.
+    flying: Slab<Flight>,
+    reads: Lanes,
+    verifications: Lanes,
+    /// An error of the ring itself was logged.
+    has_complained: bool,
+}
+
+/// An operation in the kernel's hands.
+struct Flight {
+    job: Job,
+    /// False: its owner is gone, and no more is done for it than what has begun.
+    is_wanted: bool,
+}
+
+/// What has come back from the kernel.
+pub(super) enum Landed {
+    /// An operation has ended.
+    Ended(Job, io::Result<()>),
+    /// A piece of an operation is done, and the next may be cached.
+    Onward(Job),
+    /// The kernel gave the operation up without a try: it had no thread for it.
+    Cancelled(Job),
+    /// The fdatasync has ended. `None`: the kernel gave it up, which says nothing about what was written.
+    Synced(Option<io::Result<()>>),
+}
+
+impl Flights {
+    /// Opens a ring for a file. An error when the kernel has none, or forbids it.
+    pub(super) fn open(file: &File) -> io::Result<Self> {
+        let cost = Cost::of(file);
+        Ok(Self::of(Box::new(Ring::open(file, ROOM, cost.workers_max)?), cost))
+    }
+
+    pub(super) fn of(kernel: Box<dyn Kernel>, cost: Cost) -> Self {
+        let (reads, verifications) = (Lanes::default(), Lanes::default());
+        Self { kernel, cost, flying: Slab::new(), reads, verifications, has_complained: false }
+    }
+
+    /// Takes an operation that would wait: a read or a verification. It flies with the next [`Flights::depart`].
+    pub(super) fn add(&mut self, job: Job) {
+        self.lane_of(&job).push(job);
+    }
+
+    /// Pushes what there is room for, hands it to the kernel, and collects what has ended.
+    pub(super) fn depart(&mut self) {
+        while self.flying.len() < FLYING_MAX {
+            let Some(job) = self.next() else { break };
+            if let Err(job) = self.push(job) {
+                self.lane_of(&job).push_front(job);
+                break;
+            }
+        }
+        if let Err(error) = self.kernel.enter() {
+            // The kernel has no reason to; what was pushed goes with the next try.
+            if !mem::replace(&mut self.has_complained, true) {
+                log::error!("disk: the ring does not take operations: {error}");
+            }
+        }
+    }
+
+    /// Pushes an fdatasync. False: the ring is full.
+    pub(super) fn push_sync(&mut self) -> bool {
+        self.kernel.push_sync(SYNC)
+    }
+
+    /// The next that has ended, of what was collected. The rest of a short read waits again.
+    pub(super) fn land(&mut self) -> Option<Landed> {
+        loop {
+            let Completion { id, result, buffer } = self.kernel.pop()?;
+            if id == SYNC {
+                let result = result.map(drop);
+                return Some(Landed::Synced(if says_nothing(&result) { None } else { Some(result) }));
+            }
+            let flight = usize::try_from(id).ok().and_then(|id| self.flying.try_remove(id));
+            debug_assert!(flight.is_some(), "the kernel ends what flies, once");
+            let Some(Flight { mut job, is_wanted }) = flight else { continue };
+            if let (Action::Read { buffer: place, .. }, Some(buffer)) = (&mut job.op.action, buffer) {
+                *place = buffer;
+            }
+            if !is_wanted {
+                return Some(Landed::Ended(job, Err(ErrorKind::ConnectionAborted.into())));
+            }
+            match result {
+                Err(error) if error.raw_os_error() == Some(libc::ECANCELED) => return Some(Landed::Cancelled(job)),
+                Err(error) if is_brief(&error) => self.lane_of(&job).push_front(job),
+                Err(error) => return Some(Landed::Ended(job, Err(error))),
+                Ok(0) => return Some(Landed::Ended(job, Err(ErrorKind::UnexpectedEof.into()))),
+                Ok(n) => match &mut job.op.action {
+                    Action::Read { length, buffer, .. } => {
+                        buffer.advance(n);
+                        if buffer.len() >= *length {
+                            return Some(Landed::Ended(job, Ok(())));
+                        }
+                        self.lane_of(&job).push_front(job);
+                    }
+                    Action::Verify { offset, length } => {
+                        let n = (n as u64).min(*length);
+                        (*offset, *length) = (offset.saturating_add(n), *length - n);
+                        let is_all = *length == 0;
+                        return Some(if is_all { Landed::Ended(job, Ok(())) } else { Landed::Onward(job) });
+                    }
+                    _ => return Some(Landed::Cancelled(job)),
+                },
+            }
+        }
+    }
+
+    /// True when [`Flights::depart`] would get something on its way.
+    pub(super) fn has_work(&self) -> bool {
+        let mut waiting = self.reads.owners().chain(self.verifications.owners().filter(|_| self.may_verify()));
+        self.flying.len() < FLYING_MAX && waiting.any(|owner| may_fly(&self.flying, self.cost, owner))
+            || self.kernel.is_stuck()
+    }
+
+    /// True when nothing flies or waits, apart from an fdatasync.
+    pub(super) fn is_empty(&self) -> bool {
+        self.flying.is_empty() && self.reads.is_empty() && self.verifications.is_empty()
+    }
+
+    /// Takes out what waits of an owner. What flies of it ends with an error, and what is left of it does not fly.
+    pub(super) fn forget(&mut self, owner: u64) -> VecDeque<Job> {
+        for (_, flight) in self.flying.iter_mut().filter(|(_, flight)| flight.job.op.owner == owner) {
+            flight.is_wanted = false;
+        }
+        let mut waiting = self.reads.remove(owner);
+        waiting.append(&mut self.verifications.remove(owner));
+        waiting
+    }
+
+    /// The owners of what flies, one for each operation, apart from an fdatasync.
+    pub(super) fn owners(&self) -> impl Iterator<Item = u64> + '_ {
+        self.flying.iter().map(|(_, flight)| flight.job.op.owner)
+    }
+
+    /// As [`Ring::notifier`].
+    pub(super) fn notifier(&self) -> BorrowedFd<'_> {
+        self.kernel.notifier()
+    }
+
+    /// As [`Ring::leak`].
+    pub(super) fn leak(self) {
+        self.kernel.leak();
+    }
+
+    fn lane_of(&mut self, job: &Job) -> &mut Lanes {
+        match job.op.action {
+            Action::Verify { .. } => &mut self.verifications,
+            _ => &mut self.reads,
+        }
+    }
+
+    /// The next operation that may fly.
+    fn next(&mut self) -> Option<Job> {
+        let may_verify = self.may_verify();
+        let may_fly = |owner| may_fly(&self.flying, self.cost, owner);
+        let read = self.reads.pop_of(may_fly);
+        read.or_else(|| if may_verify { self.verifications.pop_of(may_fly) } else { None })
+    }
+
+    fn may_verify(&self) -> bool {
+        let is_one = |flight: &Flight| matches!(flight.job.op.action, Action::Verify { .. });
+        self.flying.iter().filter(|(_, flight)| is_one(flight)).count() < VERIFYING_MAX
+    }
+
+    /// Pushes what is left of an operation, or hands it back when the ring is full.
+    fn push(&mut self, mut job: Job) -> Result<(), Job> {
+        let place = self.flying.vacant_entry();
+        let id = u32::try_from(place.key()).unwrap_or(SYNC);
+        let pushed = match &mut job.op.action {
+            Action::Read { offset, length, buffer, .. } => {
+                let (at, rest) = (offset.saturating_add(buffer.len() as u64), length.saturating_sub(buffer.len()));
+                let lent = mem::replace(buffer, Buffer::with_capacity(0));
+                self.kernel.push_read(id, lent, at, rest).map_err(|lent| *buffer = lent)
+            }
+            Action::Verify { offset, length } => {
+                let n = usize::try_from((*length).min(VERIFY_STEP)).unwrap_or_default();
+                self.kernel.push_read(id, Buffer::with_capacity(n), *offset, n).map_err(drop)
+            }
+            _ => Err(()),
+        };
+        if pushed.is_err() {
+            return Err(job);
+        }
+        place.insert(Flight { job, is_wanted: true });
+        Ok(())
+    }
+}
+
+/// True when one more operation of an owner may fly.
+fn may_fly(flying: &Slab<Flight>, cost: Cost, owner: u64) -> bool {
+    let of_owner = || flying.iter().filter(|(_, flight)| flight.job.op.owner == owner).count();
+    flying.len() < cost.of_owner_max || of_owner() < cost.of_owner_max
+}
+
+/// True when an operation shall just be tried again.
+fn is_brief(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
+}
+
+/// True for an fdatasync that never began or did not end: what was written may be well.
+fn says_nothing(result: &io::Result<()>) -> bool {
+    result.as_ref().is_err_and(|error| is_brief(error) || error.raw_os_error() == Some(libc::ECANCELED))
+}
