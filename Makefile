@@ -20,7 +20,7 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 # $(call within,SECONDS) runs a command that is killed after so long.
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
-.PHONY: all check test test-slow test-kernel tools tools-kernel tools-fuzz demo bench bench-migration footprint fuzz \
+.PHONY: all check test test-slow test-kernel chaos tools tools-kernel tools-fuzz demo bench bench-migration footprint fuzz \
 	install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
@@ -85,6 +85,10 @@ tools tools-kernel tools-fuzz: ## Install the clients and servers the tests run 
 		echo "error: these Debian packages (or their like) must be installed: $$packages" >&2; \
 		exit 1; \
 	fi
+
+chaos: ## Migrations while everything goes wrong that a seed decides (ROUNDS=1000, SEED=1)
+	FLEXNBD_SEED=$(or $(SEED),1) FLEXNBD_ROUNDS=$(or $(ROUNDS),1000) \
+		$(call within,$$((1800 + 10 * $(or $(ROUNDS),1000)))) $(CARGO) test --locked --test chaos -- --nocapture rounds
 
 demo: $(BINARY) ## Show a migration under a client that goes on, in half a minute
 	FLEXNBD=$(BINARY) $(call within,120) bash tests/demo.sh

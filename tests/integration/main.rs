@@ -13,6 +13,7 @@ mod cli;
 mod control;
 mod disk_engine;
 mod durability;
+mod fuse_disk;
 mod gone;
 mod interop;
 mod killswitch;

@@ -12,13 +12,12 @@
 //!
 //! The kernel lets only one write, fallocate, seek or sync of a file through at a time; reads go beside them.
 
-mod calls;
-mod folder;
-mod journal;
+pub mod calls;
+pub mod folder;
+pub mod journal;
 mod mount;
 mod rules;
 mod state;
-mod tests;
 mod wire;
 
 pub use journal::{PowerFailures, Remains};

@@ -1,9 +1,11 @@
-//! The tool does what it says.
+//! The disk of the tests that is slow, fails or forgets does what it says.
 
-use super::calls::{drop_cache, fallocate, get_xattr, read_nowait, remove_xattr, seek, set_xattr, try_lock};
-use super::folder::{Change, Folder, FOLDER};
-use super::journal::{Journal, Sync};
-use super::{Disk, Op};
+use crate::support::fuse::calls::{
+    drop_cache, fallocate, get_xattr, read_nowait, remove_xattr, seek, set_xattr, try_lock,
+};
+use crate::support::fuse::folder::{Change, Folder, FOLDER};
+use crate::support::fuse::journal::{Journal, Sync};
+use crate::support::fuse::{Disk, Op, Remains};
 use crate::support::{pattern, program, run_command, wait_for, Mount, Process, TempDir, SOON};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -478,7 +480,7 @@ fn a_sync_that_failed_is_not_made_good_by_the_next() {
 fn names_are_durable_by_the_folder_and_attributes_by_fsync() {
     let (mut journal, file) = journal();
     let states = |journal: &Journal| -> BTreeSet<String> {
-        let describe = |remains: super::Remains| {
+        let describe = |remains: Remains| {
             let files = remains.names().into_iter().map(|name| {
                 let mark = remains.xattr(name, "user.mark").map(|value| String::from_utf8(value.to_vec()).unwrap());
                 format!("{name}:{}:{}", remains.content(name).unwrap().len(), mark.unwrap_or_default())
