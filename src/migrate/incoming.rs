@@ -1,4 +1,4 @@
-//! PURE: the destination of a migration: which bytes of the image its sender has written.
+//! PURE: the destination of a migration: which bytes of the image its sender has written, and whether all of it is durable.
 
 use crate::bitmap::Bitmap;
 use std::collections::BTreeMap;
@@ -11,6 +11,15 @@ const BLOCKS_MAX: u64 = 1 << 24;
 /// The most pieces of blocks that are remembered: about 128 KiB of memory. A sender that writes in sequence needs two
 /// for each request in flight.
 const PIECES_MAX: usize = 4096;
+
+/// Whether the image is on stable storage as a whole, as one sender has brought it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durable {
+    No,
+    /// A FLUSH is under way that covers all of it.
+    Flushing,
+    Yes,
+}
 
 /// What has come of an image, exact to the byte, whatever the order and the sizes of the writes.
 ///
@@ -28,18 +37,43 @@ pub struct Incoming {
     block: u64,
     whole: Bitmap,
     pieces: BTreeMap<u64, u64>,
+    durable: Durable,
 }
 
 impl Incoming {
     /// Awaits an image of `size` bytes.
     pub fn new(size: u64) -> Self {
         let block = size.div_ceil(BLOCKS_MAX).max(BLOCK_MIN).next_power_of_two();
-        Self { size, block, whole: Bitmap::new(size, block), pieces: BTreeMap::new() }
+        Self { size, block, whole: Bitmap::new(size, block), pieces: BTreeMap::new(), durable: Durable::No }
     }
 
-    /// A sender has come: nothing of an earlier one counts.
+    /// A sender has come: nothing of an earlier one counts. What that has made durable stays so until it is changed.
     pub fn begin(&mut self) {
-        *self = Self::new(self.size);
+        *self = Self { durable: self.durable, ..Self::new(self.size) };
+    }
+
+    /// The disk begins to change the image.
+    pub fn note_change(&mut self) {
+        self.durable = Durable::No;
+    }
+
+    /// The disk begins a FLUSH, and has nothing else to do.
+    pub fn note_flush(&mut self) {
+        if self.is_complete() {
+            self.durable = Durable::Flushing;
+        }
+    }
+
+    /// The disk has flushed.
+    pub fn flushed(&mut self) {
+        if self.durable == Durable::Flushing {
+            self.durable = Durable::Yes;
+        }
+    }
+
+    /// True when the image is here and durable as a whole, and nothing has been asked to change it since.
+    pub fn is_durable(&self) -> bool {
+        self.durable == Durable::Yes
     }
 
     /// The sender has written the range, and the disk has it. What lies beyond the end of the image is ignored.
@@ -161,6 +195,39 @@ mod tests {
             incoming.begin();
             assert!(!incoming.is_complete() && !incoming.has_begun());
         }
+    }
+
+    #[test]
+    fn an_image_is_durable_when_a_flush_has_covered_all_of_it() {
+        const SIZE: u64 = 10_000;
+        let write = |incoming: &mut Incoming, range: Range<u64>| {
+            incoming.note_change();
+            incoming.note(&range);
+        };
+        let flush = |incoming: &mut Incoming| {
+            incoming.note_flush();
+            incoming.flushed();
+            incoming.is_durable()
+        };
+        let mut incoming = Incoming::new(SIZE);
+        write(&mut incoming, 0..SIZE - 1);
+        assert!(!flush(&mut incoming), "a byte is missing");
+        write(&mut incoming, SIZE - 1..SIZE);
+        assert!(!incoming.is_durable(), "nothing has flushed the last one");
+        assert!(flush(&mut incoming));
+        incoming.begin();
+        assert!(incoming.is_durable() && !incoming.is_complete(), "somebody has connected and done nothing");
+        assert!(flush(&mut incoming));
+        incoming.note_change();
+        assert!(!incoming.is_durable() && !flush(&mut incoming), "what it has changed may be anything");
+
+        let mut incoming = Incoming::new(SIZE);
+        write(&mut incoming, 0..SIZE);
+        incoming.note_flush();
+        write(&mut incoming, 0..1);
+        incoming.flushed();
+        assert!(!incoming.is_durable(), "it was changed meanwhile");
+        assert!(flush(&mut incoming));
     }
 
     #[test]

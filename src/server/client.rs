@@ -133,6 +133,9 @@ impl Client {
                 }
                 Step::Request(Request { tag, action, .. }) => {
                     Gate::passed(&mut sh.life, action.touches());
+                    if let Life::Receiving { incoming, .. } = &mut sh.life {
+                        inbound::note_submitted(incoming, &action, sh.disk.in_flight() == 0);
+                    }
                     let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
                     debug_assert!(taken.is_ok(), "it had room");
                 }

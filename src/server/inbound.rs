@@ -1,15 +1,26 @@
-//! What a request of a sender means for the image it brings, when it is done.
+//! What a request of a sender means for the image it brings: when it goes to the disk, and when it is done.
 
 use crate::migrate::Incoming;
 use crate::proto::server::{Completed, Failed};
 use crate::proto::wire::kind;
+use crate::work::Action;
 use std::io::ErrorKind;
+
+/// Notes what goes to the disk for the sender; alone, if the disk has nothing else to do.
+pub(super) fn note_submitted(incoming: &mut Incoming, action: &Action, alone: bool) {
+    match action {
+        Action::Flush if alone => incoming.note_flush(),
+        _ if action.touches().is_some() => incoming.note_change(),
+        _ => {}
+    }
+}
 
 /// Notes what the disk has done for the sender. An error of the disk is one this process cannot repair; its text is why
 /// the process ends.
 pub(super) fn note(incoming: &mut Incoming, completed: &Completed) -> Result<(), String> {
     let Completed { head, touched, result } = completed;
     match result {
+        Ok(()) if head.kind == kind::FLUSH => incoming.flushed(),
         // A TRIM says nothing about what the bytes are now.
         Ok(()) if !head.writes() => {}
         Ok(()) => touched.iter().for_each(|range| incoming.note(range)),

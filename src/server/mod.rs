@@ -75,6 +75,10 @@ const EVENTS_MAX: usize = 256;
 
 /// What a listener says when it has to stop.
 const NOT_MIGRATED: &str = "stopped by a signal before a migration was complete";
+/// What it says besides when all has come but the word that it counts. The source may have said that, and unlinked its
+/// file before.
+const ALL_HERE: &str =
+    "every byte of the image is here and durable, but this file is the image only if the source's is gone";
 
 enum Flow {
     Continue,
@@ -223,6 +227,9 @@ impl Reactor {
     fn stop(&mut self) -> Result<Flow, Fatal> {
         match &mut self.shared.life {
             Life::Serving | Life::Over => Ok(Flow::Stop),
+            Life::Receiving { incoming, .. } if incoming.is_durable() => {
+                Err(Fatal(format!("{NOT_MIGRATED}; {ALL_HERE}")))
+            }
             Life::Receiving { .. } => Err(Fatal(NOT_MIGRATED.into())),
             Life::Sealing { stop, .. } => {
                 *stop = true;

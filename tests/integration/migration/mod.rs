@@ -1,5 +1,6 @@
 //! Migrations: as they should go, and whatever may come between.
 
+mod disc;
 mod faults;
 mod itself;
 mod load;
