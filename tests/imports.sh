@@ -25,7 +25,7 @@ declare -A folders=(
     [proto/server]="mod handshake write read reply step request unanswered inbox memory tally"
     [remote]="mod transfer progress connect"
     [server]="mod start apply commands status reactor slot client control mirror listener signals attempt trials dial \
-        shared gate grace admit complaints life inbound effect reason socket bind config"
+        shared gate grace admit complaints life inbound effect reason watch socket bind config"
     [sys]="ring pages file net mod"
 )
 

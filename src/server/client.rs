@@ -9,6 +9,7 @@ use super::life::{Life, SEAL};
 use super::reason::{Next, Reason};
 use super::shared::Shared;
 use super::socket::{Peer, Received, Socket};
+use super::watch::Watch;
 use crate::disk::Access;
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
@@ -45,6 +46,7 @@ pub(super) struct Client {
     kept_since_ms: Option<u64>,
     /// How long the gate has kept requests of this client altogether, in milliseconds.
     kept_ms: u64,
+    watch: Watch,
     alarm: Alarm,
     /// When one of its requests was last complained of.
     warned_ms: Option<u64>,
@@ -67,6 +69,7 @@ impl Client {
             stalled: false,
             kept_since_ms: None,
             kept_ms: 0,
+            watch: Watch::default(),
             alarm: Alarm::default(),
             warned_ms: None,
         };
@@ -221,7 +224,7 @@ impl Client {
     /// Sends once, as many replies as wait.
     pub(super) fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
         if self.session.wants_send() && self.socket.writable() {
-            if let Err(error) = self.send(sh) {
+            if let Err(error) = self.send(key, sh) {
                 return Next::Close(Reason::Socket(error));
             }
             let more = self.session.wants_send() && self.socket.writable();
@@ -242,12 +245,14 @@ impl Client {
         }
     }
 
-    fn send(&mut self, sh: &mut Shared) -> io::Result<()> {
+    fn send(&mut self, key: Key, sh: &mut Shared) -> io::Result<()> {
         let mut slices = [IoSlice::new(&[]); PIECES_MAX];
         let pieces = self.session.to_send(&mut slices);
         let slices = slices.get(..pieces).unwrap_or_default();
         let sent = self.socket.send(slices)?;
         self.session.sent(sent, &mut sh.pool);
+        self.watch.note_sent(sh.now_ms);
+        self.arm_watch(key, sh);
         Ok(())
     }
 
@@ -257,6 +262,9 @@ impl Client {
             return Next::Idle;
         }
         self.excuse(sh.now_ms);
+        if let Err(reason) = self.look(key, sh) {
+            return Next::Close(reason);
+        }
         if let Some((due_ms, reason)) = self.first_step_due(sh) {
             if due_ms <= sh.now_ms {
                 return Next::Close(reason);
@@ -272,6 +280,25 @@ impl Client {
         }
         self.arm(oldest_ms.saturating_add(limit_ms), key, sh);
         Next::Idle
+    }
+
+    /// Looks whether the peer is still there, if it is time to.
+    fn look(&mut self, key: Key, sh: &mut Shared) -> Result<(), Reason> {
+        if self.watch.due_ms().is_some_and(|due_ms| due_ms <= sh.now_ms) {
+            let delivery = self.socket.delivery().unwrap_or_default();
+            // Until its image is durable, nothing is decided by what becomes of a sender.
+            if self.watch.is_gone(delivery, sh.now_ms) && !matches!(sh.life, Life::Sealing { .. }) {
+                return Err(Reason::Vanished { silent_ms: delivery.acked_ms_ago });
+            }
+        }
+        self.arm_watch(key, sh);
+        Ok(())
+    }
+
+    fn arm_watch(&mut self, key: Key, sh: &mut Shared) {
+        if let Some(due_ms) = self.watch.due_ms() {
+            self.arm(due_ms, key, sh);
+        }
     }
 
     /// Starts the deadlines that run from the moment of connecting.

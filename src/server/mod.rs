@@ -25,7 +25,7 @@
 //!  shared       what every slot is lent
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
 //!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
-//!  socket, bind, config                      a peer; listening; what to do
+//!  watch, socket, bind, config               is a peer still there; a peer; listening; what to do
 //! ```
 
 mod admit;
@@ -56,6 +56,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 mod trials;
+mod watch;
 
 pub use config::{Config, Dialect, Fatal, Role};
 

@@ -36,6 +36,11 @@ pub(super) enum Reason {
     Handshake,
     /// It brings back what this server's own migration sends.
     CameBack,
+    /// It does not acknowledge what is sent to it.
+    Vanished {
+        /// For how long, in milliseconds.
+        silent_ms: u64,
+    },
     /// A sender wrote nothing for too long.
     Silent,
     /// The access control list has changed.
@@ -76,6 +81,9 @@ impl fmt::Display for Reason {
             }
             Self::Handshake => f.write_str("the negotiation took too long"),
             Self::CameBack => f.write_str("it brings back what the migration of this server sends"),
+            Self::Vanished { silent_ms } => {
+                write!(f, "it is gone: nothing was acknowledged for {} s", silent_ms / 1000)
+            }
             Self::Silent => f.write_str("it was silent and kept other senders out"),
             Self::AclChanged => f.write_str("the access control list does not allow it any more"),
             Self::Deadline => f.write_str("it took too long"),

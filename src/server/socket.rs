@@ -3,6 +3,7 @@
 
 use crate::event::ready::Ready;
 use crate::sys;
+use crate::sys::net::Delivery;
 use mio::event::Event;
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
@@ -49,6 +50,14 @@ impl Socket {
         match &self.stream {
             Stream::Tcp(stream) => sys::net::set_tcp_options(stream.as_fd()),
             Stream::Unix(_) => Ok(()),
+        }
+    }
+
+    /// How the peer takes what is sent to it. `None` for a UNIX socket, whose peer cannot vanish.
+    pub(super) fn delivery(&self) -> Option<Delivery> {
+        match &self.stream {
+            Stream::Tcp(stream) => sys::net::delivery(stream.as_fd()).ok(),
+            Stream::Unix(_) => None,
         }
     }
 

@@ -19,19 +19,63 @@ const KEEPALIVE_INTERVAL_S: c_int = 10;
 /// Unanswered probes after which the connection counts as dead: a lost host is noticed within a minute.
 const KEEPALIVE_PROBES: c_int = 3;
 
+/// The option that bounds how long the kernel waits before it tries again what was not acknowledged; since Linux 6.15.
+const TCP_RTO_MAX_MS: c_int = 44;
+
+/// That bound: without it a peer that has not read for a while is asked every two minutes whether it is there, and cannot
+/// be missed before.
+const RETRY_MAX_MS: c_int = 15_000;
+
 fn set_option<T: Copy>(fd: BorrowedFd, level: c_int, name: c_int, value: T) -> io::Result<()> {
     let length = size_of::<T>() as libc::socklen_t;
     // SAFETY: the kernel reads `length` bytes of `value`, which is that long, and judges them by the option.
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), length) }).map(drop)
 }
 
-/// Sets up a TCP connection: small replies leave at once, and a peer that vanished is noticed within a minute.
+/// Sets up a TCP connection: small replies leave at once, and a peer that vanished is noticed within a minute; while data
+/// is on its way to it, only [`delivery`] can tell.
 pub fn set_tcp_options(fd: BorrowedFd) -> io::Result<()> {
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1 as c_int)?;
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, KEEPALIVE_IDLE_S)?;
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)?;
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, KEEPALIVE_PROBES)?;
-    set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1 as c_int)
+    set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1 as c_int)?;
+    match set_option(fd, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, RETRY_MAX_MS) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
+        result => result,
+    }
+}
+
+/// How a TCP peer takes what is sent to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Delivery {
+    /// What was sent or waits to be sent, and is not acknowledged, in bytes.
+    pub pending_bytes: u32,
+    /// How long ago the last acknowledgement came, in milliseconds.
+    pub acked_ms_ago: u64,
+    /// How often the kernel has sent something again, or asked for room, since the peer has taken anything; up to 15.
+    pub tries: u32,
+    /// How often it has asked since the last acknowledgement.
+    pub probes: u32,
+}
+
+/// Asks how the peer of a TCP connection takes what is sent to it.
+pub fn delivery(fd: BorrowedFd) -> io::Result<Delivery> {
+    let mut pending: c_int = 0;
+    // SAFETY: `pending` is valid for the kernel to fill.
+    check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut pending) })?;
+    // SAFETY: the struct has only numbers, of which all are valid with each bit zero.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut length = size_of_val(&info) as libc::socklen_t;
+    let (to, room) = ((&raw mut info).cast(), &raw mut length);
+    // SAFETY: the kernel fills up to `length` bytes of `info`, which is that long.
+    check(unsafe { libc::getsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, to, room) })?;
+    Ok(Delivery {
+        pending_bytes: pending.unsigned_abs(),
+        acked_ms_ago: info.tcpi_last_ack_recv.into(),
+        tries: info.tcpi_backoff.into(),
+        probes: info.tcpi_probes.into(),
+    })
 }
 
 /// Bounds how long one blocking read or write of a socket may wait. After that it fails with [`io::ErrorKind::WouldBlock`].
@@ -95,9 +139,11 @@ pub fn connect_tcp(bind: Option<IpAddr>, to: SocketAddr) -> io::Result<TcpStream
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{ErrorKind, Read};
+    use std::io::{ErrorKind, Read, Write};
     use std::net::TcpListener;
     use std::os::fd::AsFd;
+    use std::thread;
+    use std::time::Instant;
 
     #[test]
     fn a_connection_comes_from_the_bound_address() {
@@ -112,6 +158,32 @@ mod tests {
 
         set_tcp_options(stream.as_fd()).unwrap();
         assert!(stream.nodelay().unwrap());
+    }
+
+    /// A peer that reads nothing acknowledges that it has no room, each time it is asked.
+    #[test]
+    fn what_a_peer_does_not_take_is_pending() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        set_tcp_options(stream.as_fd()).unwrap();
+        let wait_for = |what: &str, is_so: &dyn Fn(&Delivery) -> bool| {
+            let began = Instant::now();
+            while !is_so(&delivery(stream.as_fd()).unwrap()) {
+                assert!(began.elapsed() < Duration::from_secs(30), "{what}: {:?}", delivery(stream.as_fd()));
+                thread::sleep(Duration::from_millis(5));
+            }
+        };
+        wait_for("nothing was sent", &|now| now.pending_bytes == 0 && now.tries == 0);
+        stream.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        while let Ok(n) = (&stream).write(&[1; 4_096]) {
+            sent += n;
+        }
+        wait_for("it is asked, and answers", &|now| now.tries >= 2 && now.probes == 0 && now.acked_ms_ago < 300);
+        assert!(delivery(stream.as_fd()).unwrap().pending_bytes > 0);
+        peer.read_exact(&mut vec![0; sent]).unwrap();
+        wait_for("all of it is taken", &|now| now.pending_bytes == 0);
     }
 
     #[test]

@@ -30,3 +30,4 @@ mod start;
 mod stop;
 mod support;
 mod transfer;
+mod vanished;

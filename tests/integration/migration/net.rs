@@ -1,7 +1,7 @@
 //! Migrations over a link of a known speed, between two network namespaces.
 
 use crate::support::peers::{expect_migrated, listen_after, start_mirror};
-use crate::support::{has, must, pattern, program, wait_for, Need, Server, SOON};
+use crate::support::{pattern, wait_for, Link, Server, SOON};
 use std::time::Instant;
 
 /// The speed of the link, in bytes per second.
@@ -9,58 +9,17 @@ const LINK: u64 = 40_000_000;
 /// The size of the image.
 const SIZE: u64 = 48 << 20;
 
-/// Two network namespaces and a pair of devices between them; gone when dropped.
-struct Link {
-    names: [String; 2],
-}
-
-impl Link {
-    /// `None` where the machine does not allow it; that has been told then.
-    fn new(test: &str) -> Option<Self> {
-        const SHAPES: &str = "exec unshare -n sh -ec 'ip link add veth0 type veth peer name veth1; \
-                              tc qdisc add dev veth0 root tbf rate 1mbit burst 32kb latency 50ms'";
-        let programs = ["ip", "tc", "unshare"].map(Need::Program);
-        if !has(&[&[Need::Root], &programs[..], &[Need::Kernel(SHAPES)]].concat()) {
-            return None;
-        }
-        let ip = |line: String| must("ip", &line.split_whitespace().collect::<Vec<_>>());
-        let names = ["a", "b"].map(|end| format!("flexnbd-{}-{test}-{end}", std::process::id()));
-        let link = Self { names };
-        let [a, b] = &link.names;
-        ip(format!("netns add {a}"));
-        ip(format!("netns add {b}"));
-        ip(format!("-n {a} link add veth0 type veth peer name veth0 netns {b}"));
-        for (name, address) in [(a, "10.77.0.1/24"), (b, "10.77.0.2/24")] {
-            ip(format!("-n {name} address add {address} dev veth0"));
-            ip(format!("-n {name} link set veth0 up"));
-            ip(format!("-n {name} link set lo up"));
-            let shape = format!("-n {name} qdisc add dev veth0 root tbf rate {}bit burst 256kb latency 50ms", LINK * 8);
-            must("tc", &shape.split_whitespace().collect::<Vec<_>>());
-        }
-        Some(link)
-    }
-
-    fn inside(&self, end: usize) -> [&str; 4] {
-        ["ip", "netns", "exec", &self.names[end]]
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        for name in &self.names {
-            let _ = program("ip").args(["netns", "delete", name]).output();
-        }
-    }
-}
-
 /// Bytes per second of a migration over the link, in the middle of it: how it begins, and how long the disk of the
 /// destination takes to flush, says nothing about the link. Never more than it was: the time it takes to ask counts.
 fn speed(test: &str, options: &str) -> Option<u64> {
     let link = Link::new(test)?;
-    let source = Server::serve().through(&link.inside(0)).addr("10.77.0.1").content(&pattern(1, SIZE as usize));
+    if !link.shape(LINK) {
+        return None;
+    }
+    let source = Server::serve().through(&link.inside(0)).addr(Link::NEAR).content(&pattern(1, SIZE as usize));
     let mut source = source.start();
     let command = format!("exec {}", link.inside(1).join(" "));
-    let mut destination = listen_after(0, &command).addr("10.77.0.2").size(SIZE).start();
+    let mut destination = listen_after(0, &command).addr(Link::FAR).size(SIZE).start();
     start_mirror(&source, destination.address(), options);
     let arrival = |least: u64| {
         wait_for("data", SOON, || {

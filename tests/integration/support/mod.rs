@@ -7,11 +7,13 @@ pub mod newstyle;
 pub mod peers;
 
 mod client;
+mod link;
 mod process;
 mod server;
 mod system;
 
 pub use client::{errno, flag, greeting, kind, reply, request, uninterrupted, Client, Scripted, GREETING_MAGICS};
+pub use link::Link;
 pub use process::{run, run_command, run_within, Output, Process, TempDir};
 pub use server::{Builder, Server, Status};
 pub use system::{has, must, not_tested, program, reserved_port, Loop, Mount, Need};
