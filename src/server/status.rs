@@ -66,7 +66,6 @@ fn of_server(server: &Reactor) -> Facts {
     put("is_mirroring", Value::Flag(matches!(sh.life, Life::Sending { .. })));
     put("has_control", Value::Flag(!sh.life.awaits_image()));
     put("size", Value::Number(sh.disk.size()));
-    put("read_only", Value::Flag(sh.disk.access() == Access::ReadOnly));
     put("clients_allowed", Value::Flag(sh.admission.has_room(sh.life.awaits_image())));
     put("num_clients", Value::Number(sh.admission.clients() as u64));
     if let Some((mirror, plan)) = migration(server) {
@@ -97,6 +96,7 @@ fn of_server(server: &Reactor) -> Facts {
     put("reads", Value::Number(tally.reads));
     put("writes", Value::Number(tally.writes));
     put("trims", Value::Number(tally.trims));
+    put("read_only", Value::Flag(sh.disk.access() == Access::ReadOnly));
     put("disk_engine", Value::Text(sh.disk.engine().into()));
     put("syncs", Value::Number(sh.disk.syncs()));
     put("flushes", Value::Number(tally.flushes));
