@@ -70,7 +70,9 @@ fn source() -> Server {
 fn migrate(source: &mut Server, to: SocketAddr, more: &str) {
     let worker = Worker::start(source.address(), 1 << 20..5 << 20);
     // Slow at first, so that the client is seen to go on while the image is copied.
-    start_mirror(source, to, &format!("{more} --max-speed 1000000"));
+    // On a machine so busy that it is not greeted in time, it tries again.
+    let options = format!("{more} --max-speed 1000000");
+    wait_for("the start", SOON * 2, || (mirror(source, to, &options).code == Some(0)).then_some(()));
     worker.expect_progress();
     worker.may_end();
     assert_eq!(tell("mirror-speed", source, "--max-speed 0").0, Some(0));

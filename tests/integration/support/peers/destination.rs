@@ -7,7 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// When a destination does something wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,6 +156,20 @@ impl Script {
         Destination { address, seen, stop, thread: Some(thread) }
     }
 
+    /// True when the client that is busy all the time has no answer for a while, but for one that was on its way: it is
+    /// paused. A source whose first FLUSH took long asks for more of them before it pauses anybody.
+    fn clients_rest(&self) -> bool {
+        let Some(counter) = &self.flush_after else { return true };
+        let (before, give_up) = (counter(), Instant::now() + Duration::from_millis(300));
+        while Instant::now() < give_up {
+            if counter() > before + 1 {
+                return false;
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        true
+    }
+
     /// One connection. Returns it when it is to stay open without a word.
     fn converse(&self, mut stream: TcpStream, seen: &Mutex<Seen>) -> io::Result<Option<TcpStream>> {
         let mut fault = {
@@ -200,7 +214,7 @@ impl Script {
                 At::MiddleWrite => writes && written + bytes >= self.size / 2,
                 At::LastWrite => flushes > 0 && (writes || asked == kind::FLUSH),
                 At::FirstFlush => asked == kind::FLUSH,
-                At::LastFlush => asked == kind::FLUSH && flushes > 0,
+                At::LastFlush => asked == kind::FLUSH && flushes > 0 && self.clients_rest(),
                 At::Disc => asked == kind::DISC,
             });
             if now.is_some() {
