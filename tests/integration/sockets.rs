@@ -33,6 +33,8 @@ fn of_two_servers_that_start_at_once_one_gets_the_control_socket() {
         let sock = dir.join("control");
         if is_stale {
             drop(UnixListener::bind(&sock).unwrap());
+            // A program that another test is starting may have it open for a moment.
+            wait_for("a stale socket", SOON, || UnixStream::connect(&sock).is_err().then_some(()));
         }
         let mut racers = ["a", "b"].map(|name| (name, Process::spawn(&mut serve(&dir, name, &sock))));
         let (loser, status) = wait_for("the end of one of them", SOON, || {
