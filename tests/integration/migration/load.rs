@@ -163,7 +163,7 @@ fn sources_are_killed() {
         // Slow enough that it is not complete when it is killed, however busy the machine is.
         let goal = written(&destination) + random.below(SIZE / 2);
         wait_for("the start", SOON, || {
-            (mirror(&source, destination.address(), "--max-speed 5000000").code == Some(0)).then_some(())
+            (mirror(&source, destination.address(), "--max-speed 1000000").code == Some(0)).then_some(())
         });
         wait_for("data", SOON, || (written(&destination) >= goal).then_some(()));
         worker.may_end();
