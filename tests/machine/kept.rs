@@ -142,6 +142,30 @@ fn a_payload_that_is_being_received_is_kept_too() {
 }
 
 #[test]
+fn a_payload_that_does_not_come_is_not_kept() {
+    let mut kept = Kept::new();
+    let write = stream(&[head(kind::WRITE, 0, 0, 2 * SLICE as u32)]);
+    let (first, rest) = write.split_at(28 + SLICE / 2);
+    kept.receive(&first[..28], 1);
+    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    kept.receive(&first[28..], 1);
+    assert!(matches!(kept.step(Pass::Reads), Step::NeedBytes), "it waits for its client, not for permission");
+    kept.receive(&rest[..SLICE / 2], 1);
+    for _ in 0..2 {
+        assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    }
+    let slice = kept.request(Pass::Everything, kind::WRITE);
+    assert!(matches!(kept.step(Pass::Reads), Step::Kept), "no memory is taken for what may not pass");
+    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    kept.receive(&rest[SLICE / 2..], 2);
+    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    let last = kept.request(Pass::Everything, kind::WRITE);
+    kept.complete(slice);
+    kept.complete(last);
+    assert_eq!(kept.session.tally().written_bytes, 2 * SLICE as u64);
+}
+
+#[test]
 fn what_was_kept_ages_later_and_nothing_else_does() {
     let mut kept = Kept::new();
     kept.receive(&stream(&[head(kind::READ, 0, 0, 9)]), 10);
@@ -173,14 +197,13 @@ fn a_write_whose_payload_was_kept_ages_later() {
     let write = stream(&[head(kind::WRITE, 0, 0, 100)]);
     kept.receive(&write[..28], 10);
     assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
-    kept.receive(&write[28..90], 20);
+    kept.receive(&write[28..], 20);
     assert!(matches!(kept.step(Pass::Reads), Step::Kept));
     kept.session.excuse(1000);
     assert_eq!(kept.session.oldest_ms(), Some(5), "the READ");
     kept.complete(read);
     kept.send_all();
     assert_eq!(kept.session.oldest_ms(), Some(1010), "the WRITE");
-    kept.receive(&write[90..], 1030);
     let last = kept.request(Pass::Everything, kind::WRITE);
     assert_eq!(kept.session.oldest_ms(), Some(1010));
     kept.complete(last);

@@ -443,12 +443,10 @@ impl ServerSession {
             self.answer_if_done(tag);
             return None;
         };
-        if pass == Pass::Reads {
-            return Some(Step::Kept);
-        }
-        match incoming.step(&mut self.inbox, &mut self.memory, pool) {
+        match incoming.step(pass, &mut self.inbox, &mut self.memory, pool) {
             Piece::NeedBytes => Some(Step::NeedBytes),
             Piece::NeedRoom => Some(Step::NeedRoom),
+            Piece::Kept => Some(Step::Kept),
             Piece::Slice { action, is_last } => {
                 if is_last {
                     self.state = State::Request;

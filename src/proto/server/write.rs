@@ -2,6 +2,7 @@
 
 use super::inbox::Inbox;
 use super::memory::{slice_len, Memory};
+use super::step::Pass;
 use crate::buffer::{Buffer, Pool};
 use crate::proto::wire::{command, RequestHead};
 use crate::work::Action;
@@ -13,6 +14,8 @@ pub(super) enum Piece {
     NeedBytes,
     /// Nothing before memory comes back.
     NeedRoom,
+    /// The next slice may not pass now.
+    Kept,
     /// A whole slice, the last one or not.
     Slice { action: Action, is_last: bool },
 }
@@ -59,8 +62,12 @@ impl Incoming {
         taken
     }
 
-    /// Goes on with what was received. What is durable has to be so when the last slice is done.
-    pub(super) fn step(&mut self, inbox: &mut Inbox, memory: &mut Memory, pool: &mut Pool) -> Piece {
+    /// Goes on with what was received. What is durable has to be so when the last slice is done. A slice that may not pass is
+    /// kept as soon as all of it has come: before that it waits for its client.
+    pub(super) fn step(&mut self, pass: Pass, inbox: &mut Inbox, memory: &mut Memory, pool: &mut Pool) -> Piece {
+        if pass == Pass::Reads && self.slice.is_none() {
+            return Piece::Kept;
+        }
         let Some((mut buffer, room)) = self.slice.take().or_else(|| self.next_slice(memory, pool)) else {
             return Piece::NeedRoom;
         };
@@ -70,6 +77,10 @@ impl Incoming {
         if n < room {
             self.slice = Some((buffer, room - n));
             return Piece::NeedBytes;
+        }
+        if pass == Pass::Reads {
+            self.slice = Some((buffer, 0));
+            return Piece::Kept;
         }
         let (offset, is_last) = (self.offset, self.left == 0);
         self.offset += buffer.len() as u64;
