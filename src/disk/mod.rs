@@ -31,6 +31,7 @@ mod zero;
 
 pub use image::SECTOR;
 pub use open::{Access, OpenError};
+pub use sparse::is_zero;
 
 use crate::sys::pages::FileSystem;
 use crate::work::{Done, Op};

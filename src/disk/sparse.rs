@@ -180,7 +180,7 @@ fn write_part(image: &Image, offset: u64, bytes: &[u8], part: Range<usize>) -> i
 }
 
 /// True when every byte is zero. The first word is looked at on its own, because in data it is hardly ever zero.
-fn is_zero(bytes: &[u8]) -> bool {
+pub fn is_zero(bytes: &[u8]) -> bool {
     // Long enough to be compared in wide registers, short enough to stop soon.
     const STRIDE: usize = 256;
     bytes.first_chunk().is_none_or(|word| u64::from_ne_bytes(*word) == 0)

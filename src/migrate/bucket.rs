@@ -37,6 +37,11 @@ impl Bucket {
         self.left = self.left.saturating_sub_unsigned(bytes.saturating_mul(1000));
     }
 
+    /// What was counted did not pass.
+    pub(super) fn give_back(&mut self, bytes: u64) {
+        self.left = self.left.saturating_add_unsigned(bytes.saturating_mul(1000));
+    }
+
     /// Forgives what this much time would not pay back.
     pub(super) fn forgive_beyond(&mut self, ms: u64) {
         self.left = self.left.max(-self.worth(ms));
@@ -90,6 +95,9 @@ mod tests {
         bucket.forgive_beyond(1_000);
         assert_eq!(bucket.open_at(60_000), 61_000);
         assert_eq!((bucket.open_at(60_999), bucket.open_at(61_000)), (61_000, 61_000));
+        bucket.take(3_000_000);
+        bucket.give_back(2_000_000);
+        assert_eq!(bucket.open_at(61_000), 62_000);
     }
 
     #[test]

@@ -10,9 +10,9 @@
 //!
 //! The source ([`Plan`]) sees the image as a bitmap of blocks, all of them dirty at first. A pass goes over the dirty
 //! blocks in order; what clients write meanwhile belongs to the next pass. When another pass would gain nothing and
-//! what is left can be sent within the pause target, clients are paused and the rest is sent. Where clients dirty
-//! blocks faster than they can be sent, their writes are slowed down, twice as much after every pass that gained
-//! nothing.
+//! what is left can be sent within the pause target, clients are paused and the rest is sent. What their operations in
+//! flight will change counts as left. Where clients dirty blocks faster than they can be sent, their writes are slowed
+//! down, twice as much after every pass that gained nothing.
 //!
 //! The destination ([`Incoming`]) counts which bytes its sender has written: only all of them are an image.
 //!
@@ -27,6 +27,7 @@
 //!    flushed where the destination can.
 
 mod bucket;
+mod changes;
 mod flush;
 mod holes;
 mod incoming;

@@ -154,6 +154,12 @@ impl Pass {
         sent
     }
 
+    /// What is in flight as data goes without its bytes, because they are zero. False for what is not in flight.
+    pub(super) fn note_zeroes(&mut self, range: &Range<u64>) -> bool {
+        let sent = self.in_flight.iter_mut().find(|sent| sent.range == *range);
+        sent.map(|sent| sent.is_data = false).is_some()
+    }
+
     /// The destination has done what was sent; `None` for what is not in flight.
     pub(super) fn acked(&mut self, range: &Range<u64>) -> Option<Sent> {
         let at = self.in_flight.iter().position(|sent| sent.range == *range)?;

@@ -1,6 +1,7 @@
 //! PURE: the source of a migration: what comes next, over all of its attempts.
 
 use super::bucket::Bucket;
+use super::changes::Changes;
 use super::flush::{Flushes, Need, Why};
 use super::holes::Holes;
 use super::pace::Pace;
@@ -16,6 +17,8 @@ const DATA_MIN: u64 = 4 << 10;
 /// The most bytes that one operation of a client can cost to send, where zeroes cost one request: what is longer than a
 /// buffer is zeroes.
 const CHARGE_MAX: u64 = DATA_MAX + BLOCK;
+/// The speed of the way before anything but zeroes has shown it, in bytes per second.
+const SPEED_UNKNOWN: u64 = 10_000_000;
 
 /// What the destination can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,6 +43,8 @@ pub enum Step {
     Flush,
     /// Nothing before an answer comes.
     Wait,
+    /// Nothing before an operation of a client is done: there is nothing else left.
+    WaitForClients,
     /// Nothing before this time, or an answer.
     WaitUntil(u64),
     /// Pause clients and, when none of their operations is in flight, say so with [`Plan::quiesced`].
@@ -76,6 +81,7 @@ pub struct Plan {
     /// How long clients should be paused at most, in milliseconds.
     pause_target_ms: u64,
     limit: Option<Bucket>,
+    changes: Changes,
     attempt: Attempt,
 }
 
@@ -107,6 +113,7 @@ impl Plan {
             size,
             pause_target_ms,
             limit: limit_bytes_per_s.map(|limit| Bucket::new(limit, now_ms)),
+            changes: Changes::default(),
             attempt: Attempt::new(size, pause_target_ms, Abilities::default(), flushes, now_ms),
         }
     }
@@ -129,16 +136,24 @@ impl Plan {
         self.attempt.pace.forget_speed(now_ms);
     }
 
+    /// So many operations of clients that may change the image went to the disk before there was a migration, and are not
+    /// done yet.
+    pub fn note_earlier_changes(&mut self, count: usize) {
+        self.changes.note_unknown(count);
+    }
+
     /// A client's operation that may change the range goes to the disk. The clients' write limit is charged for what it
     /// will cost to send.
     pub fn note_submitted(&mut self, range: &Range<u64>) {
+        self.changes.note_submitted(range);
         if let Some(limit) = self.attempt.pace.write_limit() {
             limit.note_submitted(self.attempt.pass.clean_bytes(range));
         }
     }
 
-    /// A client may have changed the range. To be called before it is told so (invariant 2).
+    /// A client's operation is done and may have changed the range. To be called before the client is told so (invariant 2).
     pub fn note_write(&mut self, range: &Range<u64>) {
+        self.changes.note_done(range);
         let dirtied = self.attempt.pass.note_write(range);
         self.attempt.holes.note_write(range);
         if let Some(limit) = self.attempt.pace.write_limit() {
@@ -199,6 +214,13 @@ impl Plan {
         }
     }
 
+    /// What a [`Step::Data`] asked for is all zero, and goes without its bytes.
+    pub fn note_zeroes(&mut self, range: &Range<u64>) {
+        if let (true, Some(limit)) = (self.attempt.pass.note_zeroes(range), &mut self.limit) {
+            limit.give_back(range.end - range.start);
+        }
+    }
+
     /// The destination has done what a [`Step::Data`] or [`Step::Zero`] asked for.
     pub fn acked(&mut self, range: &Range<u64>, now_ms: u64) {
         let Some(sent) = self.attempt.pass.acked(range) else { return };
@@ -224,7 +246,7 @@ impl Plan {
 
     /// What to do next; to be asked until it says to wait.
     pub fn next(&mut self, now_ms: u64) -> Step {
-        self.attempt.next(self.limit.as_mut(), now_ms)
+        self.attempt.next(self.limit.as_mut(), &self.changes, now_ms)
     }
 
     /// What the destination of this attempt can do, as far as is known by now.
@@ -264,11 +286,11 @@ impl Attempt {
         }
     }
 
-    fn next(&mut self, limit: Option<&mut Bucket>, now_ms: u64) -> Step {
-        let speed = self.pace.speed(limit.as_ref().map(|limit| limit.bytes_per_s()));
+    fn next(&mut self, limit: Option<&mut Bucket>, changes: &Changes, now_ms: u64) -> Step {
         match self.pause.phase() {
             Phase::Copying => {
-                if let Some(step) = self.approach_end(speed, now_ms) {
+                let most_bytes = self.most_in_pause(limit.as_deref());
+                if let Some(step) = self.approach_end(most_bytes, changes, now_ms) {
                     return step;
                 }
                 if self.flushes.need(Why::Copying) == Need::Flush {
@@ -279,15 +301,15 @@ impl Attempt {
             Phase::LastPass { .. } => {}
             Phase::Quiescing { .. } | Phase::Committed { .. } | Phase::Released { .. } => return Step::Wait,
         }
-        self.send(limit, speed, now_ms)
+        self.send(limit, changes, now_ms)
     }
 
     /// The end of the copy: a flush while clients still go on, so that the one in the pause is short; then the pause.
-    fn approach_end(&mut self, speed: Option<u64>, now_ms: u64) -> Option<Step> {
+    fn approach_end(&mut self, most_bytes: u64, changes: &Changes, now_ms: u64) -> Option<Step> {
         let is_all_there = self.pass.left_bytes() == 0;
-        let is_near = is_all_there || self.pass.is_settled() && self.fits_pause(speed);
-        if !is_near {
-            return None;
+        let is_near = is_all_there || self.pass.is_settled();
+        if !is_near || !self.fits(most_bytes, changes) {
+            return is_all_there.then_some(Step::WaitForClients);
         }
         match self.flushes.need(Why::Pause { target_ms: self.pause.target_ms() }) {
             Need::Answer => return None,
@@ -321,11 +343,11 @@ impl Attempt {
     }
 
     /// The next piece of the image.
-    fn send(&mut self, limit: Option<&mut Bucket>, speed: Option<u64>, now_ms: u64) -> Step {
+    fn send(&mut self, limit: Option<&mut Bucket>, changes: &Changes, now_ms: u64) -> Step {
         if self.pass.in_flight().len() >= IN_FLIGHT_MAX {
             return Step::Wait;
         }
-        if self.flushes.is_full() || !self.take(speed, now_ms) {
+        if self.flushes.is_full() || !self.take(limit.as_deref(), changes, now_ms) {
             self.pace.meter().note_idle();
             return Step::Wait;
         }
@@ -358,7 +380,7 @@ impl Attempt {
     }
 
     /// Takes blocks, unless some are taken. False when there is nothing that could be sent now.
-    fn take(&mut self, speed: Option<u64>, now_ms: u64) -> bool {
+    fn take(&mut self, limit: Option<&Bucket>, changes: &Changes, now_ms: u64) -> bool {
         if !self.pass.taken().is_empty() {
             return true;
         }
@@ -367,8 +389,8 @@ impl Attempt {
             Taken::More => {}
             Taken::NewPass => {
                 // The pass before has gained nothing, and the end is not near: clients dirty blocks too fast.
-                if let Some(speed) = speed.filter(|_| self.pass.is_settled() && !self.fits_pause(speed)) {
-                    self.pace.slow_clients(speed, self.charge_max(), now_ms);
+                if self.pass.is_settled() && !self.fits(self.most_in_pause(limit), changes) {
+                    self.pace.slow_clients(self.speed(limit), self.charge_max(), now_ms);
                 }
             }
         }
@@ -384,11 +406,32 @@ impl Attempt {
         }
     }
 
-    /// True when what is left can be sent within half of the pause target; the other half is for the flush. Clients
-    /// that wait for longer with every block may be paused for as long.
-    fn fits_pause(&self, speed: Option<u64>) -> bool {
+    /// How much can be sent within half of the pause target, in bytes; the other half is for the flush. Clients that wait for
+    /// longer with every block may be paused for as long.
+    fn most_in_pause(&self, limit: Option<&Bucket>) -> u64 {
         let most_ms = (self.pause.target_ms() / 2).max(self.pace.kept_ms_per_block());
-        self.pass.left_bytes().saturating_mul(1000) <= speed.unwrap_or(0).saturating_mul(most_ms)
+        self.speed(limit).saturating_mul(most_ms) / 1000
+    }
+
+    /// True when that is enough for what is left and for what the operations of clients, which have to be done first, will
+    /// add to it.
+    fn fits(&self, most_bytes: u64, changes: &Changes) -> bool {
+        let Some(room) = most_bytes.checked_sub(self.pass.left_bytes()) else { return false };
+        let dirty_bytes = self.pass.dirty_bytes();
+        changes.fit(room, |range| {
+            // Of a long range it need not be counted, block by block, how many are clean.
+            let least = (range.end - range.start).saturating_sub(dirty_bytes);
+            if least > room {
+                least
+            } else {
+                self.pass.clean_bytes(range)
+            }
+        })
+    }
+
+    fn speed(&self, limit: Option<&Bucket>) -> u64 {
+        let most = limit.map(Bucket::bytes_per_s);
+        self.pace.speed(most).unwrap_or(SPEED_UNKNOWN.min(most.unwrap_or(u64::MAX)))
     }
 }
 

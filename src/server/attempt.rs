@@ -3,7 +3,8 @@
 
 use super::dial::{Destination, Dial, Failure};
 use super::shared::Shared;
-use crate::buffer::{Buffer, Pool, SLICE};
+use crate::buffer::{Buffer, SLICE};
+use crate::disk;
 use crate::event::slots::Key;
 use crate::migrate::{Plan, DATA_MAX};
 use crate::proto::error::Errno;
@@ -135,20 +136,27 @@ impl Attempt {
         self.submit(action, Task::Read(range), tag, key, sh);
     }
 
-    /// Takes what was read, and queues it as a WRITE.
+    /// Takes what was read, and queues it as a WRITE, or without its bytes when they are zero.
     pub(super) fn read_done(
         &mut self,
         range: Range<u64>,
         buffer: Buffer,
         result: io::Result<()>,
-        pool: &mut Pool,
+        sh: &mut Shared,
     ) -> Result<(), Failure> {
         self.reading -= buffer.capacity();
         if let Err(error) = result {
-            pool.give(buffer);
+            sh.pool.give(buffer);
             return Err(Failure::Broken(format!("cannot read the image at offset {}: {error}", range.start)));
         }
-        self.send_data(range, buffer);
+        match sh.life.plan() {
+            Some(plan) if plan.can().zero && disk::is_zero(buffer.filled()) => {
+                plan.note_zeroes(&range);
+                sh.pool.give(buffer);
+                self.ask_for_zeroes(range);
+            }
+            _ => self.send_data(range, buffer),
+        }
         Ok(())
     }
 

@@ -135,7 +135,9 @@ impl Client {
                     return Next::Close(Reason::CameBack);
                 }
                 Step::Request(Request { tag, action, .. }) => {
-                    Gate::passed(&mut sh.life, action.touches());
+                    if let Some(range) = action.touches() {
+                        sh.gate.passed(&mut sh.life, &range);
+                    }
                     if let Life::Receiving { incoming, .. } = &mut sh.life {
                         inbound::note_submitted(incoming, &action, sh.disk.in_flight() == 0);
                     }

@@ -129,7 +129,8 @@ impl Reactor {
         let mirror = started.inspect_err(|_| sh.share_image())?;
         let max_pause_ms = wanted.max_pause_ms.unwrap_or(DEFAULT_PAUSE_MS);
         let answer_max_ms = sh.limits.request_limit_ms;
-        let plan = Box::new(Plan::new(size, max_pause_ms, answer_max_ms, wanted.max_bytes_per_s, sh.now_ms));
+        let mut plan = Box::new(Plan::new(size, max_pause_ms, answer_max_ms, wanted.max_bytes_per_s, sh.now_ms));
+        plan.note_earlier_changes(sh.gate.changing());
         sh.life = Life::Sending { mirror, plan };
         Ok(())
     }

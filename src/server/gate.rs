@@ -16,19 +16,21 @@ use crate::proto::server::Pass;
 use crate::proto::wire::RequestHead;
 use std::ops::Range;
 
-/// The clients that wait at the gate, and who may not pass it.
+/// The clients that wait at the gate, who may not pass it, and what has.
 #[derive(Debug)]
 pub(super) struct Gate {
     /// Those of the requests that the migrations of this process send.
     own_cookies: Cookies,
     /// Clients whose next request changes the image and may not pass.
     kept: RunQueue,
+    /// Operations that may change the image and are in the disk.
+    changing: usize,
 }
 
 impl Gate {
     /// Nobody waits. The cookies have to be as good as random.
     pub(super) fn new(own_cookies: Cookies) -> Self {
-        Self { own_cookies, kept: RunQueue::default() }
+        Self { own_cookies, kept: RunQueue::default(), changing: 0 }
     }
 
     /// What a migration of this process gives its requests.
@@ -50,11 +52,27 @@ impl Gate {
         Some(if keeps_changes { Pass::Reads } else { Pass::Everything })
     }
 
-    /// Charges a change that has passed for what it will cost the migration to send the range again.
-    pub(super) fn passed(life: &mut Life, changes: Option<Range<u64>>) {
-        if let (Some(plan), Some(range)) = (life.plan(), changes) {
-            plan.note_submitted(&range);
+    /// An operation that may change this range has passed and goes to the disk. A migration charges for what it will cost to
+    /// send the range again.
+    pub(super) fn passed(&mut self, life: &mut Life, range: &Range<u64>) {
+        self.changing += 1;
+        if let Some(plan) = life.plan() {
+            plan.note_submitted(range);
         }
+    }
+
+    /// The disk is done with it.
+    pub(super) fn done(&mut self, life: &mut Life, range: &Range<u64>) {
+        debug_assert!(self.changing > 0, "it has passed");
+        self.changing = self.changing.saturating_sub(1);
+        if let Some(plan) = life.plan() {
+            plan.note_write(range);
+        }
+    }
+
+    /// How many operations have passed that may change the image and are not done yet.
+    pub(super) fn changing(&self) -> usize {
+        self.changing
     }
 
     /// A client's next request may not pass; it gets another turn when the gate opens.

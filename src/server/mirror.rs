@@ -122,7 +122,7 @@ impl Mirror {
         let task = self.attempt.as_mut().and_then(|attempt| Some((attempt.take_task(done.tag)?, attempt)));
         match (task, done.buffer) {
             (Some((Task::Read(range), attempt)), Some(buffer)) => {
-                match attempt.read_done(range, buffer, done.result, &mut sh.pool) {
+                match attempt.read_done(range, buffer, done.result, sh) {
                     Ok(()) => Next::Idle,
                     Err(why) => self.failed(&why, key, sh),
                 }
@@ -363,6 +363,7 @@ impl Mirror {
                     return Ok(Next::Idle);
                 }
                 Step::Commit => return self.commit(sh),
+                Step::WaitForClients => return Ok(Next::WaitDisk),
                 Step::Data(_) | Step::Wait => return Ok(Next::Idle),
             }
         }

@@ -205,8 +205,8 @@ impl Reactor {
 
     /// Hands a completion to the slot it is for.
     fn finish(&mut self, done: Done) -> Result<(), Fatal> {
-        if let (Some(plan), Some(range)) = (self.shared.life.plan(), &done.touched) {
-            plan.note_write(range);
+        if let Some(range) = &done.touched {
+            self.shared.gate.done(&mut self.shared.life, range);
         }
         self.run.append(&mut self.wait_disk);
         if done.owner == life::SEAL {

@@ -79,10 +79,10 @@ fn one_block_that_never_rests_is_migrated() {
                     let out =
                         run(&Setup { link_bytes_per_s, latency_us, max_pause_ms, clients, write_us: 1_000, ..new });
                     let copy_ms = size * 1_000 / link_bytes_per_s;
-                    assert!(out.committed_ms <= copy_ms + 3_500, "{out:?}");
+                    assert!(out.committed_ms <= copy_ms + 3_500 + 10 * latency_us / 1_000, "{out:?}");
                     // The block, once more if it was on its way, a flush, and a round trip for each.
                     let block_ms = size.min(64 << 10) * 1_000 / link_bytes_per_s;
-                    assert!(out.pause_ms <= 2 * block_ms + 4 * latency_us / 1_000 + 50, "{out:?}");
+                    assert!(out.pause_ms <= 2 * block_ms + 6 * latency_us / 1_000 + 50, "{out:?}");
                 }
             }
         }
@@ -123,9 +123,8 @@ fn clients_faster_than_the_link_are_slowed_until_it_ends() {
         let out = run(&Setup { link_bytes_per_s, flush_us, clients, write_us: 2_000, deadline_ms: 120_000, ..new });
         let copy_ms = size * 1_000 / link_bytes_per_s;
         assert!(out.committed_ms <= 6 * copy_ms + 3_000, "{link_bytes_per_s} {copy_ms}: {out:?}");
-        // Clients that wait for longer with every block may be paused for as long.
-        let block_ms = (64 << 10) * 1_000 / out.write_limit.unwrap();
-        assert!(out.pause_ms <= block_ms.max(100) + flush_us / 1_000, "{link_bytes_per_s}: {out:?}");
+        assert!(out.pause_ms <= 100 + flush_us / 1_000, "{link_bytes_per_s}: {out:?}");
+        assert!(out.write_limit.is_some());
     }
 }
 
@@ -144,19 +143,33 @@ fn trims_of_half_the_image_do_not_stop_other_writes() {
 }
 
 #[test]
+fn long_zeroes_do_not_keep_a_migration_from_its_end() {
+    // Three clients write zeroes over all of the image again and again, with half a minute of work for the disk always on its
+    // way, also before there is a migration; another client writes a little.
+    for break_ms in [None, Some(1)] {
+        let size = 768 * MIB;
+        let zeroing = Client { zeroes: 1, no_hole: true, ..Client::full_speed(0..size, size, 32) };
+        let clients = vec![zeroing.clone(), zeroing.clone(), zeroing, Client::steady(0..size, 64 << 10, MB)];
+        let new = Setup { link_bytes_per_s: 50 * MB, zero_us_per_mib: 500, clients, ..Setup::new(1, size) };
+        let out = run(&Setup { break_ms, deadline_ms: 120_000, ..new });
+        assert!(out.committed_ms <= 90_000 && out.given_up == 0 && out.pause_ms <= 100, "{out:?}");
+    }
+}
+
+#[test]
 fn a_link_that_becomes_slow_is_noticed() {
-    // How long it takes depends on where the writes of a few milliseconds fall: from 5 s to 35 s.
-    let (mut committed_ms, mut pause_ms) = (0, 0);
+    // How long it takes depends on where the writes of a few milliseconds fall.
+    let mut committed_ms = 0;
     for seed in 0..8 {
         let clients = vec![Client::steady(0..64 * MIB, 64 << 10, 20 * MB)];
         let new = Setup { clients, link_bytes_per_s: 500 * MB, ..Setup::new(seed, 64 * MIB) };
         let out = run(&Setup { link_changes: vec![(130, 5 * MB)], ..new.clone() });
-        assert!(out.pause_ms <= 1_000 && out.given_up <= 1, "{out:?}");
-        (committed_ms, pause_ms) = (committed_ms + out.committed_ms, pause_ms + out.pause_ms);
+        assert!(out.committed_ms <= 40_000 && out.pause_ms <= 100 && out.given_up <= 1, "{out:?}");
+        committed_ms += out.committed_ms;
         let out = run(&Setup { link_changes: vec![(130, 5 * MB), (2_000, 500 * MB)], ..new });
         assert!(out.committed_ms <= 7_000 && out.pause_ms <= 100, "{out:?}");
     }
-    assert!(committed_ms / 8 <= 30_000 && pause_ms / 8 <= 100, "{committed_ms} {pause_ms}");
+    assert!(committed_ms / 8 <= 30_000, "{committed_ms}");
 }
 
 /// Data sent in every stretch of two seconds, in thousandths of what the limit allows.

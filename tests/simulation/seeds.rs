@@ -33,6 +33,7 @@ fn client(random: &mut Random, size: u64) -> Client {
         depth: random.magnitude(1..9),
         in_order: random.one_in(2),
         zeroes: random.pick(&[0, 0, 1, 2, 10]),
+        no_hole: random.one_in(2),
         until_ms: random.pick(&[100, 2_000, u64::MAX, u64::MAX]),
     }
 }
@@ -65,6 +66,7 @@ fn world(seed: u64) -> Setup {
     setup.look_us = random.pick(&[1, 100, 1_000]);
     setup.whole_extents = random.pick(&[1, 16]);
     setup.write_us = random.magnitude(1_000..5_000);
+    setup.zero_us_per_mib = random.pick(&[0, 0, 1_000, 20_000]);
     setup.flush_us = random.magnitude(10..200_000);
     setup.flush_us_per_mib = random.magnitude(10..20_000);
     setup.flush_blocks = random.one_in(2);

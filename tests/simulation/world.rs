@@ -37,6 +37,8 @@ pub struct Client {
     pub in_order: bool,
     /// One in so many is zeroes or a trim; 0 for none.
     pub zeroes: u64,
+    /// Its zeroes leave no hole.
+    pub no_hole: bool,
     pub until_ms: u64,
 }
 
@@ -44,12 +46,13 @@ impl Client {
     /// Writes `len` bytes at random places of the area, `bytes_per_s` of them.
     pub fn steady(area: Range<u64>, len: u64, bytes_per_s: u64) -> Self {
         let every_us = len * 1_000_000 / bytes_per_s;
-        Self { area, len: len..len + 1, every_us, depth: 64, in_order: false, zeroes: 0, until_ms: u64::MAX }
+        Self { every_us, depth: 64, in_order: false, ..Self::full_speed(area, len, 0) }
     }
 
     /// Writes as fast as it can.
     pub fn full_speed(area: Range<u64>, len: u64, depth: u64) -> Self {
-        Self { area, len: len..len + 1, every_us: 0, depth, in_order: true, zeroes: 0, until_ms: u64::MAX }
+        let len = len..len + 1;
+        Self { area, len, every_us: 0, depth, in_order: true, zeroes: 0, no_hole: false, until_ms: u64::MAX }
     }
 }
 
@@ -80,6 +83,8 @@ pub struct Setup {
     pub whole_extents: u64,
     /// What a client's write takes at least.
     pub write_us: u64,
+    /// What a MiB of zeroes takes beyond that. The disk does them one after the other.
+    pub zero_us_per_mib: u64,
     /// What every flush takes.
     pub flush_us: u64,
     /// What a flush takes for each MiB that was not flushed.
@@ -119,6 +124,7 @@ impl Setup {
             look_us: 50,
             whole_extents: 1,
             write_us: 50,
+            zero_us_per_mib: 0,
             flush_us: 2_000,
             flush_us_per_mib: 100,
             flush_blocks: true,
@@ -166,7 +172,7 @@ enum Event {
     Issue(usize),
     Land { op: u64, half: bool },
     Done { op: u64 },
-    Read { request: u64, half: bool },
+    Read { request: u64, half: bool, is_last: bool },
     Look { number: u64 },
     Looked { number: u64 },
     Execute { request: u64 },
@@ -220,6 +226,8 @@ pub struct World {
     target: Vec<u32>,
     /// Operations of clients on their way.
     ops: BTreeMap<u64, Op>,
+    /// When the disk is done with the zeroes that it has to write.
+    zeroing_until_us: u64,
     waiting: VecDeque<Op>,
     in_order_at: Vec<u64>,
     outstanding: Vec<u64>,
@@ -269,7 +277,8 @@ impl World {
         while source.len() < count {
             let is_hole = random.one_in(setup.holes);
             let run = usize::try_from(random.magnitude(8..4096)).unwrap().min(count - source.len());
-            source.extend(std::iter::repeat_n(if is_hole { 0 } else { random.pick(&[0, 1, 1, 1]) }, run));
+            let is_zero = is_hole || setup.holes > 0 && random.one_in(4);
+            source.extend(std::iter::repeat_n(u32::from(!is_zero), run));
             hole.extend(std::iter::repeat_n(is_hole, run));
         }
         let clients = setup.clients.len();
@@ -288,6 +297,7 @@ impl World {
             hole,
             target: vec![STALE; count],
             ops: BTreeMap::new(),
+            zeroing_until_us: 0,
             waiting: VecDeque::new(),
             in_order_at: vec![0; clients],
             outstanding: vec![0; clients],
@@ -364,7 +374,7 @@ impl World {
             Event::Issue(client) => self.issue(client),
             Event::Land { op, half } => self.land(op, half),
             Event::Done { op } => self.done(op),
-            Event::Read { request, half } => self.read(request, half),
+            Event::Read { request, half, is_last } => self.read(request, half, is_last),
             Event::Look { number } => self.look_at_file(number),
             Event::Looked { number } => self.looked(number),
             Event::Execute { request } => self.execute(request),
@@ -407,6 +417,7 @@ impl World {
             // A new migration knows nothing of the one before.
             let Setup { size, max_pause_ms, answer_max_ms, limit, .. } = self.setup;
             self.plan = Plan::new(size, max_pause_ms, answer_max_ms, limit, self.now_ms());
+            self.plan.note_earlier_changes(self.ops.len());
             self.running = true;
         }
         self.connected = true;
@@ -452,7 +463,7 @@ impl World {
             self.random.within(what.area.start..last + 1) / CELL * CELL
         };
         let zero = self.random.one_in(what.zeroes);
-        let punches = zero && self.random.one_in(2);
+        let punches = zero && !what.no_hole && self.random.one_in(2);
         self.version += 1;
         let version = if zero { 0 } else { self.version };
         self.outstanding[client] += 1;
@@ -483,16 +494,26 @@ impl World {
                     self.out.kept_ms = self.out.kept_ms.max((self.now_us - op.since_us) / MS);
                 }
             }
+            let done_us = self.setup.write_us + self.random.below(self.setup.disk_us) + self.zeroing_us(&op);
             let number = self.number();
             self.ops.insert(number, op);
             self.out.writes += 1;
-            let done_us = self.setup.write_us + self.random.below(self.setup.disk_us);
             for half in [false, true] {
                 let lands_us = self.random.below(done_us);
                 self.after(lands_us, Event::Land { op: number, half });
             }
             self.after(done_us, Event::Done { op: number });
         }
+    }
+
+    /// How long an operation waits for the disk to write zeroes, its own included.
+    fn zeroing_us(&mut self, op: &Op) -> u64 {
+        if op.version != 0 {
+            return 0;
+        }
+        let own_us = (op.range.end - op.range.start) * self.setup.zero_us_per_mib / (1 << 20);
+        self.zeroing_until_us = self.zeroing_until_us.max(self.now_us) + own_us;
+        self.zeroing_until_us - self.now_us
     }
 
     fn land(&mut self, op: u64, half: bool) {
@@ -539,6 +560,10 @@ impl World {
                     self.send(range, data);
                 }
                 Step::Flush => self.flush(),
+                Step::WaitForClients => {
+                    assert!(!self.ops.is_empty(), "stuck: {:?}", self.plan);
+                    return false;
+                }
                 Step::Wait => {
                     let waits_for_clients = self.plan.is_quiescing() && !self.ops.is_empty();
                     let waits_for_answers = !self.requests.is_empty() || self.covered.is_some() || self.look.is_some();
@@ -614,37 +639,50 @@ impl World {
         let number = self.number();
         if is_data {
             assert!(len <= DATA_MAX);
-            *self.out.sent.entry(self.now_ms() / 100).or_default() += len;
-            self.out.sent_bytes += len;
-            self.cached_bytes += len;
             self.requests.insert(number, Request { data: Some(vec![STALE; cells(&(0..len)).end]), range });
             let disk_us = self.setup.disk_us;
             let (first, second) = (self.random.below(disk_us), self.random.below(disk_us));
-            // The half that is read last passes it on.
-            self.after(first.min(second), Event::Read { request: number, half: first > second });
-            self.after(first.max(second), Event::Read { request: number, half: first <= second });
-            let arrives_us = self.arrives_us(first.max(second), len);
-            let execute_us = arrives_us + self.random.below(self.setup.jitter_us);
-            self.at(execute_us, Event::Execute { request: number });
+            let (half, last_us) = (first > second, first.max(second));
+            self.after(first.min(second), Event::Read { request: number, half, is_last: false });
+            self.after(last_us, Event::Read { request: number, half: !half, is_last: true });
         } else {
             self.requests.insert(number, Request { data: None, range });
-            let execute_us = self.arrives_us(0, 0) + self.random.below(self.setup.jitter_us);
-            self.at(execute_us, Event::Execute { request: number });
+            self.leave(number, 0);
         }
     }
 
-    /// When something has come over the link that leaves the source some time from now.
-    fn arrives_us(&mut self, leaves_us: u64, len: u64) -> u64 {
+    /// Puts a request on the link.
+    fn leave(&mut self, number: u64, len: u64) {
+        let execute_us = self.arrives_us(len) + self.random.below(self.setup.jitter_us);
+        self.at(execute_us, Event::Execute { request: number });
+    }
+
+    /// When something has come over the link that leaves the source now.
+    fn arrives_us(&mut self, len: u64) -> u64 {
         let on_the_link_us = (len + 28) * 1_000_000 / self.setup.link_bytes_per_s;
-        self.link_free_us = self.link_free_us.max(self.now_us + leaves_us) + on_the_link_us;
+        self.link_free_us = self.link_free_us.max(self.now_us) + on_the_link_us;
         self.link_free_us + self.setup.latency_us
     }
 
-    fn read(&mut self, number: u64, half: bool) {
+    fn read(&mut self, number: u64, half: bool, is_last: bool) {
         let Some(request) = self.requests.get_mut(&number) else { return };
         let range = half_of(&request.range, half);
         let within = range.start - request.range.start..range.end - request.range.start;
-        request.data.as_mut().unwrap()[cells(&within)].copy_from_slice(&self.source[cells(&range)]);
+        let data = request.data.as_mut().unwrap();
+        data[cells(&within)].copy_from_slice(&self.source[cells(&range)]);
+        if !is_last {
+            return;
+        }
+        if self.plan.can().zero && data.iter().all(|&cell| cell == 0) {
+            request.data = None;
+            self.plan.note_zeroes(&request.range);
+            return self.leave(number, 0);
+        }
+        let len = request.range.end - request.range.start;
+        *self.out.sent.entry(self.now_ms() / 100).or_default() += len;
+        self.out.sent_bytes += len;
+        self.cached_bytes += len;
+        self.leave(number, len);
     }
 
     fn execute(&mut self, number: u64) {
@@ -677,7 +715,7 @@ impl World {
         self.out.flushes_in_pause += u32::from(self.plan.pauses_clients());
         self.after(self.setup.answer_max_ms * MS, Event::Late { flush: self.out.flushes });
         let bytes = std::mem::take(&mut self.cached_bytes);
-        let arrives_us = self.arrives_us(0, 0);
+        let arrives_us = self.arrives_us(0);
         let done_us = arrives_us + self.setup.flush_us + bytes * self.setup.flush_us_per_mib / (1 << 20);
         if self.setup.flush_blocks {
             self.busy_until_us = done_us;

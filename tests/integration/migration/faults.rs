@@ -425,10 +425,13 @@ fn destinations_that_offer_little() {
     }
 }
 
-/// Not a byte of a hole crosses the wire where the destination takes `WRITE_ZEROES`, and it is flushed before DISC.
+/// Not a zero crosses the wire where the destination takes `WRITE_ZEROES`, be it of a hole or of data, and it is flushed
+/// before DISC.
 #[test]
 fn a_destination_that_offers_all() {
     let mut source = Server::serve().size(64 << 20).start();
+    let mut image = File::options().write(true).open(&source.image).unwrap();
+    image.write_all(&vec![0; 16 << 20]).unwrap();
     assert_eq!(source.connect().write(32 << 20, &pattern(1, 1 << 20)), 0);
     let destination = Script::new(64 << 20).start();
     start_mirror(&source, destination.address, "");
