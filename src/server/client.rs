@@ -3,7 +3,6 @@
 use super::complaints::Complaint;
 use super::config::Dialect;
 use super::effect::Effect;
-use super::gate::Gate;
 use super::inbound;
 use super::life::{Life, SEAL};
 use super::reason::{Next, Reason};
@@ -124,7 +123,7 @@ impl Client {
         self.stalled = false;
         let mut received = false;
         while sh.disk.has_room() {
-            let Some(pass) = Gate::pass(&mut sh.life, sh.now_ms) else {
+            let Some(pass) = sh.gate.pass(&mut sh.life, sh.now_ms) else {
                 self.keep(sh.now_ms);
                 return Next::Idle;
             };
@@ -190,7 +189,14 @@ impl Client {
     fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<(), Reason> {
         let spaces = self.session.recv_space(&mut sh.pool);
         match self.socket.receive(&mut spaces.map(IoSliceMut::new)).map_err(Reason::Socket)? {
-            Received::End => self.session.end_of_stream().map_err(Reason::Violation)?,
+            Received::End => {
+                self.session.end_of_stream().map_err(Reason::Violation)?;
+                // It can complete nothing any more. It must not keep the next one out until the disk is done with what it
+                // asked for.
+                if matches!(sh.life, Life::Receiving { .. }) {
+                    return Err(Reason::End(End::EndOfStream));
+                }
+            }
             Received::Nothing => {}
             Received::Bytes(n) => {
                 self.session.received(n, sh.now_ms);
@@ -342,6 +348,7 @@ impl Client {
             warn!("{self}: closed: {reason}, {did}");
         }
         if let Life::Receiving { incoming, .. } = &sh.life {
+            sh.gate.sender_left();
             let what = format!("this was no complete migration: {}; waiting for a sender", incoming.describe());
             if !incoming.has_begun() {
                 info!("{self}: {what}");

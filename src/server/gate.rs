@@ -1,8 +1,9 @@
 //! Between clients and a migration: whether a client's request may pass now, and which clients wait for that.
 //!
 //! A migration closes the gate in two ways. Before its end nothing passes at all ([`Life::pauses_clients`]). While
-//! clients change the image faster than it can be sent, what changes the image waits, and the rest passes. Time in which
-//! a request is kept does not count against its client.
+//! clients change the image faster than it can be sent, what changes the image waits, and the rest passes. A listener
+//! closes it in the second way, too, while its disk still works for a sender that is gone: the next one is greeted and
+//! waits. Time in which a request is kept does not count against its client.
 //!
 //! A request of this server's own migration never passes: it comes when the destination is this server, behind a
 //! forwarder or under another name. What it writes may be older than what clients have written meanwhile. It is known by
@@ -25,12 +26,14 @@ pub(super) struct Gate {
     kept: RunQueue,
     /// Operations that may change the image and are in the disk.
     changing: usize,
+    /// Those of a sender that is gone. As long as there are some, nobody else's join them.
+    orphans: usize,
 }
 
 impl Gate {
     /// Nobody waits. The cookies have to be as good as random.
     pub(super) fn new(own_cookies: Cookies) -> Self {
-        Self { own_cookies, kept: RunQueue::default(), changing: 0 }
+        Self { own_cookies, kept: RunQueue::default(), changing: 0, orphans: 0 }
     }
 
     /// What a migration of this process gives its requests.
@@ -44,11 +47,12 @@ impl Gate {
     }
 
     /// What may pass now. `None`: nothing, and clients are not read from.
-    pub(super) fn pass(life: &mut Life, now_ms: u64) -> Option<Pass> {
+    pub(super) fn pass(&self, life: &mut Life, now_ms: u64) -> Option<Pass> {
         if life.pauses_clients() {
             return None;
         }
-        let keeps_changes = life.plan().is_some_and(|plan| plan.keeps_changes_until(now_ms).is_some());
+        let keeps_changes =
+            self.orphans > 0 || life.plan().is_some_and(|plan| plan.keeps_changes_until(now_ms).is_some());
         Some(if keeps_changes { Pass::Reads } else { Pass::Everything })
     }
 
@@ -65,9 +69,15 @@ impl Gate {
     pub(super) fn done(&mut self, life: &mut Life, range: &Range<u64>) {
         debug_assert!(self.changing > 0, "it has passed");
         self.changing = self.changing.saturating_sub(1);
+        self.orphans = self.orphans.saturating_sub(1);
         if let Some(plan) = life.plan() {
             plan.note_write(range);
         }
+    }
+
+    /// The sender of an image is gone. What the disk still does for it comes before all that the next one changes.
+    pub(super) fn sender_left(&mut self) {
+        self.orphans = self.changing;
     }
 
     /// How many operations have passed that may change the image and are not done yet.
@@ -80,10 +90,17 @@ impl Gate {
         self.kept.push(key);
     }
 
+    /// True when a client waits.
+    #[cfg(test)]
+    pub(super) fn keeps_somebody(&self) -> bool {
+        !self.kept.is_empty()
+    }
+
     /// When a client that waits may pass, as far as can be told now; that is now when the gate has opened since the last
     /// [`Gate::wake`].
     pub(super) fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
-        if self.kept.is_empty() {
+        // What is done of an orphan wakes the loop.
+        if self.kept.is_empty() || self.orphans > 0 {
             return None;
         }
         Some(life.plan().and_then(|plan| plan.keeps_changes_until(now_ms)).unwrap_or(now_ms))
@@ -91,7 +108,7 @@ impl Gate {
 
     /// Wakes the clients that wait, if the gate is open now.
     pub(super) fn wake(&mut self, life: &mut Life, now_ms: u64, run: &mut RunQueue) {
-        if !self.kept.is_empty() && !matches!(Self::pass(life, now_ms), Some(Pass::Reads)) {
+        if !self.kept.is_empty() && !matches!(self.pass(life, now_ms), Some(Pass::Reads)) {
             run.append(&mut self.kept);
         }
     }

@@ -72,14 +72,13 @@ impl Listener {
         if sh.now_ms < self.rests_until_ms {
             return Next::Idle;
         }
-        if sh.finishes_lost_sender() {
-            return Next::WaitDisk;
-        }
         let room = match self.purpose {
             Purpose::Control => sh.admission.controls_left(),
             Purpose::Nbd(_) => usize::MAX,
         };
-        for accepted in 0..ACCEPTS_PER_TURN {
+        // Of senders that came while this server was busy, the first may have given up: it makes room in the next turn.
+        let most = if sh.life.awaits_image() { 1 } else { ACCEPTS_PER_TURN };
+        for accepted in 0..most {
             if !self.ready.readable() || accepted >= room {
                 return Next::Idle;
             }

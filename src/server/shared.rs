@@ -51,9 +51,4 @@ impl Shared {
             let _ = self.disk.lock(false);
         }
     }
-
-    /// True while the disk still works for a sender that is gone: the next one must not write what that changes later.
-    pub(super) fn finishes_lost_sender(&self) -> bool {
-        self.life.awaits_image() && self.admission.clients() == 0 && self.disk.in_flight() > 0
-    }
 }

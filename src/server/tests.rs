@@ -33,8 +33,12 @@ struct House {
 }
 
 impl House {
-    /// Each operation takes `delay`.
+    /// A server whose disk takes `delay` for each operation.
     fn new(name: &str, delay: Duration) -> Self {
+        Self::of(name, Role::Serve, delay)
+    }
+
+    fn of(name: &str, role: Role, delay: Duration) -> Self {
         let path = std::env::temp_dir().join(format!("flexnbd-loop-{name}-{}", std::process::id()));
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let config = Config {
@@ -47,7 +51,7 @@ impl House {
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
             max_clients: 10,
-            role: Role::Serve,
+            role,
             request_limit_ms: 60_000,
         };
         let disk = Disk::open_slow(&path, delay);
@@ -99,6 +103,14 @@ impl House {
             came && shared.admission.clients() == 0 && shared.disk.in_flight() == 0
         })
     }
+
+    /// A sender that asks for something, which the disk has then, and is gone.
+    fn lose_sender(&mut self, request: Vec<u8>) {
+        let lost = self.client(move |mut stream| stream.write_all(&request).unwrap());
+        self.turns_until(|shared| shared.disk.in_flight() == 1);
+        lost.join().unwrap();
+        self.turns_until(|shared| shared.admission.clients() == 0);
+    }
 }
 
 impl Drop for House {
@@ -110,6 +122,13 @@ impl Drop for House {
 fn head(kind: u16, cookie: u64, length: u32) -> Vec<u8> {
     RequestHead { flags: 0, kind, cookie, offset: 0, length }.encode().to_vec()
 }
+
+/// A WRITE of 4 KiB.
+fn write(byte: u8) -> Vec<u8> {
+    [head(kind::WRITE, 1, 4096), vec![byte; 4096]].concat()
+}
+
+const LISTEN: Role = Role::Listen { then_serve: false };
 
 #[test]
 fn the_loop_sleeps_while_operations_fly() {
@@ -201,4 +220,54 @@ fn a_killswitch_fires_while_the_kernel_has_the_requests() {
     let turns = house.turns_until(|shared| shared.admission.clients() == 0);
     assert!(turns < 100, "{turns} turns");
     client.join().unwrap();
+}
+
+#[test]
+fn what_may_change_the_image_is_counted_while_it_flies() {
+    let mut house = House::new("changing", DELAY);
+    let client = house.client(|mut stream| {
+        stream.write_all(&[write(1), head(kind::FLUSH, 2, 0), head(kind::READ, 3, 512), write(4)].concat()).unwrap();
+        stream.read_exact(&mut [0; 4 * SIMPLE_REPLY_LEN + 512]).unwrap();
+    });
+    house.turns_until(|shared| shared.disk.in_flight() == 4);
+    assert_eq!(house.server.shared.gate.changing(), 2, "a migration that began now would wait for the writes");
+    house.turns_until_alone();
+    client.join().unwrap();
+    assert_eq!(house.server.shared.gate.changing(), 0);
+}
+
+#[test]
+fn a_listener_greets_while_its_disk_works_for_a_sender_that_is_gone() {
+    for (request, joins) in [(write(1), false), (head(kind::FLUSH, 1, 0), true)] {
+        // What was begun is not done before the test is over.
+        let mut house = House::of("greets", LISTEN, LIMIT * 10);
+        house.lose_sender(request);
+        let sender = house.client(|mut stream| {
+            stream.write_all(&[write(2), write(2)].concat()).unwrap();
+            // Until the server is gone.
+            let _ = stream.read(&mut [0]);
+        });
+        if joins {
+            house.turns_until(|shared| shared.disk.in_flight() == 3);
+        } else {
+            house.turns_until(|shared| shared.gate.keeps_somebody());
+            assert_eq!(house.server.shared.disk.in_flight(), 1, "what the next one writes might be overwritten");
+        }
+        drop(house);
+        sender.join().unwrap();
+    }
+}
+
+#[test]
+fn the_next_sender_goes_on_when_the_disk_is_done_with_the_last() {
+    let mut house = House::of("next", LISTEN, DELAY);
+    house.lose_sender(write(1));
+    let sender = house.client(|mut stream| {
+        stream.write_all(&write(2)).unwrap();
+        stream.read_exact(&mut [0; SIMPLE_REPLY_LEN]).unwrap();
+    });
+    let turns = house.turns_until_alone();
+    sender.join().unwrap();
+    assert_eq!(fs::read(&house.path).unwrap()[..4096], [2; 4096]);
+    assert!(turns < 100, "{turns} turns");
 }
