@@ -269,6 +269,10 @@ impl Client {
         if !self.alarm.fired(sh.now_ms) {
             return Next::Idle;
         }
+        if matches!(sh.life, Life::Sealing { .. }) {
+            // The end of this connection will say that the image is durable, so that no deadline may end it before.
+            return Next::Idle;
+        }
         self.excuse(sh.now_ms);
         if let Err(reason) = self.look(key, sh) {
             return Next::Close(reason);
@@ -294,8 +298,7 @@ impl Client {
     fn look(&mut self, key: Key, sh: &mut Shared) -> Result<(), Reason> {
         if self.watch.due_ms().is_some_and(|due_ms| due_ms <= sh.now_ms) {
             let delivery = self.socket.delivery().unwrap_or_default();
-            // Until its image is durable, nothing is decided by what becomes of a sender.
-            if self.watch.is_gone(delivery, sh.now_ms) && !matches!(sh.life, Life::Sealing { .. }) {
+            if self.watch.is_gone(delivery, sh.now_ms) {
                 return Err(Reason::Vanished { silent_ms: delivery.acked_ms_ago });
             }
         }

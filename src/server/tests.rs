@@ -4,12 +4,15 @@
 #![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 
 use super::admit::CONTROLS_MAX;
+use super::life::Life;
 use super::reactor::Reactor;
+use super::reason::Next;
 use super::shared::Shared;
 use super::{Config, Flow, Role};
 use crate::acl::Acl;
 use crate::disk::{Access, Disk, EngineChoice};
 use crate::endpoint::Endpoint;
+use crate::migrate::Incoming;
 use crate::proto::wire::{kind, RequestHead, GREETING_LEN, SIMPLE_REPLY_LEN};
 use crate::sys::SignalFd;
 use mio::Events;
@@ -270,4 +273,26 @@ fn the_next_sender_goes_on_when_the_disk_is_done_with_the_last() {
     sender.join().unwrap();
     assert_eq!(fs::read(&house.path).unwrap()[..4096], [2; 4096]);
     assert!(turns < 100, "{turns} turns");
+}
+
+/// Its end would tell the sender that its image is durable.
+#[test]
+fn no_deadline_ends_a_sender_whose_image_is_made_durable() {
+    const SIZE: u64 = 1 << 20;
+    let mut house = House::new("sealing", DELAY);
+    house.server.shared.life = Life::Receiving { incoming: Incoming::new(SIZE), then_serve: true };
+    let sender = house.client(|mut stream| {
+        let write = [head(kind::WRITE, 1, SIZE as u32), vec![7; SIZE as usize], head(kind::DISC, 2, 0)].concat();
+        stream.write_all(&write).unwrap();
+        stream.read_exact(&mut [0; SIMPLE_REPLY_LEN]).unwrap();
+        assert_eq!(stream.read(&mut [0; 1]).unwrap(), 0);
+    });
+    house.turns_until(|shared| matches!(shared.life, Life::Sealing { .. }));
+    // An hour goes by.
+    let Life::Sealing { sender: key, .. } = house.server.shared.life else { panic!("it was sealing") };
+    house.server.shared.now_ms += 3_600_000;
+    let slot = house.server.slots.get_mut(key).unwrap();
+    assert!(matches!(slot.timeout(key, &mut house.server.shared), Next::Idle));
+    house.turns_until(|shared| matches!(shared.life, Life::Serving));
+    sender.join().unwrap();
 }

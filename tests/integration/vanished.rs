@@ -33,17 +33,19 @@ fn until_missed(server: &Server, left: u64) -> Duration {
 
 #[test]
 #[ignore = "takes a minute"]
-fn a_client_that_vanishes_makes_room_and_one_that_does_not_read_stays() {
+fn a_client_that_vanishes_makes_room_and_one_that_is_stopped_stays() {
     const OTHER: &str = "10.77.0.3";
     let Some(link) = Link::new("client") else { return };
     link.add_far(OTHER);
     let server = Server::serve().through(&link.inside(0)).addr(Link::NEAR).size(LARGE).arg("--max-clients=2").start();
     // Nobody reads these pipes, so that the readers read no more than fits into them.
-    let [mut stays, _goes] = [Link::FAR, OTHER]
+    let [mut stays, goes] = [Link::FAR, OTHER]
         .map(|from| Process::spawn(reader(&link, &server, from, LARGE).stdin(Stdio::null()).stdout(Stdio::piped())));
     wait_for("two replies on their way", SOON, || {
         (tell("status", &server, "--clients").1.matches("in_flight=1").count() == 2).then_some(())
     });
+    stays.signal("STOP");
+    goes.signal("STOP");
     link.remove_far(OTHER);
     until_missed(&server, 1);
     let log = server.log();
@@ -55,6 +57,7 @@ fn a_client_that_vanishes_makes_room_and_one_that_does_not_read_stays() {
     let again = run_command(&mut reader(&link, &server, OTHER, 512), &[]);
     assert_eq!((again.code, again.stdout.len()), (Some(0), 512), "{}", again.stderr);
     // The other one has not noticed anything.
+    stays.signal("CONT");
     let read = io::copy(&mut stays.0.stdout.take().unwrap(), &mut io::sink()).unwrap();
     assert_eq!((read, stays.wait(SOON).code()), (LARGE, Some(0)), "{}", server.log());
 }
