@@ -40,10 +40,9 @@ pub fn set_tcp_options(fd: BorrowedFd) -> io::Result<()> {
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)?;
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, KEEPALIVE_PROBES)?;
     set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1 as c_int)?;
-    match set_option(fd, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, RETRY_MAX_MS) {
-        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(()),
-        result => result,
-    }
+    // A kernel that does not know it is no reason to refuse the peer.
+    let _ = set_option(fd, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, RETRY_MAX_MS);
+    Ok(())
 }
 
 /// How a TCP peer takes what is sent to it.
