@@ -5,16 +5,38 @@ use crate::acl::Acl;
 use crate::proto::server::Tally;
 use std::net::IpAddr;
 
-/// Control connections served at once; further ones wait in the backlog.
+/// Control connections served at once, where there are descriptors for them; further ones wait in the backlog.
 pub(super) const CONTROLS_MAX: usize = 64;
+/// As many have to be possible: one that waits for a migration, and one that ends it.
+const CONTROLS_MIN: usize = 2;
+
+/// How many connections of each kind may be there at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Places {
+    /// Clients, when the server serves.
+    pub clients: usize,
+    /// Control connections.
+    pub controls: usize,
+}
+
+impl Places {
+    /// Shares descriptors out, so that clients never take the last: where there are few, every fourth is for control.
+    /// `None` when there are too few for a client.
+    pub(super) fn share(descriptors: u64, clients_wanted: usize) -> Option<Self> {
+        let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
+        let beside_clients = descriptors.saturating_sub(clients_wanted);
+        let controls = beside_clients.max(descriptors / 4).clamp(CONTROLS_MIN, CONTROLS_MAX);
+        let clients = descriptors.saturating_sub(controls).min(clients_wanted);
+        (clients > 0).then_some(Self { clients, controls })
+    }
+}
 
 /// Who may connect, and who has.
 #[derive(Debug)]
 pub(super) struct Admission {
     /// The access control list.
     pub acl: Acl,
-    /// How many clients may be connected when the server serves.
-    clients_max: usize,
+    places: Places,
     clients: usize,
     controls: usize,
     /// What was done for clients that are gone.
@@ -25,9 +47,9 @@ pub(super) struct Admission {
 
 impl Admission {
     /// Nobody is connected yet.
-    pub(super) fn new(acl: Acl, clients_max: usize) -> Self {
+    pub(super) fn new(acl: Acl, places: Places) -> Self {
         let (closed, complaints) = (Tally::default(), Complaints::default());
-        Self { acl, clients_max, clients: 0, controls: 0, closed, complaints }
+        Self { acl, places, clients: 0, controls: 0, closed, complaints }
     }
 
     /// Counts a client in, or says why not. A listener that awaits an image takes one sender at a time.
@@ -39,7 +61,7 @@ impl Admission {
             return Err(if awaits_sender {
                 "another sender is connected"
             } else {
-                "the last client --max-clients allows is connected"
+                "as many clients are connected as --max-clients or the limit of descriptors allow"
             });
         }
         self.clients += 1;
@@ -48,13 +70,19 @@ impl Admission {
 
     /// Counts a control connection in. Listeners accept no more of them than [`Admission::controls_left`].
     pub(super) fn admit_control(&mut self) {
-        debug_assert!(self.controls < CONTROLS_MAX, "the listener has looked");
+        debug_assert!(self.controls < self.places.controls, "the listener has looked");
         self.controls += 1;
     }
 
     /// True when the counts leave room for one more client, whatever the list says.
     pub(super) fn has_room(&self, awaits_sender: bool) -> bool {
-        self.clients < if awaits_sender { 1 } else { self.clients_max }
+        self.clients_left(awaits_sender) > 0
+    }
+
+    /// How many more clients the counts leave room for.
+    pub(super) fn clients_left(&self, awaits_sender: bool) -> usize {
+        let most = if awaits_sender { 1 } else { self.places.clients };
+        most.saturating_sub(self.clients)
     }
 
     /// How many clients are connected.
@@ -64,7 +92,12 @@ impl Admission {
 
     /// How many more control connections may be accepted.
     pub(super) fn controls_left(&self) -> usize {
-        CONTROLS_MAX.saturating_sub(self.controls)
+        self.places.controls.saturating_sub(self.controls)
+    }
+
+    /// How many control connections may wait for a migration: half of all, so that there is always one for `break`.
+    pub(super) fn waiters_max(&self) -> usize {
+        self.places.controls / 2
     }
 
     /// What was done for clients that are gone.
@@ -81,5 +114,28 @@ impl Admission {
     /// A control connection is gone.
     pub(super) fn control_left(&mut self) {
         self.controls -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_never_take_the_descriptors_of_control() {
+        let share = |descriptors, wanted| Places::share(descriptors, wanted).map(|p| (p.clients, p.controls));
+        assert_eq!(share(164, 100), Some((100, 64)));
+        assert_eq!(share(1 << 20, 100), Some((100, 64)));
+        assert_eq!(share(u64::MAX, usize::MAX), Some((usize::MAX - 64, 64)));
+        assert_eq!(share(163, 100), Some((100, 63)));
+        assert_eq!(share(120, 100), Some((90, 30)));
+        assert_eq!(share(8, 100), Some((6, 2)));
+        assert_eq!(share(3, 100), Some((1, 2)));
+        assert_eq!(share(2, 100), None);
+        assert_eq!(share(0, 1), None);
+        for descriptors in 3..300 {
+            let places = Places::share(descriptors, 100).unwrap();
+            assert!(places.clients + places.controls <= descriptors as usize, "{descriptors}: {places:?}");
+        }
     }
 }

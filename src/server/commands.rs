@@ -1,6 +1,5 @@
 //! What control commands do.
 
-use super::admit::CONTROLS_MAX;
 use super::dial::Destination;
 use super::life::{Life, SEAL};
 use super::mirror::{self, Mirror};
@@ -19,9 +18,6 @@ use std::net::SocketAddr;
 
 /// How long clients should be paused at most when nobody says otherwise, in milliseconds.
 const DEFAULT_PAUSE_MS: u64 = 100;
-
-/// Control connections that may wait for a migration: half of all, so that there is always one for `break`.
-const WAITERS_MAX: usize = CONTROLS_MAX / 2;
 
 impl Reactor {
     /// Carries a command out for the control connection `from`. `None`: the answer comes later.
@@ -138,7 +134,7 @@ impl Reactor {
     /// Lets a control connection wait for the end of a migration.
     fn await_end(&mut self, from: Key) -> Result<(), &'static str> {
         let waits = |slot: &Slot| matches!(slot, Slot::Control(control) if control.awaits_end());
-        if self.keys_of(waits).len() >= WAITERS_MAX {
+        if self.keys_of(waits).len() >= self.shared.admission.waiters_max() {
             return Err("too many wait already");
         }
         if let Some(Slot::Control(control)) = self.slots.get_mut(from) {

@@ -74,12 +74,17 @@ impl Listener {
         }
         let room = match self.purpose {
             Purpose::Control => sh.admission.controls_left(),
-            Purpose::Nbd(_) => usize::MAX,
+            // One without a place is accepted, to be refused. More of them at once would take descriptors of others.
+            Purpose::Nbd(_) => sh.admission.clients_left(sh.life.awaits_image()).saturating_add(1),
         };
+        if room == 0 {
+            // Woken when a control connection has gone.
+            return Next::Idle;
+        }
         // Of senders that came while this server was busy, the first may have given up: it makes room in the next turn.
         let most = if sh.life.awaits_image() { 1 } else { ACCEPTS_PER_TURN };
-        for accepted in 0..most {
-            if !self.ready.readable() || accepted >= room {
+        for _ in 0..room.min(most) {
+            if !self.ready.readable() {
                 return Next::Idle;
             }
             match self.accept() {

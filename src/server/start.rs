@@ -1,6 +1,6 @@
 //! How a server comes to be: everything is opened, in the order in which others may see it.
 
-use super::admit::{Admission, CONTROLS_MAX};
+use super::admit::{Admission, Places, CONTROLS_MAX};
 use super::bind;
 use super::config::Dialect;
 use super::config::{Config, Fatal, Role};
@@ -23,14 +23,18 @@ use log::warn;
 use mio::unix::SourceFd;
 use mio::{Interest, Poll, Token};
 use std::collections::VecDeque;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 
 /// Memory for the payloads of all clients together, in bytes.
 const POOL_BYTES: usize = 16 << 20;
-/// Descriptors besides those of clients: standard streams, poll, signals, image, ring, listeners, control connections.
-const OTHER_DESCRIPTORS: u64 = 20 + CONTROLS_MAX as u64;
+/// Descriptors of what is opened later and is no connection from outside that has a place: the control socket and its folder,
+/// a migration's connection and the file that it unlinks, a client for each listener that has to be refused.
+const LATER_DESCRIPTORS: u64 = 8;
+/// Descriptors that are open at the start where that cannot be counted, because there is no /proc.
+const OPEN_DESCRIPTORS: u64 = 20;
 
 /// The disk's notifier; no slot has this token.
 const NOTIFIER: Token = Token(usize::MAX);
@@ -58,14 +62,6 @@ impl Reactor {
             let (size, tail) = (disk.size(), disk.tail());
             warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());
         }
-        let wanted = OTHER_DESCRIPTORS.saturating_add(config.max_clients as u64);
-        match sys::raise_descriptor_limit(wanted) {
-            Ok(limit) if limit < wanted => {
-                warn!("--max-clients {} needs {wanted} descriptors and the limit is {limit}", config.max_clients);
-            }
-            Ok(_) => {}
-            Err(error) => warn!("cannot raise the limit of descriptors to {wanted}: {error}"),
-        }
         let oldstyle = std::iter::once((&config.listen, Dialect::Oldstyle));
         let newstyle = config.newstyle.iter().map(|endpoint| (endpoint, Dialect::Newstyle));
         let mut listeners = Vec::new();
@@ -78,6 +74,7 @@ impl Reactor {
         let now_ms = sys::monotonic_ms();
         let failed = |error: io::Error| Fatal(format!("cannot wait for events: {error}"));
         let registry = poll.registry().try_clone().map_err(failed)?;
+        let places = places(config.max_clients)?;
         let life = match config.role {
             Role::Serve => Life::Serving,
             Role::Listen { then_serve } => Life::Receiving { incoming: Incoming::new(disk.size()), then_serve },
@@ -96,7 +93,7 @@ impl Reactor {
                 disk,
                 wheel: Wheel::new(now_ms),
                 limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms: config.request_limit_ms },
-                admission: Admission::new(config.acl, config.max_clients),
+                admission: Admission::new(config.acl, places),
                 life,
                 gate: Gate::new(Cookies::starting_at(sys::random())),
                 effects: VecDeque::new(),
@@ -136,4 +133,24 @@ impl Reactor {
         }
         Ok(())
     }
+}
+
+/// How many connections there are descriptors for, besides those that are open, once their limit is as high as it may be.
+fn places(max_clients: usize) -> Result<Places, Fatal> {
+    let open = fs::read_dir("/proc/self/fd").map_or(OPEN_DESCRIPTORS, |all| all.count() as u64);
+    let others = open.saturating_add(LATER_DESCRIPTORS);
+    let wanted = others.saturating_add(CONTROLS_MAX as u64).saturating_add(max_clients as u64);
+    let limit = sys::raise_descriptor_limit(wanted)
+        .map_err(|error| Fatal(format!("cannot learn the limit of descriptors: {error}")))?;
+    let places = Places::share(limit.saturating_sub(others), max_clients).ok_or_else(|| {
+        Fatal(format!("the limit of descriptors is {limit}, and none is left for a client beside {others} for other things"))
+    })?;
+    if limit < wanted {
+        let Places { clients, controls } = places;
+        warn!(
+            "--max-clients {max_clients} needs {wanted} descriptors and the limit is {limit}: at most {clients} clients and \
+             {controls} control connections at once"
+        );
+    }
+    Ok(places)
 }

@@ -177,18 +177,16 @@ pub fn ignore_file_size_signal() {
 }
 
 /// Lets the process open `wanted` descriptors, or as many as it may without privileges. Never lowers the limit. Returns
-/// the new limit.
+/// the limit that holds then.
 pub fn raise_descriptor_limit(wanted: u64) -> io::Result<u64> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a valid rlimit for the call to fill.
     check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) })?;
-    let target = wanted.min(limit.rlim_max);
-    if target > limit.rlim_cur {
-        limit.rlim_cur = target;
-        // SAFETY: `limit` is initialised, and only read.
-        check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) })?;
-    }
-    Ok(limit.rlim_cur)
+    let before = limit.rlim_cur;
+    limit.rlim_cur = before.max(wanted.min(limit.rlim_max));
+    // SAFETY: `limit` is initialised, and only read.
+    let raised = limit.rlim_cur > before && unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } == 0;
+    Ok(if raised { limit.rlim_cur } else { before })
 }
 
 #[cfg(test)]

@@ -1,9 +1,10 @@
 //! What `serve` does before it serves: addresses, files, sockets, limits, and the errors of all of them.
 
 use crate::support::{
-    greeting, has, must, program, run, run_command, wait_for, Need, Process, Server, TempDir, BIN, SOON,
+    greeting, has, must, peers, program, run, run_command, wait_for, Need, Process, Server, TempDir, BIN, SOON,
 };
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -371,8 +372,55 @@ fn max_clients() {
 }
 
 #[test]
+fn clients_leave_descriptors_to_control_and_to_a_migration() {
+    let server = Server::serve().size(1 << 20).through(&["prlimit", "--nofile=64:64"]).start();
+    let line = server.wait_for_log("--max-clients 100");
+    assert!(line.contains(":W:") && line.contains("the limit is 64"), "{line}");
+    let word_before = |what: &str| line.split(what).next().unwrap().rsplit(' ').next().unwrap().parse::<u64>().unwrap();
+    let (clients_max, controls) = (word_before(" clients and"), word_before(" control connections"));
+    assert!(clients_max >= 20 && controls >= 2, "{line}");
+
+    let mut clients: Vec<_> = (0..100).map(|_| server.connect_bare()).collect();
+    clients[0].read_greeting();
+    for client in &mut clients[clients_max as usize..] {
+        client.expect_closed();
+    }
+    let status = server.status();
+    assert_eq!((status.number("num_clients"), status.get("clients_allowed")), (clients_max, "false"));
+    clients[0].expect_alive();
+    let mut waiting: Vec<_> = (0..controls).map(|_| UnixStream::connect(&server.sock).unwrap()).collect();
+    for stream in &mut waiting {
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream.write_all(b"status\n\n").unwrap();
+    }
+    for mut stream in waiting {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.starts_with("0: pid="), "{answer}");
+    }
+
+    // A descriptor for the destination is left, too.
+    let mut destination = peers::listen(0).size(1 << 20).start();
+    assert_eq!(server.control(format!("mirror 127.0.0.1 {}\n\n", destination.port())), "0: Mirror started\n");
+    assert_eq!(destination.process.wait(SOON).code(), Some(0));
+    assert!(!server.log().contains("cannot accept"), "{}", server.log());
+}
+
+#[test]
+fn a_limit_that_leaves_no_descriptor_for_a_client_is_said() {
+    let dir = TempDir::new();
+    let (image, sock) = (dir.join("image"), dir.join("control"));
+    fs::write(&image, [0; 512]).unwrap();
+    let mut command = program("prlimit");
+    command.args(["--nofile=12:12", BIN, "serve", "-l", "127.0.0.1", "-p", "0", "-f"]).arg(&image).arg("-s").arg(&sock);
+    refused(&mut command, &sock, "descriptors", "12");
+}
+
+#[test]
 fn out_of_descriptors_accepting_pauses_and_resumes() {
-    let server = Server::serve().size(4096).through(&["prlimit", "--nofile=24:24"]).start();
+    let server = Server::serve().size(4096).start();
+    // Lower than the server has been promised.
+    must("prlimit", &["--pid", &server.pid().to_string(), "--nofile=24:24"]);
     let mut clients: Vec<_> = (0..40).map(|_| server.connect_bare()).collect();
     let line = server.wait_for_log("cannot accept");
     assert!(line.contains(":W:"), "{line}");
