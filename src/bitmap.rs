@@ -21,6 +21,11 @@ pub struct Bitmap {
 }
 
 impl Bitmap {
+    /// The memory of a map, in bytes.
+    pub fn memory_for(size: u64, block: u64) -> usize {
+        memory_index(size.div_ceil(block).div_ceil(WORD)).saturating_mul(size_of::<u64>())
+    }
+
     /// A map of a file of `size` bytes with nothing set, a bit for each `block` bytes, which is a power of two. The
     /// memory is taken at once: 2 MiB per TiB with blocks of 64 KiB.
     pub fn new(size: u64, block: u64) -> Self {

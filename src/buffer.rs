@@ -23,7 +23,12 @@ pub struct Buffer {
 impl Buffer {
     /// A buffer of `capacity` bytes that belongs to no pool.
     pub fn with_capacity(capacity: usize) -> Self {
-        Self { bytes: vec![0; capacity].into_boxed_slice(), start: 0, end: 0 }
+        Self::over(vec![0; capacity].into_boxed_slice())
+    }
+
+    /// An empty buffer over this memory.
+    fn over(bytes: Box<[u8]>) -> Self {
+        Self { bytes, start: 0, end: 0 }
     }
 
     /// How many bytes it can hold.
@@ -95,6 +100,10 @@ impl Buffer {
     }
 }
 
+/// Where a pool has its memory from: so many bytes, all zero, or `None` when there are none, or would be fewer left after
+/// that than the second number.
+pub type Source = fn(usize, usize) -> Option<Box<[u8]>>;
+
 /// Hands out buffers and takes them back.
 ///
 /// Invariant 2: `allocated` is the memory of all buffers of this pool, handed out or free. It exceeds `cap` only by what
@@ -106,22 +115,43 @@ pub struct Pool {
     free: [Vec<Buffer>; CLASSES.len()],
     allocated: usize,
     cap: usize,
+    source: Source,
+    /// What may only be taken beyond the cap, in bytes.
+    kept_back: usize,
+    /// The source had nothing, and nobody has asked about that since.
+    is_refused: bool,
 }
 
 impl Pool {
-    /// A pool of at most `cap` bytes. It owns none yet.
+    /// A pool of at most `cap` bytes. It owns none yet, and the program ends when there is no memory for it.
     pub fn new(cap: usize) -> Self {
-        Self { free: [const { Vec::new() }; CLASSES.len()], allocated: 0, cap }
+        Self::with_source(cap, |bytes, _| Some(vec![0; bytes].into_boxed_slice()))
     }
 
-    /// An empty buffer of at least `len` bytes (at most [`SLICE`]), or `None` when the cap is reached.
+    /// A pool of at most `cap` bytes, or of less when the source has no more. It owns none yet.
+    pub fn with_source(cap: usize, source: Source) -> Self {
+        Self { free: [const { Vec::new() }; CLASSES.len()], allocated: 0, cap, source, kept_back: 0, is_refused: false }
+    }
+
+    /// An empty buffer of at least `len` bytes (at most [`SLICE`]), or `None` when the cap is reached or
+    /// memory has run out.
     pub fn take(&mut self, len: usize) -> Option<Buffer> {
         let class = Self::class_for(len);
         if let Some(buffer) = self.free.get_mut(class).and_then(Vec::pop) {
             return Some(buffer);
         }
         let capacity = *CLASSES.get(class)?;
-        self.make_room(capacity).then(|| self.allocate(capacity))
+        if self.make_room(capacity) {
+            self.allocate(capacity, self.kept_back)
+        } else {
+            None
+        }
+    }
+
+    /// Leaves so many bytes of memory to those that take beyond the cap: a connection that has none goes on while others have
+    /// all of the memory, as it does while they have all of the pool.
+    pub fn keep_back(&mut self, bytes: usize) {
+        self.kept_back = bytes;
     }
 
     /// An empty buffer of `len` bytes or, when memory is short, of as much as there is; `None` when there is none.
@@ -131,15 +161,16 @@ impl Pool {
     }
 
     /// An empty buffer of at least `len` bytes, even beyond the cap. For whoever has to go on while others have all of the
-    /// pool, and needs one buffer at a time: the migration, an option, a READ that must not be cut.
-    pub fn take_beyond(&mut self, len: usize) -> Buffer {
-        let capacity = CLASSES.get(Self::class_for(len)).copied().unwrap_or(SLICE);
-        self.take(len).unwrap_or_else(|| self.allocate(capacity))
+    /// pool, and needs one buffer at a time: the migration, an option, a READ that must not be cut. `None` when memory has
+    /// run out.
+    pub fn take_beyond(&mut self, len: usize) -> Option<Buffer> {
+        let capacity = *CLASSES.get(Self::class_for(len))?;
+        self.take(len).or_else(|| self.allocate(capacity, 0))
     }
 
     /// An empty buffer of the smallest size, even beyond the cap. For a connection without any other buffer, so that each
-    /// goes on, in small steps, while others have all of the pool.
-    pub fn take_reserve(&mut self) -> Buffer {
+    /// goes on, in small steps, while others have all of the pool. `None` when memory has run out.
+    pub fn take_reserve(&mut self) -> Option<Buffer> {
         self.take_beyond(1)
     }
 
@@ -186,17 +217,49 @@ impl Pool {
         CLASSES.iter().position(|&size| len <= size).unwrap_or(CLASSES.len() - 1)
     }
 
-    fn allocate(&mut self, capacity: usize) -> Buffer {
-        self.allocated += capacity;
-        Buffer::with_capacity(capacity)
+    /// True when memory had run out for somebody since the last call: who got none may ask again after a while.
+    pub fn take_refusal(&mut self) -> bool {
+        std::mem::take(&mut self.is_refused)
+    }
+
+    /// True when memory has run out for somebody since the last [`Pool::take_refusal`].
+    pub fn is_refused(&self) -> bool {
+        self.is_refused
+    }
+
+    /// Gives the memory of free buffers back to where it came from.
+    pub fn drop_free(&mut self) {
+        while self.drop_one() {}
+    }
+
+    /// A new buffer, for which free ones of other sizes are dropped while there is no memory.
+    fn allocate(&mut self, capacity: usize, left: usize) -> Option<Buffer> {
+        loop {
+            if let Some(bytes) = (self.source)(capacity, left) {
+                self.allocated += capacity;
+                return Some(Buffer::over(bytes));
+            }
+            if !self.drop_one() {
+                self.is_refused = true;
+                return None;
+            }
+        }
     }
 
     /// Drops free buffers of other sizes until `capacity` more bytes fit under the cap.
     fn make_room(&mut self, capacity: usize) -> bool {
         while self.allocated + capacity > self.cap {
-            let Some(dropped) = self.free.iter_mut().rev().find_map(Vec::pop) else { return false };
-            self.allocated -= dropped.capacity();
+            if !self.drop_one() {
+                return false;
+            }
         }
+        true
+    }
+
+    /// Drops a free buffer; false when there is none.
+    fn drop_one(&mut self) -> bool {
+        let Some(dropped) = self.free.iter_mut().rev().find_map(Vec::pop) else { return false };
+        self.allocated -= dropped.capacity();
         true
     }
 }
@@ -228,7 +291,7 @@ mod tests {
         let small: Vec<_> = (0..64).filter_map(|_| pool.take(4096)).collect();
         assert_eq!((small.len(), pool.available()), (64, 0));
         assert!(pool.take(1).is_none());
-        let reserve = pool.take_reserve();
+        let reserve = pool.take_reserve().unwrap();
         assert_eq!(reserve.capacity(), 4096);
         pool.give(reserve);
         assert_eq!(pool.available(), 0);
@@ -237,6 +300,32 @@ mod tests {
         }
         assert_eq!(pool.take(SLICE).map(|buffer| buffer.capacity()), Some(SLICE), "free buffers make room for others");
         assert!(pool.take(1).is_none());
+    }
+
+    #[test]
+    fn where_memory_has_run_out_free_buffers_make_room_and_then_nobody_gets_one() {
+        thread_local!(static LEFT: std::cell::Cell<usize> = const { std::cell::Cell::new(0) });
+        let mut pool = Pool::with_source(64 * SLICE, |bytes, left| {
+            LEFT.set(LEFT.get().checked_sub(1).filter(|&rest| rest >= left)?);
+            Some(vec![0; bytes].into())
+        });
+        LEFT.set(2);
+        pool.keep_back(1);
+        let large = pool.take(SLICE).unwrap();
+        assert!(!pool.is_refused());
+        assert!(pool.take(1).is_none() && pool.take_refusal());
+        assert_eq!(pool.take_reserve().map(|buffer| buffer.capacity()), Some(4096));
+        pool.keep_back(0);
+        assert!(pool.take(1).is_none() && pool.take_up_to(SLICE).is_none());
+        assert!(pool.take_beyond(1).is_none() && pool.take_reserve().is_none());
+        assert!(pool.is_refused() && pool.take_refusal() && !pool.take_refusal());
+        pool.give(large);
+        LEFT.set(1);
+        assert_eq!(pool.take(1).map(|buffer| buffer.capacity()), Some(4096));
+        let available = pool.available();
+        LEFT.set(0);
+        assert!(pool.take(1).is_none());
+        assert_eq!(pool.available(), available, "the free slice was given back before that was said");
     }
 
     #[test]

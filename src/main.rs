@@ -2,6 +2,9 @@
 
 use std::process::ExitCode;
 
+#[global_allocator]
+static ALLOCATOR: flexnbd::sys::memory::Allocator = flexnbd::sys::memory::Allocator::of_program();
+
 fn main() -> ExitCode {
     flexnbd::cli::run(std::env::args_os())
 }

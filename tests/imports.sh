@@ -26,7 +26,7 @@ declare -A folders=(
     [remote]="mod transfer progress connect"
     [server]="mod start apply commands status reactor slot client control mirror listener signals attempt trials dial \
         shared gate grace admit complaints life inbound effect reason watch socket bind config"
-    [sys]="ring pages file net mod"
+    [sys]="ring pages memory file net mod"
 )
 
 pure="acl bitmap command migrate proto work"

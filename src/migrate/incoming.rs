@@ -41,15 +41,25 @@ pub struct Incoming {
 }
 
 impl Incoming {
+    /// The most memory that this takes, in bytes.
+    pub fn memory_for(size: u64) -> usize {
+        Bitmap::memory_for(size, Self::block_of(size)).saturating_add(PIECES_MAX * 64)
+    }
+
+    fn block_of(size: u64) -> u64 {
+        size.div_ceil(BLOCKS_MAX).max(BLOCK_MIN).next_power_of_two()
+    }
+
     /// Awaits an image of `size` bytes.
     pub fn new(size: u64) -> Self {
-        let block = size.div_ceil(BLOCKS_MAX).max(BLOCK_MIN).next_power_of_two();
+        let block = Self::block_of(size);
         Self { size, block, whole: Bitmap::new(size, block), pieces: BTreeMap::new(), durable: Durable::No }
     }
 
     /// A sender has come: nothing of an earlier one counts. What that has made durable stays so until it is changed.
     pub fn begin(&mut self) {
-        *self = Self { durable: self.durable, ..Self::new(self.size) };
+        self.whole.clear_range(0, self.size);
+        self.pieces.clear();
     }
 
     /// The disk begins to change the image.

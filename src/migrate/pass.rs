@@ -72,6 +72,14 @@ impl Pass {
         }
     }
 
+    /// The first pass of another attempt, in the memory of this one: there may be no other.
+    pub(super) fn again(self) -> Self {
+        let Self { size, mut dirty, mut in_flight, .. } = self;
+        dirty.set_range(0, size);
+        in_flight.clear();
+        Self { size, number: 1, began_with: size, is_settled: false, dirty, cursor: 0, taken: 0..0, in_flight }
+    }
+
     pub(super) fn number(&self) -> u32 {
         self.number
     }

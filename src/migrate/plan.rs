@@ -7,7 +7,9 @@ use super::holes::Holes;
 use super::pace::Pace;
 use super::pass::{Pass, Taken, BLOCK, IN_FLIGHT_MAX};
 use super::pause::{Pause, Phase};
+use crate::bitmap::Bitmap;
 use crate::work::Extent;
+use std::mem;
 use std::ops::Range;
 
 /// The most data of one request, in bytes: one buffer.
@@ -99,6 +101,11 @@ struct Attempt {
 }
 
 impl Plan {
+    /// The most memory that a plan takes, in bytes.
+    pub fn memory_for(size: u64) -> usize {
+        Bitmap::memory_for(size, BLOCK)
+    }
+
     /// A plan for an image of `size` bytes, all of it dirty. `pause_target_ms` is how long clients should be paused at
     /// most, `answer_max_ms` how long a destination may take to answer a flush before it is lost.
     pub fn new(
@@ -114,14 +121,15 @@ impl Plan {
             pause_target_ms,
             limit: limit_bytes_per_s.map(|limit| Bucket::new(limit, now_ms)),
             changes: Changes::default(),
-            attempt: Attempt::new(size, pause_target_ms, Abilities::default(), flushes, now_ms),
+            attempt: Attempt::new(Pass::new(size), pause_target_ms, Abilities::default(), flushes, now_ms),
         }
     }
 
     /// Starts an attempt with a destination that holds nothing yet.
     pub fn begin(&mut self, can: Abilities, now_ms: u64) {
         let flushes = self.attempt.flushes.of_next_attempt(can.flush, now_ms);
-        self.attempt = Attempt::new(self.size, self.pause_target_ms, can, flushes, now_ms);
+        let pass = mem::replace(&mut self.attempt.pass, Pass::new(0)).again();
+        self.attempt = Attempt::new(pass, self.pause_target_ms, can, flushes, now_ms);
     }
 
     /// The destination is gone, and what it has is worth nothing any more. Clients go on. Even [`Step::Commit`] may
@@ -273,10 +281,10 @@ impl Plan {
 }
 
 impl Attempt {
-    fn new(size: u64, pause_target_ms: u64, can: Abilities, flushes: Flushes, now_ms: u64) -> Self {
+    fn new(pass: Pass, pause_target_ms: u64, can: Abilities, flushes: Flushes, now_ms: u64) -> Self {
         Self {
             can,
-            pass: Pass::new(size),
+            pass,
             holes: Holes::default(),
             flushes,
             pause: Pause::new(pause_target_ms, now_ms),

@@ -60,7 +60,9 @@ pub fn write(target: &Target) -> Result<(), Error> {
     let mut left = target.length as usize;
     while left > 0 {
         let n = left.min(SLICE);
-        let mut piece = server.pool.take_beyond(n);
+        let Some(mut piece) = server.pool.take_beyond(n) else {
+            return Err(Error(format!("there is no memory for {n} bytes of the input")));
+        };
         let room = piece.spare().get_mut(..n).unwrap_or_default();
         input.read_exact(room).map_err(|error| Error(format!("cannot read the input: {error}")))?;
         piece.advance(n);

@@ -97,7 +97,10 @@ impl Reactor {
         }
         let sh = &mut self.shared;
         let awaits_sender = sh.life.awaits_image();
-        if let Err(why) = sh.admission.admit_client(peer.ip(), awaits_sender) {
+        if !sh.has_memory_for_client() {
+            let what = format_args!("refused {peer}: memory has run out");
+            self.warn_of(Complaint::RefusedConnection, listener, &what);
+        } else if let Err(why) = sh.admission.admit_client(peer.ip(), awaits_sender) {
             self.warn_of(Complaint::RefusedConnection, listener, &format_args!("refused {peer}: {why}"));
         } else if let Err(error) = self.add_client(socket, peer, dialect) {
             self.shared.admission.client_left(crate::proto::server::Tally::default());

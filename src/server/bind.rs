@@ -4,9 +4,7 @@ use super::config::Fatal;
 use crate::sys::{self, SignalFd};
 use log::{debug, warn};
 use mio::net::{TcpListener, UnixListener};
-use std::collections::hash_map::RandomState;
 use std::fs::{self, File};
-use std::hash::BuildHasher;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd};
@@ -119,7 +117,7 @@ impl Folder {
 
     /// A name in the folder that nobody can foresee, short enough for the address of a socket.
     fn unforeseeable_name(&self) -> PathBuf {
-        let name = format!(".{:016x}", RandomState::new().hash_one(()));
+        let name = format!(".{:016x}", sys::random());
         let path = self.path.join(&name);
         match &self.file {
             // The folder may have a name as long as an address may be.

@@ -6,7 +6,7 @@ use super::effect::Effect;
 use super::inbound;
 use super::life::{Life, SEAL};
 use super::reason::{Next, Reason};
-use super::shared::Shared;
+use super::shared::{Shared, MEMORY_RETRY_MS};
 use super::socket::{Peer, Received, Socket};
 use super::watch::Watch;
 use crate::disk::Access;
@@ -16,6 +16,7 @@ use crate::proto::export::{Agreed, Export, Style};
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
 use crate::proto::server::{Completed, End, Failed, ServerSession, Step, Tally};
+use crate::sys;
 use crate::work::{Action, Done, Op};
 use log::{info, warn};
 use std::fmt;
@@ -28,6 +29,8 @@ const FIRST_WRITE_MS: u64 = 60_000;
 /// How long a sender may be silent after a write, in milliseconds. Even a migration limited to a few bytes per second
 /// sends more often than that.
 const NEXT_WRITE_MS: u64 = 600_000;
+/// How old a request may be that waits for memory, in milliseconds.
+const MEMORY_WAIT_MS: u64 = 30_000;
 /// How far ahead the wheel may hold an entry of a client, in milliseconds.
 const ARM_MS: u64 = 1_000;
 
@@ -123,6 +126,10 @@ impl Client {
         self.stalled = false;
         let mut received = false;
         while sh.disk.has_room() {
+            // What is small cannot be refused, so that each client asks for little while memory is short.
+            if sys::memory::is_short() && self.session.may_wait() {
+                return self.wait_for_memory(key, sh);
+            }
             let Some(pass) = sh.gate.pass(&mut sh.life, sh.now_ms) else {
                 self.keep(sh.now_ms);
                 return Next::Idle;
@@ -146,6 +153,8 @@ impl Client {
                 Step::Refused(Refusal { head, errno, why }) => {
                     self.warn_of(Complaint::RefusedRequest, &format_args!("refused {head} with {errno}: {why}"), sh);
                 }
+                // Nothing of its own may be under way that would wake it.
+                Step::NeedRoom if sh.pool.is_refused() => return self.wait_for_memory(key, sh),
                 Step::NeedRoom => {
                     self.stalled = true;
                     return Next::Idle;
@@ -161,12 +170,11 @@ impl Client {
                 }
                 // One receive a turn is the budget.
                 Step::NeedBytes if received => return Next::Again,
-                Step::NeedBytes => {
-                    received = true;
-                    if let Err(reason) = self.receive(key, sh) {
-                        return Next::Close(reason);
-                    }
-                }
+                Step::NeedBytes => match self.receive(key, sh) {
+                    Ok(true) => received = true,
+                    Ok(false) => return self.wait_for_memory(key, sh),
+                    Err(reason) => return Next::Close(reason),
+                },
             }
         }
         Next::WaitDisk
@@ -186,8 +194,26 @@ impl Client {
         }
     }
 
-    fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<(), Reason> {
+    /// Asks for memory again after a while. What it has itself goes to others when nobody is there to use it, and when it has
+    /// waited for long: they may all be waiting for each other.
+    fn wait_for_memory(&mut self, key: Key, sh: &mut Shared) -> Next {
+        if self.socket.hung_up() {
+            return Next::Close(Reason::HungUp);
+        }
+        if self.session.oldest_ms().is_some_and(|ms| sh.now_ms.saturating_sub(ms) > MEMORY_WAIT_MS) {
+            return Next::Close(Reason::NoMemory);
+        }
+        self.stalled = true;
+        self.arm(sh.now_ms.saturating_add(MEMORY_RETRY_MS), key, sh);
+        Next::Idle
+    }
+
+    /// Receives once. False: there was no memory to receive into.
+    fn receive(&mut self, key: Key, sh: &mut Shared) -> Result<bool, Reason> {
         let spaces = self.session.recv_space(&mut sh.pool);
+        if spaces.iter().all(|space| space.is_empty()) {
+            return Ok(false);
+        }
         match self.socket.receive(&mut spaces.map(IoSliceMut::new)).map_err(Reason::Socket)? {
             Received::End => {
                 self.session.end_of_stream().map_err(Reason::Violation)?;
@@ -205,7 +231,7 @@ impl Client {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Takes a completion. The data goes out in the write step of the same turn.
@@ -222,6 +248,11 @@ impl Client {
                 return Next::Close(Reason::Violation(violation));
             }
         }
+        self.unless_stalled()
+    }
+
+    /// Nothing to do, unless it waits for room that there may be now.
+    fn unless_stalled(&self) -> Next {
         if self.stalled {
             Next::Again
         } else {
@@ -284,14 +315,14 @@ impl Client {
             self.arm(due_ms, key, sh);
         }
         let (Some(limit_ms), Some(oldest_ms)) = (sh.limits.killswitch_ms, self.session.oldest_ms()) else {
-            return Next::Idle;
+            return self.unless_stalled();
         };
         let age_ms = sh.now_ms.saturating_sub(oldest_ms);
         if age_ms >= limit_ms {
             return Next::Close(Reason::Killswitch { age_ms });
         }
         self.arm(oldest_ms.saturating_add(limit_ms), key, sh);
-        Next::Idle
+        self.unless_stalled()
     }
 
     /// Looks whether the peer is still there, if it is time to.

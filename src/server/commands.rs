@@ -9,7 +9,7 @@ use super::reason::Reason;
 use super::slot::Slot;
 use super::status;
 use crate::acl::{parse_ip, Entry};
-use crate::command::{Answer, Command, Ending};
+use crate::command::{Answer, Command, Ending, StatusForm};
 use crate::disk::Access;
 use crate::event::slots::Key;
 use crate::migrate::Plan;
@@ -19,10 +19,18 @@ use std::net::SocketAddr;
 /// How long clients should be paused at most when nobody says otherwise, in milliseconds.
 const DEFAULT_PAUSE_MS: u64 = 100;
 
+/// What the record of a client takes on its way to the answer, in bytes.
+const RECORD_BYTES: usize = 2 << 10;
+/// What a migration takes beside its map of the image, in bytes.
+const MIGRATION_BYTES: usize = 256 << 10;
+
 impl Reactor {
     /// Carries a command out for the control connection `from`. `None`: the answer comes later.
     pub(super) fn execute(&mut self, from: Key, command: Command) -> Option<Answer> {
         let outcome = match command {
+            Command::Status(StatusForm { clients: true, .. }) if !self.has_memory_for_records() => {
+                Err(Answer::failed("there is no memory for a record of each client"))
+            }
             Command::Status(wanted) => Ok(status::answer(self, wanted)),
             Command::Acl(entries) => match self.replace_acl(&entries) {
                 Ok(()) => return self.fenced(from),
@@ -40,6 +48,11 @@ impl Reactor {
             },
         };
         Some(outcome.map_or_else(|refused| refused, Answer::ok))
+    }
+
+    fn has_memory_for_records(&mut self) -> bool {
+        let sh = &mut self.shared;
+        sh.has_memory(sh.admission.clients().saturating_mul(RECORD_BYTES))
     }
 
     fn replace_acl(&mut self, entries: &[String]) -> Result<(), Answer> {
@@ -110,6 +123,9 @@ impl Reactor {
         }
         if wanted.ending == Ending::Unlink {
             sh.disk.named_path().map_err(|error| format!("not unlinking: {}: {error}", sh.disk.path().display()))?;
+        }
+        if !sh.has_memory(Plan::memory_for(size).saturating_add(MIGRATION_BYTES)) {
+            return Err("there is no memory for a map of the image".into());
         }
         sh.disk.lock(true).map_err(|_| {
             "another server has the image open, and what its clients write would be lost; stop that server first"

@@ -25,13 +25,15 @@ pub(super) enum Complaint {
     LostConnection,
     /// An attempt to migrate the image away failed.
     FailedAttempt,
+    /// A turn in which memory had run out for somebody.
+    Shortage,
 }
 
 impl Complaint {
-    /// The most lines in an interval. Attempts fail for the same reason, as a rule.
+    /// The most lines in an interval. Attempts fail for the same reason, as a rule, and a shortage lasts.
     fn lines_max(self) -> u32 {
         match self {
-            Self::FailedAttempt => 1,
+            Self::FailedAttempt | Self::Shortage => 1,
             _ => 10,
         }
     }
@@ -46,6 +48,7 @@ impl Complaint {
             Self::RefusedConnection => "refused connections",
             Self::LostConnection => "connections that could not be served",
             Self::FailedAttempt => "failed attempts of a migration",
+            Self::Shortage => "turns without memory",
         }
     }
 }

@@ -14,7 +14,7 @@ use super::dial::{Destination, Dial, Failure};
 use super::effect::Effect;
 use super::life::Life;
 use super::reason::{Next, Reason};
-use super::shared::Shared;
+use super::shared::{Shared, MEMORY_RETRY_MS};
 use super::socket::Socket;
 use super::trials::Trials;
 use crate::buffer::SLICE;
@@ -324,8 +324,12 @@ impl Mirror {
                 return Ok(Next::Idle);
             }
             // The buffer has to be there before the plan is asked, because a step that the plan has given out has to be done.
-            let buffer = if buffered == 0 { Some(sh.pool.take_beyond(SLICE)) } else { sh.pool.take(SLICE) };
-            let Some(buffer) = buffer else { return Ok(Next::Idle) };
+            let buffer = if buffered == 0 { sh.pool.take_beyond(SLICE) } else { sh.pool.take(SLICE) };
+            let Some(buffer) = buffer else {
+                // With none under way, nothing that moves would ask again.
+                self.wake_ms = (buffered == 0).then(|| sh.now_ms.saturating_add(MEMORY_RETRY_MS));
+                return Ok(Next::Idle);
+            };
             let Some(plan) = sh.life.plan() else { return Ok(Next::Idle) };
             let step = match plan.next(sh.now_ms) {
                 Step::Data(range) => {

@@ -165,6 +165,7 @@ impl Reactor {
             self.settle(key, next);
         }
 
+        self.mind_memory();
         while let Some(effect) = self.shared.effects.pop_front() {
             self.apply(effect)?;
         }

@@ -1,11 +1,14 @@
 //! The slots of a server and the queues that say which of them has something to do.
 
+use super::complaints::Complaint;
 use super::grace::Grace;
 use super::reason::Next;
 use super::shared::Shared;
 use super::slot::Slot;
 use crate::event::run_queue::RunQueue;
 use crate::event::slots::{Key, Slots};
+use crate::sys;
+use log::warn;
 use mio::Poll;
 
 /// The server: one loop, all of its connections.
@@ -48,6 +51,20 @@ impl Reactor {
                 }
                 slot.closed(&reason, &mut self.shared);
             }
+        }
+    }
+
+    /// Where memory has run out: gives back what nobody uses, sets the reserve aside again if it can be had, and says so.
+    pub(super) fn mind_memory(&mut self) {
+        let sh = &mut self.shared;
+        let is_short = sys::memory::is_short();
+        if is_short {
+            sh.pool.drop_free();
+            sys::memory::keep_reserve();
+        }
+        let lacks = sh.pool.take_refusal() || is_short;
+        if lacks && sh.admission.complaints.may_log(Complaint::Shortage, sh.now_ms) {
+            warn!("memory has run out: requests wait and new clients are refused while there is none");
         }
     }
 

@@ -32,6 +32,8 @@ pub(super) enum Reason {
         /// How long, in milliseconds.
         age_ms: u64,
     },
+    /// There was no memory for its request for too long.
+    NoMemory,
     /// A negotiation took too long.
     Handshake,
     /// It brings back what this server's own migration sends.
@@ -79,6 +81,7 @@ impl fmt::Display for Reason {
             Self::Killswitch { age_ms } => {
                 write!(f, "killswitch: a request was not done after {}.{:03} s", age_ms / 1000, age_ms % 1000)
             }
+            Self::NoMemory => f.write_str("memory has run out, and its request has waited for too long"),
             Self::Handshake => f.write_str("the negotiation took too long"),
             Self::CameBack => f.write_str("it brings back what the migration of this server sends"),
             Self::Vanished { silent_ms } => {

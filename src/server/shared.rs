@@ -7,8 +7,17 @@ use super::life::Life;
 use crate::buffer::Pool;
 use crate::disk::{Access, Disk};
 use crate::event::wheel::Wheel;
+use crate::sys;
 use mio::Registry;
 use std::collections::VecDeque;
+
+/// What a client takes of memory that may run out, in bytes: two buffers of its own, its part of tables that grow by
+/// doubling, and what its requests are noted in.
+const CLIENT_BYTES: usize = 16 << 10;
+/// What tables take besides, in bytes.
+const TABLES_BYTES: usize = 64 << 10;
+/// How long whoever found that memory has run out waits before it asks again, in milliseconds.
+pub(super) const MEMORY_RETRY_MS: u64 = 50;
 
 /// What the configuration sets, for slots that ask while they run.
 #[derive(Debug)]
@@ -50,5 +59,22 @@ impl Shared {
             // Downgrade the exclusive lock to a shared one; giving rights up cannot fail.
             let _ = self.disk.lock(false);
         }
+    }
+
+    /// True when there is memory for so many bytes more, if need be that of buffers which nobody uses.
+    pub(super) fn has_memory(&mut self, bytes: usize) -> bool {
+        let has_room = || !sys::memory::is_short() && sys::memory::has_room(bytes);
+        has_room() || {
+            self.pool.drop_free();
+            has_room()
+        }
+    }
+
+    /// True when there is memory for one more client, and for those that are here to go on. From then on it is kept for them.
+    pub(super) fn has_memory_for_client(&mut self) -> bool {
+        let clients = self.admission.clients().saturating_add(1);
+        let bytes = clients.saturating_mul(CLIENT_BYTES).saturating_add(TABLES_BYTES);
+        self.pool.keep_back(bytes);
+        self.has_memory(bytes)
     }
 }

@@ -36,6 +36,9 @@ const LATER_DESCRIPTORS: u64 = 8;
 /// Descriptors that are open at the start where that cannot be counted, because there is no /proc.
 const OPEN_DESCRIPTORS: u64 = 20;
 
+/// What a server says that cannot have its reserve.
+const NO_MEMORY: &str = "there is not enough memory for a server";
+
 /// The disk's notifier; no slot has this token.
 const NOTIFIER: Token = Token(usize::MAX);
 
@@ -44,11 +47,16 @@ impl Reactor {
     /// killed goes first of all. `None`: a signal has ended the wait for an address.
     pub(super) fn start(config: Config) -> Result<Option<Self>, Fatal> {
         config.control.as_deref().map_or(Ok(()), bind::clear)?;
+        let has_reserve = || sys::memory::keep_reserve().then_some(()).ok_or_else(|| Fatal(NO_MEMORY.into()));
+        has_reserve()?;
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         let disk =
             Disk::open(&config.file, config.access, config.disk_engine).map_err(|error| Fatal(error.to_string()))?;
-        Self::start_with(disk, signals, config)
+        let server = Self::start_with(disk, signals, config)?;
+        // It may have been needed on the way.
+        has_reserve()?;
+        Ok(server)
     }
 
     /// The same with an image that is open.
@@ -77,6 +85,9 @@ impl Reactor {
         let places = places(config.max_clients)?;
         let life = match config.role {
             Role::Serve => Life::Serving,
+            Role::Listen { .. } if !sys::memory::has_room(Incoming::memory_for(disk.size())) => {
+                return Err(Fatal("there is no memory for the map of what has come of the image".into()));
+            }
             Role::Listen { then_serve } => Life::Receiving { incoming: Incoming::new(disk.size()), then_serve },
         };
         let mut server = Self {
@@ -89,7 +100,7 @@ impl Reactor {
             shared: Shared {
                 now_ms,
                 registry,
-                pool: Pool::new(POOL_BYTES),
+                pool: Pool::with_source(POOL_BYTES, sys::memory::zeroed),
                 disk,
                 wheel: Wheel::new(now_ms),
                 limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms: config.request_limit_ms },
@@ -143,7 +154,9 @@ fn places(max_clients: usize) -> Result<Places, Fatal> {
     let limit = sys::raise_descriptor_limit(wanted)
         .map_err(|error| Fatal(format!("cannot learn the limit of descriptors: {error}")))?;
     let places = Places::share(limit.saturating_sub(others), max_clients).ok_or_else(|| {
-        Fatal(format!("the limit of descriptors is {limit}, and none is left for a client beside {others} for other things"))
+        Fatal(format!(
+            "the limit of descriptors is {limit}, and none is left for a client beside {others} for other things"
+        ))
     })?;
     if limit < wanted {
         let Places { clients, controls } = places;

@@ -1,11 +1,12 @@
 //! The only unsafe code: calls of the C library that std has no words for, behind safe signatures.
 //!
-//! It keeps no state besides a [`SignalFd`] and a [`ring::Ring`], and does not know what its callers want. This file has
+//! It keeps no state besides a [`SignalFd`], a [`ring::Ring`] and a reserve of memory, and does not know what its callers want. This file has
 //! the clock, waiting, signals and limits of the process; the other files have the rest.
 
 #![allow(unsafe_code, reason = "this is the place for it")]
 
 pub mod file;
+pub mod memory;
 pub mod net;
 pub mod pages;
 pub mod ring;

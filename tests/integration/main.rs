@@ -18,6 +18,7 @@ mod gone;
 mod interop;
 mod killswitch;
 mod logs;
+mod memory;
 mod migration;
 mod power_failure;
 mod protocol;

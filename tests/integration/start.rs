@@ -472,7 +472,7 @@ fn what_is_served_is_not_overwritten() {
         assert!(third.code == Some(1) && third.stderr.contains("--shared-image"), "{}", third.stderr);
     }
 
-    let destination = crate::support::peers::listen(0).size(1 << 20).start();
+    let destination = peers::listen(0).size(1 << 20).start();
     let image = destination.image.to_str().unwrap();
     let serve = run(&["serve", "--addr", "127.0.0.1", "--port", "0", "--file", image], b"");
     assert_eq!(serve.code, Some(1));

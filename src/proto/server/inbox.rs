@@ -20,27 +20,31 @@ impl Inbox {
         Self { buffer: None, ages_ms: (now_ms, now_ms), received_ms: now_ms }
     }
 
-    /// Where to receive into.
+    /// Where to receive into; empty when memory has run out.
     pub(super) fn space(&mut self, pool: &mut Pool) -> &mut [u8] {
         let buffer = match self.buffer.take() {
             // What is left of the last receive is the beginning of a message: little to move.
-            Some(buffer) => pool.grow(RECEIVE, buffer),
-            None => pool.take_up_to(RECEIVE).unwrap_or_else(|| pool.take_reserve()),
+            Some(buffer) => Some(pool.grow(RECEIVE, buffer)),
+            None => pool.take_up_to(RECEIVE).or_else(|| pool.take_reserve()),
         };
-        self.buffer.insert(buffer).spare()
+        self.buffer = buffer;
+        self.spare()
     }
 
     /// Where to receive a message of up to `len` bytes that has to be looked at in one piece, also while others own all
-    /// of the pool.
+    /// of the pool. Empty when memory has run out.
     pub(super) fn space_for(&mut self, len: usize, pool: &mut Pool) -> &mut [u8] {
-        let mut buffer = self.buffer.take().unwrap_or_else(|| pool.take_beyond(len));
-        if buffer.capacity() < len {
-            let mut larger = pool.take_beyond(len);
-            larger.append(buffer.filled());
-            pool.give(std::mem::replace(&mut buffer, larger));
+        if self.buffer.as_ref().is_none_or(|buffer| buffer.capacity() < len) {
+            let Some(mut larger) = pool.take_beyond(len) else { return <&mut [u8]>::default() };
+            larger.append(self.filled());
+            self.buffer.replace(larger).into_iter().for_each(|smaller| pool.give(smaller));
         }
-        buffer.compact();
-        self.buffer.insert(buffer).spare()
+        self.buffer.iter_mut().for_each(Buffer::compact);
+        self.spare()
+    }
+
+    fn spare(&mut self) -> &mut [u8] {
+        self.buffer.as_mut().map(Buffer::spare).unwrap_or_default()
     }
 
     /// Counts `n` bytes received into one of these spaces; 0 when all went elsewhere.

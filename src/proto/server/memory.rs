@@ -19,25 +19,26 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    /// A buffer for up to `len` bytes of payload, if the session may own one more. A session that owns none always gets
-    /// one, however small, so that it goes on.
+    /// A buffer for up to `len` bytes of payload, if the session may own one more. A session that owns none gets one while
+    /// there is memory, however small, so that it goes on.
     pub(super) fn take(&mut self, len: usize, pool: &mut Pool) -> Option<Buffer> {
         let want = len.min(SLICE);
         if self.buffered > 0 && self.buffered + want > BUFFERED_MAX {
             return None;
         }
         let reserve = self.buffered == 0;
-        let buffer = pool.take_up_to(want).or_else(|| reserve.then(|| pool.take_reserve()))?;
+        let buffer = pool.take_up_to(want).or_else(|| reserve.then(|| pool.take_reserve()).flatten())?;
         self.buffered += buffer.capacity();
         Some(buffer)
     }
 
-    /// Exchanges an empty buffer for one of at least `len` bytes, beyond the cap of the pool if need be.
-    pub(super) fn exchange(&mut self, buffer: Buffer, len: usize, pool: &mut Pool) -> Buffer {
+    /// Exchanges an empty buffer for one of at least `len` bytes, beyond the cap of the pool if need be. `None`, and the
+    /// buffer is gone, when memory has run out.
+    pub(super) fn exchange(&mut self, buffer: Buffer, len: usize, pool: &mut Pool) -> Option<Buffer> {
         self.give(buffer, pool);
-        let larger = pool.take_beyond(len);
+        let larger = pool.take_beyond(len)?;
         self.buffered += larger.capacity();
-        larger
+        Some(larger)
     }
 
     /// Takes a buffer back.

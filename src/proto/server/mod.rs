@@ -102,8 +102,8 @@ impl ServerSession {
         }
     }
 
-    /// Where to receive into, in this order: the rest of the payload's slice, then what follows it. At least one is not
-    /// empty when the last step was [`Step::NeedBytes`].
+    /// Where to receive into, in this order: the rest of the payload's slice, then what follows it. Both are empty after
+    /// [`Step::NeedBytes`] only when memory has run out.
     pub fn recv_space(&mut self, pool: &mut Pool) -> [&mut [u8]; 2] {
         let (slice, may_follow) = match &mut self.state {
             State::Handshake(_) => {
@@ -278,6 +278,11 @@ impl ServerSession {
     /// What it has done so far.
     pub fn tally(&self) -> Tally {
         self.tally
+    }
+
+    /// True when what comes next is a request, and others are not answered yet.
+    pub fn may_wait(&self) -> bool {
+        matches!(self.state, State::Request) && self.in_flight() > 0
     }
 
     /// True while no request can come yet.

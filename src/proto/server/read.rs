@@ -154,7 +154,11 @@ pub(super) fn first_buffer(head: &RequestHead, alone: bool, memory: &mut Memory,
     }
     // One piece has to be one piece; it is a short one.
     let whole = head.flags & command::DF != 0;
-    Some(if whole { memory.exchange(buffer, length, pool) } else { buffer })
+    if whole {
+        memory.exchange(buffer, length, pool)
+    } else {
+        Some(buffer)
+    }
 }
 
 /// The work of a READ that fits the buffer.

@@ -37,7 +37,7 @@ pub enum Step {
     Refused(Refusal),
     /// Nothing to do before more bytes are received.
     NeedBytes,
-    /// Nothing to do before something of this session is completed or sent.
+    /// Nothing to do before something of this session is completed or sent or, if memory has run out, some comes back.
     NeedRoom,
     /// The next request, or the payload that is being received, may not pass now.
     Kept,
