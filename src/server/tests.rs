@@ -172,10 +172,12 @@ fn a_full_session_is_woken_by_its_completions() {
 #[test]
 fn a_client_that_leaves_does_not_wake_the_loop_for_what_it_left() {
     let mut house = House::new("left", DELAY);
+    let memory = house.server.shared.pool.available();
     let client = house.client(|mut stream| stream.write_all(&head(kind::READ, 1, 4096).repeat(32)).unwrap());
     let turns = house.turns_until_alone();
     client.join().unwrap();
     assert!(turns < 100, "{turns} turns");
+    assert_eq!(house.server.shared.pool.available(), memory, "what it had in the disk came back");
 }
 
 /// A client that asks for 32 writes and waits for the end of its connection.

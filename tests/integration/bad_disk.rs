@@ -1,7 +1,10 @@
 //! What the server makes of a disk that fails or forgets. The disk is real to it: a file system of the test's own.
 
 use crate::support::fuse::{Disk, Op, Remains};
+use crate::support::newstyle::{structured, PORT};
 use crate::support::{errno, flag, kind, pattern, request, Client, Server};
+use std::fs::File;
+use std::thread;
 
 const SIZE: u64 = 4 << 20;
 const MIB: u64 = 1 << 20;
@@ -76,6 +79,43 @@ fn an_error_in_a_range_is_an_error_of_that_request_alone() {
         assert_eq!(client.flush(), 0);
         server.expect_healthy();
     }
+}
+
+/// Somebody cuts the file short while clients read it. What is gone is an error, and no zeroes; the rest is as before.
+#[test]
+fn a_file_cut_short_under_reads_in_flight_is_an_error_of_those_reads() {
+    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    let content = pattern(4, SIZE as usize);
+    let image = disk.furnish("image", &content);
+    let server = Server::serve().file(image.clone()).arg(PORT).start();
+    let (mut client, mut newer) = (server.connect(), structured(&server));
+    disk.hold(Op::Read, ..);
+    let pieces: Vec<u64> = (0..SIZE).step_by(256 << 10).collect();
+    let requests = pieces.iter().map(|&offset| request(kind::READ, 0, offset, offset, 4096));
+    client.send(&requests.collect::<Vec<_>>().concat());
+    disk.wait_for_waiting(Op::Read, 1);
+    let cut = thread::spawn({
+        let image = image.clone();
+        // It may have to wait for the reads.
+        move || File::options().write(true).open(image).unwrap().set_len(SIZE / 2).unwrap()
+    });
+    disk.heal(Op::Read);
+    cut.join().unwrap();
+    for _ in &pieces {
+        let (error, offset) = client.read_reply();
+        assert!(error == 0 || offset >= SIZE / 2 && error == errno::EIO, "{error} at {offset}");
+        if error == 0 {
+            assert!(client.read_bytes(4096) == content[offset as usize..][..4096], "at {offset}");
+        }
+    }
+    // From now on it is known where the file ends.
+    assert_eq!(client.read(SIZE / 2, 4096), Err(errno::EIO));
+    assert_eq!(client.read(SIZE / 2 - 512, 1024), Err(errno::EIO));
+    assert!(client.read(SIZE / 2 - 512, 512).unwrap() == content[SIZE as usize / 2 - 512..][..512]);
+    assert_eq!(newer.read(0, SIZE / 2, 4096).map(drop), Err(errno::EIO));
+    File::options().write(true).open(&image).unwrap().set_len(SIZE).unwrap();
+    assert_eq!(client.read(SIZE / 2, 4096).unwrap(), [0; 4096]);
+    server.expect_healthy();
 }
 
 #[test]

@@ -3,8 +3,11 @@
 use crate::support::fuse::{Disk, Op};
 use crate::support::{allocated, flag, kind, pattern, request, wait_for, Client, Server, TempDir, SOON};
 use std::fs::File;
-use std::net::{Ipv4Addr, Ipv6Addr, TcpStream};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpStream, ToSocketAddrs};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 const MIB: u64 = 1 << 20;
@@ -23,10 +26,11 @@ fn wait_for_all_taken(server: &Server) {
     });
 }
 
-/// Ends the connection with a reset: the kernel does so when bytes have come that nobody has read.
-fn reset(client: Client) {
+/// A client that is dropped with a reset: the kernel sends one when bytes have come that nobody has read, as the greeting.
+fn connect_to_reset(address: impl ToSocketAddrs) -> Client {
+    let client = Client::new(TcpStream::connect(address).unwrap());
     client.stream.peek(&mut [0]).unwrap();
-    drop(client);
+    client
 }
 
 /// A client asks for zeroes all over the image, which take the disk minutes, and is cut off. What another one writes after
@@ -41,7 +45,7 @@ fn writes_after_the_cut_stay(option: &str, cut: impl FnOnce(&Server, Client)) {
     // One over IPv4 and one over IPv6, so that a list tells them apart.
     let mut stays = Client::new(TcpStream::connect((Ipv4Addr::LOCALHOST, server.port())).unwrap());
     stays.read_greeting();
-    let mut goes = Client::new(TcpStream::connect((Ipv6Addr::LOCALHOST, server.port())).unwrap());
+    let mut goes = connect_to_reset((Ipv6Addr::LOCALHOST, server.port()));
     goes.send(&long_requests(SIZE));
     wait_for_all_taken(&server);
     cut(&server, goes);
@@ -75,7 +79,7 @@ fn the_killswitch_is_a_fence() {
 
 #[test]
 fn a_reset_is_a_fence() {
-    writes_after_the_cut_stay("", |_, goes| reset(goes));
+    writes_after_the_cut_stay("", |_, goes| drop(goes));
 }
 
 /// All of them together have asked for more than the queue holds.
@@ -89,10 +93,10 @@ fn who_comes_asks_and_leaves_over_and_over_keeps_nobody_waiting() {
     let server = Server::serve().file(image.clone()).start();
     let mut stays = server.connect();
     for _ in 0..140 {
-        let mut goes = server.connect_bare();
+        let mut goes = connect_to_reset(server.address());
         goes.send(&long_requests(SIZE));
         wait_for_all_taken(&server);
-        reset(goes);
+        drop(goes);
         stays.expect_alive();
     }
     wait_for("one client", SOON, || (server.status().number("num_clients") == 1).then_some(()));
@@ -101,5 +105,85 @@ fn who_comes_asks_and_leaves_over_and_over_keeps_nobody_waiting() {
         stays.expect_alive();
     }
     assert_eq!(allocated(&image), before, "nothing goes on");
+    server.expect_healthy();
+}
+
+/// Clients leave while the disk reads for them; it is slow, and goes on when they are gone.
+#[test]
+fn who_vanishes_with_reads_in_flight_disturbs_nobody() {
+    const SIZE: u64 = 4 * MIB;
+    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    let content = pattern(2, SIZE as usize);
+    let server = Server::serve().file(disk.furnish("image", &content)).start();
+    let mut stays = server.connect();
+    for _ in 0..24 {
+        disk.drop_cache("image");
+        disk.hold(Op::Read, MIB..);
+        let mut goes = connect_to_reset(server.address());
+        // As much as one client may have in memory.
+        let requests = (0..4).flat_map(|n| request(kind::READ, 0, n, MIB + (n << 18), 1 << 18));
+        goes.send(&requests.collect::<Vec<_>>());
+        disk.wait_for_waiting(Op::Read, 1);
+        drop(goes);
+        disk.heal(Op::Read);
+        assert!(stays.read(0, MIB as u32).unwrap() == content[..MIB as usize]);
+    }
+    wait_for("one client", SOON, || (server.status().number("num_clients") == 1).then_some(()));
+    assert!(stays.read(0, SIZE as u32).unwrap() == content);
+    server.expect_healthy();
+}
+
+#[test]
+fn acl_waits_for_what_the_disk_has_begun() {
+    let Some(disk) = Disk::mount(8 * MIB) else { return };
+    let content = pattern(5, 4 * MIB as usize);
+    let server = Server::serve().file(disk.furnish("image", &content)).addr("::").start();
+    let has_ring = server.status().get("disk_engine") == "ring";
+    let mut goes = connect_to_reset((Ipv6Addr::LOCALHOST, server.port()));
+    disk.hold(Op::Read, ..);
+    goes.send(&request(kind::READ, 0, 1, MIB, 4096));
+    disk.wait_for_waiting(Op::Read, 1);
+    let mut acl = UnixStream::connect(&server.sock).unwrap();
+    acl.set_read_timeout(Some(SOON)).unwrap();
+    acl.write_all(b"acl\n127.0.0.1\n\n").unwrap();
+    if has_ring {
+        goes.read_to_close();
+        // Another command is answered meanwhile.
+        assert_eq!(server.status().number("num_clients"), 0);
+        acl.set_nonblocking(true).unwrap();
+        assert_eq!(acl.read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock, "it is not answered yet");
+        acl.set_nonblocking(false).unwrap();
+    }
+    disk.heal(Op::Read);
+    let mut answer = String::new();
+    acl.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "0: updated\n");
+}
+
+/// The disk holds a client's requests for longer than the killswitch allows. Nobody else is harmed, then or afterwards.
+#[test]
+fn the_killswitch_fires_while_the_disk_holds_the_requests() {
+    const SIZE: u64 = 4 * MIB;
+    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    let content = pattern(3, SIZE as usize);
+    let server = Server::serve().file(disk.furnish("image", &content)).arg("--killswitch=1").start();
+    let has_ring = server.status().get("disk_engine") == "ring";
+    let mut idle = server.connect();
+    disk.hold(Op::Read, MIB..);
+    let mut stuck = server.connect();
+    stuck.send(&request(kind::READ, 0, 1, MIB, 4096));
+    disk.wait_for_waiting(Op::Read, 1);
+    if has_ring {
+        stuck.expect_closed();
+        idle.expect_alive();
+        disk.heal(Op::Read);
+    } else {
+        // The time that the killswitch allows has to pass. The server waits for the disk, and has the data when it looks.
+        thread::sleep(Duration::from_millis(1500));
+        disk.heal(Op::Read);
+        assert_eq!(stuck.read_reply(), (0, 1));
+        assert!(stuck.read_bytes(4096) == content[MIB as usize..][..4096]);
+    }
+    assert!(idle.read(0, SIZE as u32).unwrap() == content);
     server.expect_healthy();
 }

@@ -1,6 +1,7 @@
 //! Stopping: at once, whatever peers are doing, with nothing left behind.
 
-use crate::support::{kind, peers, request, run_command, wait_for, Client, Process, Server, BIN, SOON};
+use crate::support::fuse::{Disk, Op};
+use crate::support::{flag, kind, pattern, peers, request, run_command, wait_for, Client, Process, Server, BIN, SOON};
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -64,6 +65,29 @@ fn it_stops_in_the_middle_of_much_work() {
     let start = Instant::now();
     assert_eq!(server.stop().code(), Some(0));
     assert!(start.elapsed() < Duration::from_secs(5), "took {:?}", start.elapsed());
+}
+
+/// What was answered before the signal is there, and nothing is changed after the end.
+#[test]
+fn it_stops_with_operations_in_the_disk() {
+    const SIZE: u64 = 8 << 20;
+    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    let mut server = Server::serve().file(disk.furnish_sparse("image", SIZE)).start();
+    let mut client = server.connect();
+    let payload = pattern(1, 4096);
+    assert_eq!(client.write(SIZE - 4096, &payload), 0);
+    // Of the rest it is minutes to the end.
+    disk.delay(Op::Fallocate, .., Duration::from_millis(20));
+    let mut others: Vec<Client> = (0..4).map(|_| server.connect()).collect();
+    for other in &mut others {
+        other.send(&request(kind::WRITE_ZEROES, flag::NO_HOLE, 1, 0, (SIZE - 4096) as u32).repeat(32));
+    }
+    disk.wait_for_waiting(Op::Fallocate, 1);
+    assert_eq!(server.stop().code(), Some(0), "{}", server.log());
+    let changes = disk.log();
+    client.expect_closed();
+    assert_eq!(std::fs::read(disk.path("image")).unwrap()[SIZE as usize - 4096..], payload);
+    assert_eq!(disk.log(), changes, "the server is gone");
 }
 
 #[test]
