@@ -16,14 +16,15 @@
 //! have gone out by then and the sockets were looked at, so that many share it.
 
 use super::commit::Commit;
+use super::hint::Hints;
 use super::image::Image;
-use super::pace::{Budget, Stride};
+use super::pace::Budget;
 use super::queue::{Job, Lanes};
 use super::reads::Way;
 use super::ring::{Flights, Landed};
 use super::sparse::{self, Holes};
 use super::verify;
-use super::zero::{Zeroes, STEP_MAX};
+use super::zero::Zeroes;
 use crate::sys;
 use crate::sys::pages::FileSystem;
 use crate::work::{Action, Done, Extent, Op};
@@ -32,7 +33,6 @@ use std::io::{self, ErrorKind};
 use std::mem;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
-use std::time::Instant;
 
 pub(super) struct Engine {
     /// Not looked at yet.
@@ -47,7 +47,7 @@ pub(super) struct Engine {
     pub(super) way: Way,
     holes: Holes,
     zeroes: Zeroes,
-    hint: Stride,
+    hints: Hints,
 }
 
 /// What a step of a dear operation has come to.
@@ -82,7 +82,7 @@ impl Engine {
             way: Way::of(image),
             holes: Holes::default(),
             zeroes: Zeroes::default(),
-            hint: Stride::new(STEP_MAX),
+            hints: Hints::default(),
         }
     }
 
@@ -242,12 +242,8 @@ impl Engine {
                 Ok(proceed(offset, length, done))
             }
             Action::Cache { offset, length } => {
-                let n = self.hint.of(*length);
-                let began = Instant::now();
-                // A hint that is not taken harms nobody.
-                let _ = sys::file::will_need(&image.file, *offset, n);
-                self.hint.note(n, began.elapsed());
-                Ok(proceed(offset, length, n))
+                let done = self.hints.step(image, *offset, *length);
+                Ok(proceed(offset, length, done))
             }
             Action::Verify { offset, length } => match verify::cached_step(image, &mut self.way, *offset, *length) {
                 0 if *length > 0 => Ok(Step::Wait),

@@ -15,6 +15,7 @@
 
 mod commit;
 mod engine;
+mod hint;
 mod image;
 mod open;
 mod pace;

@@ -10,7 +10,7 @@ const KICK: Duration = Duration::from_millis(1);
 const STEP: Duration = Duration::from_micros(250);
 
 /// The shortest step of a long operation, in bytes. Below it the call itself costs more than its work.
-const STEP_MIN: u64 = 64 << 10;
+pub(super) const STEP_MIN: u64 = 64 << 10;
 
 /// The time that a kick has for dear steps: those that may take long.
 #[derive(Debug)]

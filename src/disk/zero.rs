@@ -12,7 +12,7 @@ use std::time::Instant;
 
 /// How much one call of fallocate takes at most, in bytes. It takes milliseconds where there is much to free, and a device
 /// may write the zeroes itself, at the speed of the medium.
-pub(super) const STEP_MAX: u64 = 16 << 20;
+const STEP_MAX: u64 = 16 << 20;
 
 /// How many zeroes are written in one step at most, in bytes.
 const WRITE_MAX: usize = 1 << 20;

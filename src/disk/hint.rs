@@ -1,0 +1,78 @@
+//! Hints that a range will be read soon, in steps, as far as the disk takes them without being waited for.
+
+use super::image::Image;
+use super::pace::{Stride, STEP_MIN};
+use crate::sys;
+use std::time::{Duration, Instant};
+
+/// How much one hint is about at most, in bytes. One about what is cached takes no time, which says nothing of the next.
+const STEP_MAX: u64 = 1 << 20;
+
+/// A step of the smallest size that takes so long has waited for the disk, whose queue is full.
+const SLOW: Duration = Duration::from_millis(2);
+
+/// For so many times as long as that step took, hints are dropped: they may hold everybody for a twentieth of the time.
+const PATIENCE: u32 = 20;
+
+/// Gives hints, and drops them while the disk has no room for more.
+#[derive(Debug)]
+pub(super) struct Hints {
+    stride: Stride,
+    rest_until: Option<Instant>,
+}
+
+impl Default for Hints {
+    fn default() -> Self {
+        Self { stride: Stride::new(STEP_MAX), rest_until: None }
+    }
+}
+
+impl Hints {
+    /// Hints at the front of a range; returns how many bytes are dealt with.
+    pub(super) fn step(&mut self, image: &Image, offset: u64, length: u64) -> u64 {
+        let began = Instant::now();
+        if self.rests(began) {
+            return length;
+        }
+        let n = self.stride.of(length);
+        // A hint that is not taken harms nobody.
+        let _ = sys::file::will_need(&image.file, offset, n);
+        self.note(n, began, began.elapsed());
+        n
+    }
+
+    fn rests(&self, now: Instant) -> bool {
+        self.rest_until.is_some_and(|until| now < until)
+    }
+
+    /// A step of so many bytes began then and took so long.
+    fn note(&mut self, bytes: u64, began: Instant, took: Duration) {
+        self.stride.note(bytes, took);
+        if bytes <= STEP_MIN && took >= SLOW {
+            self.rest_until = Some(began + took.saturating_mul(1 + PATIENCE));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::TempFile;
+    use super::*;
+
+    #[test]
+    fn hints_rest_when_the_shortest_one_waits() {
+        let temp = TempFile::new("hints");
+        let image = Image::of(&temp.file, 1 << 30);
+        let (mut hints, now) = (Hints::default(), Instant::now());
+        hints.note(STEP_MAX, now, Duration::from_millis(50));
+        assert!(!hints.rests(now), "a long one has much to do");
+        hints.note(STEP_MIN, now, SLOW / 2);
+        assert!(!hints.rests(now));
+        hints.note(STEP_MIN, now, SLOW);
+        assert!(hints.rests(now + SLOW * PATIENCE) && !hints.rests(now + SLOW * (PATIENCE + 1)));
+        hints.rest_until = Some(now + Duration::from_secs(3600));
+        assert_eq!(hints.step(&image, 0, 1 << 30), 1 << 30, "all of it is dropped");
+        hints.rest_until = None;
+        assert!(hints.step(&image, 0, 1 << 30) < 1 << 30, "a step of it");
+    }
+}
