@@ -20,8 +20,8 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 # $(call within,SECONDS) runs a command that is killed after so long.
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
-.PHONY: all check test test-slow test-kernel chaos tools tools-kernel tools-fuzz demo bench bench-migration footprint fuzz \
-	install uninstall clean help
+.PHONY: all check test test-slow test-kernel chaos tools tools-kernel tools-fuzz demo bench bench-storms bench-migration \
+	footprint fuzz install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
@@ -96,6 +96,9 @@ demo: $(BINARY) ## Show a migration under a client that goes on, in half a minut
 # ROWS=regex runs some rows, BASE=binary compares with another flexnbd; all that can be set is in the script.
 bench: $(BINARY) $(LOAD) tools ## Compare with other servers (QUICK=1, ROWS=regex, ROUNDS=9, SECONDS_PER_RUN=2, BASE=binary)
 	FLEXNBD=$(BINARY) LOAD=$(LOAD) $(call within,10800) python3 tests/bench/bench.py
+
+bench-storms: $(BINARY) $(LOAD) tools ## What a quiet client waits beside storming ones (QUICK=1, ROWS=regex, ROUNDS=3, BASE=binary)
+	FLEXNBD=$(BINARY) LOAD=$(LOAD) $(call within,7200) python3 tests/bench/storms.py
 
 bench-migration: $(BINARY) tools ## Migrate beside nbdcopy (QUICK=1, ROUNDS=5, SIZE_MIB=1024, BENCH_DIR=/var/tmp)
 	FLEXNBD=$(BINARY) $(call within,7200) python3 tests/bench/migration.py

@@ -13,12 +13,13 @@
 //! | `depth=N` | 1 | requests in flight on each connection |
 //! | `block=BYTES` | 4k | of a request; bytes may end in k, m or g |
 //! | `write=PERCENT` | 0 | share of writes, the rest are reads |
+//! | `command=zeroes\|trim\|cache\|status` | none | every request asks for zeroes that take room, a trim, a hint to cache, or extents (which needs `replies=structured`) |
 //! | `fua=PERCENT` | 0 | share of FUA among the writes |
 //! | `order=random\|sequential` | random | random: no block twice before each was there once |
 //! | `from=BYTES`, `size=BYTES` | the export | the range; sequential connections have a part of it each |
 //! | `pace=BYTES` | none | per second, at most |
 //! | `flush=BYTES` | none | one FLUSH after so many bytes of writes |
-//! | `ops=N` | none | reads and writes, at most; the job ends with them or with `seconds` |
+//! | `ops=N` | none | requests but for FLUSH, at most; the job ends with them or with `seconds` |
 //! | `data=copy\|discard\|check` | copy | what is read is received, or thrown away by the kernel (TCP only), or compared with what `check` writes |
 //! | `seed=N` | 1 | |
 //!

@@ -139,6 +139,40 @@ fn a_server_gets_what_the_job_says() {
 }
 
 #[test]
+fn a_command_is_all_that_a_job_sends() {
+    let nbdkit = Nbdkit::start("log", "logfile=log");
+    for (command, replies, logged) in [
+        ("zeroes", "simple", "Zero"),
+        ("trim", "simple", "Trim"),
+        ("cache", "structured", "Cache"),
+        ("status", "structured", "Extents"),
+    ] {
+        let words = format!("{} replies={replies} -- command={command} ops=100 depth=5 block=64k", nbdkit.address());
+        let report = one_job(&words);
+        assert_eq!((report.commands, report.bytes, report.reads + report.writes), (100, 100 << 16, 0), "{words}");
+        assert!(figure(&report, "p99_us") > 0.0, "{}", report.json());
+        let log = std::fs::read_to_string(nbdkit.dir.join("log")).unwrap();
+        let sent = log.lines().filter(|line| line.contains(&format!(" {logged} id=")));
+        assert_eq!(sent.filter(|line| line.contains("count=0x10000 ")).count(), 100, "{log}");
+    }
+    // Room is what zeroes are to take.
+    let log = std::fs::read_to_string(nbdkit.dir.join("log")).unwrap();
+    assert!(log.lines().filter(|line| line.contains(" Zero id=")).all(|line| line.contains(" trim=0 ")), "{log}");
+}
+
+#[test]
+fn extents_of_a_real_image_are_taken() {
+    let server = Server::serve().size(SIZE).arg(PORT).start();
+    let address = address(&server).to_string();
+    one_job(&format!("{address} -- write=100 ops={}", SIZE / 8192));
+    for block in ["4k", "1m"] {
+        let report = one_job(&format!("{address} replies=structured -- command=status ops=50 depth=8 block={block}"));
+        assert_eq!(report.commands, 50);
+    }
+    server.expect_healthy();
+}
+
+#[test]
 fn errors_are_counted_and_do_not_end_the_run() {
     let nbdkit = Nbdkit::start("error", "error-pwrite-rate=100%");
     for replies in ["simple", "structured"] {
@@ -189,7 +223,11 @@ fn a_server_that_says_nothing_is_given_up() {
 fn words_that_make_no_sense_are_refused() {
     let words =
         ["", "x", "x --", "x seconds=1", "x seconds=1 -- depth=0", "x seconds=1 -- block=4q", "x seconds=-1 --"];
-    for words in words.iter().chain(&["x seconds=1 -- dept=1", "/x seconds=1 -- data=discard", "x replies=no --"]) {
+    for words in words
+        .iter()
+        .chain(&["x seconds=1 -- dept=1", "/x seconds=1 -- data=discard", "x replies=no --"])
+        .chain(&["x seconds=1 -- command=status", "x seconds=1 -- command=trim write=1", "x -- command=no"])
+    {
         let error = load(words).err().unwrap();
         assert!([io::ErrorKind::InvalidInput, io::ErrorKind::Other].contains(&error.kind()), "{words:?}: {error}");
     }

@@ -38,7 +38,8 @@ impl Connection {
         registry: &Registry,
         token: Token,
     ) -> io::Result<Self> {
-        let flights = Flights::new(work.plan.depth, work.plan.block, work.is_checked(), work.plan.seed)?;
+        let longest = if work.plan.write_percent > 0 { work.plan.block } else { 0 };
+        let flights = Flights::new(work.plan.depth, longest, work.is_checked(), work.plan.seed)?;
         let registry = registry.try_clone()?;
         socket.register(&registry, token)?;
         Ok(Self {

@@ -12,17 +12,23 @@ use super::work::Request;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const HEAD_BYTES: usize = 28;
 const FLAG_FUA: u16 = 1;
+/// Zeroes take room: what is dearest for a server.
+const FLAG_NO_HOLE: u16 = 2;
 /// The low bits of a cookie are the slot, the others count.
 const SLOT_BITS: u32 = 16;
 /// What one call sends: parts, of which a write has two.
 const PARTS_MAX: usize = 64;
 
 /// What a request does; its number in the protocol.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     Read = 0,
     Write = 1,
     Flush = 3,
+    Trim = 4,
+    Cache = 5,
+    Zeroes = 6,
+    Status = 7,
 }
 
 /// The last request of a connection, which has no reply.
@@ -63,11 +69,12 @@ pub struct Flights {
 }
 
 impl Flights {
-    pub fn new(depth: usize, block: u32, is_checked: bool, seed: u64) -> io::Result<Self> {
+    /// For writes of up to `longest` bytes.
+    pub fn new(depth: usize, longest: u32, is_checked: bool, seed: u64) -> io::Result<Self> {
         if depth >= 1 << SLOT_BITS {
             return Err(io::Error::other("the depth is too large"));
         }
-        let mut payload = vec![0; block as usize];
+        let mut payload = vec![0; longest as usize];
         walk::fill(&mut payload, walk::mix(seed) & !7 & (u64::MAX >> 1));
         let slot = |_| Slot {
             cookie: None,
@@ -110,7 +117,11 @@ impl Flights {
         slot.cookie = Some(cookie);
         (slot.kind, slot.at, slot.length) = (request.kind, request.at, request.length);
         (slot.came, slot.failed, slot.since) = (0, false, now);
-        let flags = if request.fua { FLAG_FUA } else { 0 };
+        let flags = match request.kind {
+            Kind::Zeroes => FLAG_NO_HOLE,
+            _ if request.fua => FLAG_FUA,
+            _ => 0,
+        };
         slot.head = encode(request.kind as u16, flags, cookie, request.at, request.length);
         if self.is_checked && request.kind == Kind::Write {
             walk::fill(&mut slot.checked, request.at);
@@ -196,6 +207,14 @@ impl Flights {
         }
     }
 
+    /// Extents come, which nobody looks at.
+    pub fn extents(&mut self, cookie: u64) -> io::Result<()> {
+        if self.find(cookie)?.kind != Kind::Status {
+            return Err(protocol_error("extents that were not asked for"));
+        }
+        Ok(())
+    }
+
     /// The request has failed.
     pub fn fail(&mut self, cookie: u64) -> io::Result<()> {
         self.find(cookie)?.failed = true;
@@ -228,6 +247,7 @@ impl Flights {
                 Kind::Read => report.reads += 1,
                 Kind::Write => report.writes += 1,
                 Kind::Flush => report.count_flush(took),
+                Kind::Trim | Kind::Cache | Kind::Zeroes | Kind::Status => report.commands += 1,
             }
             if slot.kind != Kind::Flush {
                 report.count_transfer(took);

@@ -4,6 +4,7 @@ use std::io;
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::flights::Kind;
 use super::handshake;
 use super::socket::Socket;
 
@@ -25,6 +26,8 @@ pub struct Job {
     pub connections: usize,
     pub depth: usize,
     pub block: u32,
+    /// What every request is; without, they are reads and writes.
+    pub command: Option<Kind>,
     pub write_percent: u64,
     pub fua_percent: u64,
     pub sequential: bool,
@@ -78,6 +81,9 @@ impl Plan {
         if plan.duration.is_none() && plan.jobs.iter().any(|job| job.ops.is_none()) {
             return Err(invalid("neither seconds nor the ops of each job"));
         }
+        if !plan.structured && plan.jobs.iter().any(|job| job.command == Some(Kind::Status)) {
+            return Err(invalid("command=status needs replies=structured"));
+        }
         if plan.address.starts_with('/') && plan.jobs.iter().any(|job| job.data == Data::Discard) {
             return Err(invalid("data=discard needs TCP"));
         }
@@ -88,9 +94,10 @@ impl Plan {
     pub fn connect(&self, connections: usize) -> io::Result<(Vec<Socket>, handshake::Export)> {
         let mut sockets = Vec::new();
         let mut export = handshake::Export::default();
+        let extents = self.jobs.iter().any(|job| job.command == Some(Kind::Status));
         for _ in 0..connections {
             let (socket, found) = Socket::connect(&self.address, self.stall, |stream| {
-                handshake::shake(stream, &self.export, self.structured)
+                handshake::shake(stream, &self.export, self.structured, extents)
             })?;
             sockets.push(socket);
             export = found;
@@ -105,6 +112,7 @@ impl Job {
             connections: 1,
             depth: 1,
             block: 4096,
+            command: None,
             write_percent: 0,
             fua_percent: 0,
             sequential: false,
@@ -121,6 +129,10 @@ impl Job {
                 ("connections", value) => job.connections = number(value)?,
                 ("depth", value) => job.depth = number(value)?,
                 ("block", value) => job.block = u32::try_from(bytes(value)?).map_err(io::Error::other)?,
+                ("command", "trim") => job.command = Some(Kind::Trim),
+                ("command", "cache") => job.command = Some(Kind::Cache),
+                ("command", "zeroes") => job.command = Some(Kind::Zeroes),
+                ("command", "status") => job.command = Some(Kind::Status),
                 ("write", value) => job.write_percent = number(value)?,
                 ("fua", value) => job.fua_percent = number(value)?,
                 ("order", "random") => job.sequential = false,
@@ -140,6 +152,9 @@ impl Job {
         let positive = [job.connections as u64, job.depth as u64, job.block.into()];
         if positive.contains(&0) || job.pace_bytes_per_s == Some(0) || job.flush_bytes == Some(0) {
             return Err(invalid("a count, a size or a pace of a job is 0"));
+        }
+        if job.command.is_some() && (job.write_percent > 0 || job.data != Data::Copy) {
+            return Err(invalid("a job with a command neither reads nor writes"));
         }
         Ok(job)
     }

@@ -13,6 +13,7 @@ const CHUNK_DONE: u16 = 1;
 const CHUNK_NONE: u16 = 0;
 const CHUNK_DATA: u16 = 1;
 const CHUNK_HOLE: u16 = 2;
+const CHUNK_STATUS: u16 = 5;
 const CHUNK_ERROR: u16 = 1 << 15;
 /// The longest: of a chunk with a hole.
 const HEAD_MAX: usize = CHUNK_BYTES + 12;
@@ -154,6 +155,7 @@ impl Replies {
             CHUNK_DATA if length > 8 => 8,
             CHUNK_HOLE if length == 12 => 12,
             CHUNK_NONE if length == 0 => 0,
+            CHUNK_STATUS if length > 4 && length % 8 == 4 => 0,
             kind if kind & CHUNK_ERROR != 0 && (6..=ERROR_MAX).contains(&length) => 0,
             _ => return Err(protocol_error("an unknown chunk")),
         };
@@ -174,6 +176,12 @@ impl Replies {
                 self.end(cookie, is_last, flights)
             }
             CHUNK_NONE => self.end(cookie, is_last, flights),
+            // What it says of the blocks is skipped.
+            CHUNK_STATUS => {
+                flights.extents(cookie)?;
+                self.state = State::Skip { cookie, left: length, is_last };
+                Ok(())
+            }
             _ => {
                 flights.fail(cookie)?;
                 self.state = State::Skip { cookie, left: length, is_last };

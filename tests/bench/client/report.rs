@@ -14,6 +14,8 @@ pub struct Report {
     pub reads: u64,
     pub writes: u64,
     pub flushes: u64,
+    /// Requests that neither carry data nor wait for it: trims, zeroes, hints, questions about extents.
+    pub commands: u64,
     pub bytes: u64,
     /// Requests that were answered with an error.
     pub errors: u64,
@@ -32,6 +34,7 @@ impl Report {
             reads: 0,
             writes: 0,
             flushes: 0,
+            commands: 0,
             bytes: 0,
             errors: 0,
             mismatches: 0,
@@ -41,7 +44,7 @@ impl Report {
         }
     }
 
-    /// Counts the time of a read or write.
+    /// Counts the time of any request but a flush.
     pub fn count_transfer(&mut self, took: Duration) {
         self.longest = self.longest.max(took);
         self.histogram[bucket_of(nanoseconds(took))] += 1;
@@ -53,10 +56,15 @@ impl Report {
         self.longest_flush = self.longest_flush.max(took);
     }
 
-    /// The time that `share` of the reads and writes took at most, in microseconds.
+    /// All requests but flushes.
+    fn transfers(&self) -> u64 {
+        self.reads + self.writes + self.commands
+    }
+
+    /// The time that `share` of them took at most, in microseconds.
     fn percentile_us(&self, share: f64) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "counts are far below 2^53")]
-        let within = |count: u64| count as f64 >= share * (self.reads + self.writes) as f64;
+        let within = |count: u64| count as f64 >= share * self.transfers() as f64;
         let mut count = 0;
         for (bucket, &here) in self.histogram.iter().enumerate() {
             count += here;
@@ -75,8 +83,8 @@ impl Report {
         format!(
             "{{\"seconds\": {seconds:.6}, \"ops_per_s\": {:.1}, \"bytes_per_s\": {:.0}, \"p50_us\": {:.1}, \
              \"p99_us\": {:.1}, \"p999_us\": {:.1}, \"longest_us\": {:.1}, \"longest_flush_us\": {:.1}, \"reads\": {}, \
-             \"writes\": {}, \"flushes\": {}, \"bytes\": {}, \"errors\": {}, \"mismatches\": {}}}",
-            per_s(self.reads + self.writes),
+             \"writes\": {}, \"flushes\": {}, \"commands\": {}, \"bytes\": {}, \"errors\": {}, \"mismatches\": {}}}",
+            per_s(self.transfers()),
             per_s(self.bytes),
             self.percentile_us(0.5),
             self.percentile_us(0.99),
@@ -86,6 +94,7 @@ impl Report {
             self.reads,
             self.writes,
             self.flushes,
+            self.commands,
             self.bytes,
             self.errors,
             self.mismatches,

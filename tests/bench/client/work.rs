@@ -16,7 +16,7 @@ pub struct Work<'plan> {
     walk: Walk,
     random: u64,
     begun: Instant,
-    /// Reads and writes that were made, and their bytes.
+    /// Requests that were made but for FLUSH, and their bytes.
     ops: u64,
     bytes: u64,
     /// Bytes of writes since the last FLUSH.
@@ -38,11 +38,15 @@ impl<'plan> Work<'plan> {
         let left = export.size.checked_sub(plan.from).ok_or_else(|| io::Error::other("from is past the export"))?;
         let size = plan.size.unwrap_or(left);
         let blocks = size / u64::from(plan.block);
-        if size > left || blocks < plan.connections as u64 {
+        let parts = if plan.sequential { plan.connections as u64 } else { 1 };
+        if size > left || blocks < parts {
             return Err(io::Error::other(format!("{size} bytes are too few for the job, or more than the export has")));
         }
         if plan.write_percent > 0 && export.is_read_only() {
             return Err(io::Error::other("the export is read-only"));
+        }
+        if plan.command.is_some_and(|command| !export.takes(command)) {
+            return Err(io::Error::other("the server does not take the command of the job"));
         }
         if plan.fua_percent > 0 && !export.has_fua() || plan.flush_bytes.is_some() && !export.has_flush() {
             return Err(io::Error::other("the server has not what the job needs: FUA or FLUSH"));
@@ -92,6 +96,9 @@ impl<'plan> Work<'plan> {
         let at = self.plan.from + self.walk.next(connection) * u64::from(length);
         self.ops += 1;
         self.bytes += u64::from(length);
+        if let Some(kind) = self.plan.command {
+            return Some(Request { kind, fua: false, at, length });
+        }
         if self.percent(self.plan.write_percent) {
             self.unflushed += u64::from(length);
             let fua = self.percent(self.plan.fua_percent);
