@@ -127,6 +127,11 @@ impl Reactor {
         sh.admission.complaints.look(sh.now_ms);
 
         self.run.take_batch(batch);
+        // The migration comes last: what it reads is behind what clients ask for.
+        if let Some(at) = self.shared.life.mirror().and_then(|mirror| batch.iter().position(|&key| key == mirror)) {
+            let mirror = batch.remove(at);
+            batch.push(mirror);
+        }
         for key in batch.drain(..) {
             self.out.push(key);
             let next = match self.slots.get_mut(key) {

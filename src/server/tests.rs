@@ -8,17 +8,19 @@ use super::life::Life;
 use super::reactor::Reactor;
 use super::reason::Next;
 use super::shared::Shared;
+use super::slot::Slot;
 use super::{Config, Flow, Role};
 use crate::acl::Acl;
+use crate::command::{encode_command, Reader};
 use crate::disk::{Access, Disk, EngineChoice};
 use crate::endpoint::Endpoint;
 use crate::migrate::Incoming;
-use crate::proto::wire::{kind, RequestHead, GREETING_LEN, SIMPLE_REPLY_LEN};
+use crate::proto::wire::{kind, transmission, Greeting, RequestHead, GREETING_LEN, SIMPLE_REPLY_LEN};
 use crate::sys::SignalFd;
 use mio::Events;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
@@ -297,4 +299,35 @@ fn no_deadline_ends_a_sender_whose_image_is_made_durable() {
     assert!(matches!(slot.timeout(key, &mut house.server.shared), Next::Idle));
     house.turns_until(|shared| matches!(shared.life, Life::Serving));
     sender.join().unwrap();
+}
+
+/// A migration has four reads in the disk at once. They are behind those of clients that came in the same turn, although
+/// it was the first to have something to do.
+#[test]
+fn the_reads_of_a_migration_are_several_and_behind_those_of_clients() {
+    // Longer than a turn of a busy machine.
+    let mut house = House::new("depth", DELAY * 10);
+    fs::write(&house.path, vec![1; 1 << 20]).unwrap();
+    let destination = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = TcpStream::connect(house.server.addresses.first().unwrap()).unwrap();
+    client.set_nonblocking(true).unwrap();
+    house.turns_until(|_| client.peek(&mut [0; GREETING_LEN]).is_ok_and(|came| came == GREETING_LEN));
+
+    let [client_key] = house.server.keys_of(|slot| matches!(slot, Slot::Client(_)))[..] else { panic!("one client") };
+    let port = destination.local_addr().unwrap().port().to_string();
+    let wanted = encode_command(&["mirror", "127.0.0.1", &port, "nothing"]);
+    let command = Reader::default().push(&wanted).unwrap().unwrap();
+    assert!(house.server.execute(client_key, command).is_none(), "it is answered when the destination has greeted");
+    let mut source = destination.accept().unwrap().0;
+    source.write_all(&Greeting { size: 1 << 20, flags: transmission::HAS_FLAGS.into() }.encode()).unwrap();
+
+    // The first question is whether there is data. Then it has something to do in the next turn, whatever comes.
+    house.turns_until(|shared| shared.disk.in_flight() == 1);
+    house.turns_until(|shared| shared.disk.in_flight() == 0);
+    let reads: Vec<u8> = (0..8).flat_map(|cookie| head(kind::READ, cookie, 4096)).collect();
+    client.write_all(&reads).unwrap();
+    house.turns_until(|shared| shared.disk.in_flight() > 0);
+    let migration_key = house.server.shared.life.mirror().unwrap();
+    let expected = [vec![client_key.to_u64(); 8], vec![migration_key.to_u64(); 4]].concat();
+    assert_eq!(house.server.shared.disk.flying(), expected);
 }
