@@ -7,8 +7,12 @@
 /// The largest piece of a payload that is in memory at once, in bytes. Longer requests are streamed in slices.
 pub const SLICE: usize = 256 << 10;
 
+/// The largest buffer, in bytes, for the payload of a long WRITE: what came with one receive goes to the disk with one
+/// call. See [`Pool::take_bulk`].
+pub const BULK: usize = 1 << 20;
+
 /// The sizes of buffers, in bytes: so few that a buffer given back soon fits another request.
-const CLASSES: [usize; 4] = [4 << 10, 16 << 10, 64 << 10, SLICE];
+const CLASSES: [usize; 5] = [4 << 10, 16 << 10, 64 << 10, SLICE, BULK];
 
 /// A fixed piece of memory with a filled window `start..end`.
 ///
@@ -114,6 +118,8 @@ pub type Source = fn(usize, usize) -> Option<Box<[u8]>>;
 pub struct Pool {
     free: [Vec<Buffer>; CLASSES.len()],
     allocated: usize,
+    /// The part of it that is free.
+    free_bytes: usize,
     cap: usize,
     source: Source,
     /// What may only be taken beyond the cap, in bytes.
@@ -130,14 +136,23 @@ impl Pool {
 
     /// A pool of at most `cap` bytes, or of less when the source has no more. It owns none yet.
     pub fn with_source(cap: usize, source: Source) -> Self {
-        Self { free: [const { Vec::new() }; CLASSES.len()], allocated: 0, cap, source, kept_back: 0, is_refused: false }
+        Self {
+            free: [const { Vec::new() }; CLASSES.len()],
+            allocated: 0,
+            free_bytes: 0,
+            cap,
+            source,
+            kept_back: 0,
+            is_refused: false,
+        }
     }
 
-    /// An empty buffer of at least `len` bytes (at most [`SLICE`]), or `None` when the cap is reached or
+    /// An empty buffer of at least `len` bytes (at most [`BULK`]), or `None` when the cap is reached or
     /// memory has run out.
     pub fn take(&mut self, len: usize) -> Option<Buffer> {
         let class = Self::class_for(len);
         if let Some(buffer) = self.free.get_mut(class).and_then(Vec::pop) {
+            self.free_bytes -= buffer.capacity();
             return Some(buffer);
         }
         let capacity = *CLASSES.get(class)?;
@@ -160,6 +175,13 @@ impl Pool {
         self.take(len).or_else(|| CLASSES.iter().take(largest).rev().find_map(|&size| self.take(size)))
     }
 
+    /// An empty buffer of [`BULK`] bytes, or `None` when more than a quarter of the cap would be handed out with it. While
+    /// many clients write, the disk takes a slice of each at a time, so that a turn is short.
+    pub fn take_bulk(&mut self) -> Option<Buffer> {
+        let handed_out = self.allocated - self.free_bytes;
+        (handed_out + BULK <= self.cap / 4).then(|| self.take(BULK)).flatten()
+    }
+
     /// An empty buffer of at least `len` bytes, even beyond the cap. For whoever has to go on while others have all of the
     /// pool, and needs one buffer at a time: the migration, an option, a READ that must not be cut. `None` when memory has
     /// run out.
@@ -179,7 +201,10 @@ impl Pool {
         buffer.clear();
         let class = CLASSES.iter().position(|&size| size == buffer.capacity());
         match class.and_then(|class| self.free.get_mut(class)) {
-            Some(free) if self.allocated <= self.cap => free.push(buffer),
+            Some(free) if self.allocated <= self.cap => {
+                self.free_bytes += buffer.capacity();
+                free.push(buffer);
+            }
             Some(_) => self.allocated = self.allocated.saturating_sub(buffer.capacity()),
             None => debug_assert!(false, "invariant 2: not a buffer of a pool"),
         }
@@ -208,12 +233,11 @@ impl Pool {
 
     /// How many bytes could be handed out now.
     pub fn available(&self) -> usize {
-        let free: usize = self.free.iter().flatten().map(Buffer::capacity).sum();
-        self.cap.saturating_sub(self.allocated) + free
+        self.cap.saturating_sub(self.allocated) + self.free_bytes
     }
 
     fn class_for(len: usize) -> usize {
-        debug_assert!(len <= SLICE, "no buffer is larger than a slice");
+        debug_assert!(len <= BULK, "no buffer is larger");
         CLASSES.iter().position(|&size| len <= size).unwrap_or(CLASSES.len() - 1)
     }
 
@@ -260,6 +284,7 @@ impl Pool {
     fn drop_one(&mut self) -> bool {
         let Some(dropped) = self.free.iter_mut().rev().find_map(Vec::pop) else { return false };
         self.allocated -= dropped.capacity();
+        self.free_bytes -= dropped.capacity();
         true
     }
 }
@@ -326,6 +351,24 @@ mod tests {
         LEFT.set(0);
         assert!(pool.take(1).is_none());
         assert_eq!(pool.available(), available, "the free slice was given back before that was said");
+    }
+
+    #[test]
+    fn large_buffers_are_for_few() {
+        let mut pool = Pool::new(16 * BULK);
+        let small = pool.take(1).unwrap();
+        let bulk: Vec<_> = std::iter::from_fn(|| pool.take_bulk()).collect();
+        assert_eq!((bulk.len(), bulk[0].capacity()), (3, BULK), "a quarter, with what others have");
+        pool.give(small);
+        let last = pool.take_bulk().unwrap();
+        assert!(pool.take_bulk().is_none());
+        for buffer in bulk.into_iter().chain([last]) {
+            pool.give(buffer);
+        }
+        assert_eq!(pool.available(), 16 * BULK);
+        let slices: Vec<_> = std::iter::from_fn(|| pool.take(SLICE)).collect();
+        assert_eq!((slices.len(), pool.available()), (64, 0), "what is free makes room");
+        assert!(Pool::new(BULK).take_bulk().is_none());
     }
 
     #[test]

@@ -23,7 +23,8 @@ impl Kept {
     fn new() -> Self {
         let mut kept = Self {
             session: ServerSession::oldstyle(Export { size: SIZE, read_only: false }, 0),
-            pool: Pool::new(16 << 20),
+            // Too little for a buffer that is larger than a slice.
+            pool: Pool::new(4 * SLICE),
         };
         kept.send_all();
         kept

@@ -4,7 +4,7 @@ use crate::disk::Fault;
 use crate::oracles::drive::{Act, Can, Schedule};
 use crate::pair::{run, Outcome, ROOMY};
 use crate::plan::{head, Plan};
-use flexnbd::buffer::SLICE;
+use flexnbd::buffer::{BULK, SLICE};
 use flexnbd::proto::error::Errno;
 use flexnbd::proto::wire::{command, kind};
 
@@ -231,6 +231,17 @@ fn requests_may_be_longer_than_any_buffer() {
         check_all(&plan, cap, cuts.iter().flat_map(|&cut| [Fixed { cut, ..EAGER }, Fixed { cut, ..LATE }]));
         check_all(&plan, cap, [4095, 65_536, SLICE - 1].map(|piece| Fixed { receive: piece, send: piece, ..LATE }));
     }
+}
+
+/// The first piece of it is received into a large buffer, where there is one; one that does not come back holds up the rest.
+#[test]
+fn a_payload_may_be_longer_than_a_large_buffer() {
+    let length = BULK + SLICE + 777;
+    let mut plan = Plan::new(length + 2000);
+    plan.write(command::FUA, 123, &bytes(length, 2)).write(0, 5, &bytes(BULK, 3)).read(0, 4096);
+    let borders = [28, 28 + BULK - 123, 28 + BULK, 28 + BULK + SLICE - 123, 28 + length];
+    let cuts = borders.iter().flat_map(|&at| [at - 1, at, at + 1]);
+    check_all(&plan, ROOMY, cuts.flat_map(|cut| [Fixed { cut, ..EAGER }, Fixed { cut, ..LATE }]));
 }
 
 #[test]

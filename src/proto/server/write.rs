@@ -90,7 +90,7 @@ impl Incoming {
 
     /// A slice for the next bytes, and how many go there.
     fn next_slice(&mut self, memory: &mut Memory, pool: &mut Pool) -> Option<(Buffer, usize)> {
-        let buffer = memory.take(self.left as usize, pool)?;
+        let buffer = memory.take_to_receive(self.left as usize, pool)?;
         let room = slice_len(self.offset, self.left, buffer.capacity());
         self.left -= room;
         Some((buffer, room as usize))
