@@ -20,8 +20,8 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 # $(call within,SECONDS) runs a command that is killed after so long.
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
-.PHONY: all check test test-slow test-kernel chaos tools tools-kernel tools-fuzz demo bench bench-storms bench-migration \
-	footprint fuzz install uninstall clean help
+.PHONY: all check test test-slow test-kernel test-cluster chaos tools tools-kernel tools-cluster tools-fuzz demo \
+	bench bench-storms bench-migration footprint fuzz install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
@@ -61,17 +61,22 @@ test-slow: tools ## The tests that take minutes of real time
 test-kernel: $(BINARY) tools-kernel ## A real kernel's disk on flexnbd, migrated in use (qemu; Debian on amd64, as root)
 	FLEXNBD=$(BINARY) $(call within,900) bash tests/kernel/run.sh
 
+test-cluster: $(BINARY) tools-cluster ## Images on a volume that loses copies and its quorum (GlusterFS; Debian, as root)
+	FLEXNBD=$(BINARY) $(call within,2700) bash tests/cluster/volume.sh python3 tests/cluster/exercise.py
+
 # What the tests run, each with the Debian package it is in.
 TOOLS := qemu-io:qemu-utils nbdkit:nbdkit nbdcopy:libnbd-bin nbdsh:python3-libnbd fio:fio nbd-server:nbd-server \
 	nbd-client:nbd-client strace:strace mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkfs.ext4:e2fsprogs ip:iproute2 \
 	unshare:util-linux losetup:mount
 tools-kernel: TOOLS := qemu-system-x86_64:qemu-system-x86 nbd-client:nbd-client busybox:busybox-static cpio:cpio \
 	modprobe:kmod mkfs.ext4:e2fsprogs fstrim:util-linux perl:perl-base
+tools-cluster: TOOLS := glusterd:glusterfs-server gluster:glusterfs-cli mount.glusterfs:glusterfs-client fio:fio \
+	ip:iproute2 unshare:util-linux umount:mount
 # The library that drives the fuzz targets is compiled from C++.
 tools-fuzz: TOOLS := c++:g++
 # System programs are not on everybody's path.
-tools tools-kernel tools-fuzz: export PATH := $(PATH):/usr/sbin:/sbin
-tools tools-kernel tools-fuzz: ## Install the clients and servers the tests run against (Debian, as root), or name what is missing
+tools tools-kernel tools-cluster tools-fuzz: export PATH := $(PATH):/usr/sbin:/sbin
+tools tools-kernel tools-cluster tools-fuzz: ## Install the clients and servers the tests run against (Debian, as root), or name what is missing
 	@missing() { for tool in $(TOOLS); do command -v "$${tool%%:*}" >/dev/null || echo "$${tool##*:}"; done; }; \
 	packages=$$(missing | xargs); \
 	if [ -n "$$packages" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
