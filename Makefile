@@ -21,7 +21,7 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
 .PHONY: all check test test-slow test-kernel test-cluster chaos tools tools-kernel tools-cluster tools-fuzz demo \
-	bench bench-storms bench-migration footprint fuzz install uninstall clean help
+	bench bench-storms bench-migration bench-cluster footprint fuzz install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
@@ -107,6 +107,9 @@ bench-storms: $(BINARY) $(LOAD) tools ## What a quiet client waits beside stormi
 
 bench-migration: $(BINARY) tools ## Migrate beside nbdcopy (QUICK=1, ROUNDS=5, SIZE_MIB=1024, BENCH_DIR=/var/tmp)
 	FLEXNBD=$(BINARY) $(call within,7200) python3 tests/bench/migration.py
+
+bench-cluster: $(BINARY) $(LOAD) tools tools-cluster ## Compare on a volume with three copies (as bench; as root)
+	FLEXNBD=$(BINARY) LOAD=$(LOAD) $(call within,10800) bash tests/cluster/volume.sh python3 tests/bench/bench.py
 
 footprint: $(BINARY) tools ## Measure size, memory and system calls
 	FLEXNBD=$(BINARY) $(call within,300) bash tests/footprint.sh

@@ -9,6 +9,9 @@ and serve the same files of random bytes, which no server can take for holes:
 - disk: on a disk, in the page cache, and clean when a run begins, for what waits for the disk to have it;
 - cold: on a disk, not in the page cache when a run begins, and larger than what a run reads.
 
+Inside tests/cluster/volume.sh, which `make bench-cluster` does, there are other rows, of an image on a volume with three
+copies that are all on this machine: they and their clients have the processors together with the servers.
+
 Printed are medians; the ratio to the best of the others, which is the one with the best median (the median of the
 ratios in each round, above 1 when ours is better, and their range); and processor time. That is the server's from when
 it was ready to its end, with its children and its kernel workers; what the kernel does elsewhere is not in it.
@@ -22,6 +25,7 @@ Environment:
   ROUNDS (9), SECONDS_PER_RUN (2)
   BENCH_DIR (/dev/shm)   for the hot image, 256 MiB
   COLD_DIR (/var/tmp)    on a disk, for the others, 256 MiB and COLD_MIB (1536) MiB
+  CLUSTER_MOUNT, CLUSTER_LOCAL  the volume, for an image of 512 MiB, and a folder beside it, as volume.sh sets them
 """
 
 import contextlib
@@ -47,6 +51,9 @@ QUICK = os.environ.get("QUICK", "") not in ("", "0")
 ROUNDS = int(os.environ.get("ROUNDS", 1 if QUICK else 9))
 SECONDS = float(os.environ.get("SECONDS_PER_RUN", 0.5 if QUICK else 2))
 IMAGE_MIB, COLD_MIB = 256, int(os.environ.get("COLD_MIB", 512 if QUICK else 1536))
+CLUSTER, LOCAL, CLUSTER_MIB = os.environ.get("CLUSTER_MOUNT"), os.environ.get("CLUSTER_LOCAL"), 512
+# What the reader of cached data reads there.
+CACHED_MIB = 8
 LOAD = os.environ.get("LOAD", "target/release/examples/load")
 SERVER_CORE, CLIENT_CORE = "0", "1"
 READY_SECONDS, STOP_SECONDS = 20, 5
@@ -216,6 +223,14 @@ def prepare(kind, images):
         # What other runs have left must not be written in this one.
         with open(path, "rb") as file:
             os.fsync(file.fileno())
+    if kind == "cluster":
+        # The copies are read by other processes, and have their pages in the same cache.
+        with open("/proc/sys/vm/drop_caches", "w") as file:
+            file.write("3\n")
+        with open(images[kind], "rb", buffering=0) as file:
+            for _ in range(CACHED_MIB):
+                file.read(MIB)
+        return
     with open(images[kind], "r+b", buffering=0) as file:
         if kind == "disk":
             while file.read(MIB):
@@ -298,7 +313,20 @@ RATE = (Figure("", "k/s", "ops_per_s", 1e3),)
 SPEED = (Figure("", "MiB/s", "bytes_per_s", MIB),)
 
 
+def cluster_rows():
+    """The reader's range is all that is in memory when a run begins."""
+    rest = f"from={CACHED_MIB}m depth=32"
+    beside = (Figure("", "k/s", "ops_per_s", 1e3), Figure(": median", "ms", "p50_us", 1e3, True),
+              Figure(": longest", "ms", "longest_us", 1e3, True))
+    return [Row("4 KiB cold random reads, depth 32", "cluster", load(rest), RATE),
+            Row("4 KiB random writes, depth 32", "cluster", load(f"{rest} write=100"), RATE),
+            Row("4 KiB depth-1 reads of cached data beside such writes", "cluster",
+                load(f"depth=1 size={CACHED_MIB}m", f"{rest} write=100"), beside)]
+
+
 def rows():
+    if CLUSTER:
+        return cluster_rows()
     table = []
     shapes = [(1, 1), (32, 1), (1, 16), (32, 16)]
 
@@ -348,7 +376,7 @@ def measure(row, contestant, images, folder):
     with tempfile.TemporaryDirectory(dir=folder) as own, Server(contestant, images[row.image], own) as server:
         prepare(row.image, images)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        reports = row.run(server, images["hot"])
+        reports = row.run(server, images.get("hot"))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
     client_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     ops = sum(report["reads"] + report["writes"] for report in reports)
@@ -435,12 +463,16 @@ def main():
     with contextlib.ExitStack() as stack:
         def folder_in(parent):
             return stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix="flexnbd-bench-"))
-        memory = folder_in(os.environ.get("BENCH_DIR", "/dev/shm"))
-        disk = folder_in(os.environ.get("COLD_DIR", "/var/tmp"))
-        # nbdcopy copies the hot one.
-        needed = {"hot"} | {row.image for row in chosen}
+        # What volume.sh has made goes with it, however that ends.
+        memory = folder_in(LOCAL or os.environ.get("BENCH_DIR", "/dev/shm"))
+        disk = folder_in(LOCAL or os.environ.get("COLD_DIR", "/var/tmp"))
+        needed = {row.image for row in chosen}
+        if not CLUSTER:
+            # nbdcopy copies it.
+            needed.add("hot")
         images = {}
-        for kind, folder, mib in (("hot", memory, IMAGE_MIB), ("disk", disk, IMAGE_MIB), ("cold", disk, COLD_MIB)):
+        for kind, folder, mib in (("hot", memory, IMAGE_MIB), ("disk", disk, IMAGE_MIB), ("cold", disk, COLD_MIB),
+                                  ("cluster", CLUSTER, CLUSTER_MIB)):
             if kind in needed:
                 images[kind] = os.path.join(folder, f"{kind}.img")
                 random_file(images[kind], mib)
