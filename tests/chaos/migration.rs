@@ -249,11 +249,12 @@ impl<'a> Migration<'a> {
         match act {
             Act::Cut | Act::CutWithDisc | Act::Hold(_) => self.forwarder.cut(),
             Act::SignalListener(signal) => {
-                self.listener.process.signal(signal);
-                let ended = self.listener.process.wait(SOON);
-                if !ended.success() {
-                    let file = (self.plan.heir == Heir::SameFile).then(|| self.listener.image.clone());
-                    self.replace_listener(file);
+                if self.listener.process.is_running() {
+                    self.listener.process.signal(signal);
+                    if !self.listener.process.wait(SOON).success() {
+                        let file = (self.plan.heir == Heir::SameFile).then(|| self.listener.image.clone());
+                        self.replace_listener(file);
+                    }
                 }
             }
             Act::SignalSource(signal) => {
@@ -264,8 +265,8 @@ impl<'a> Migration<'a> {
                     self.signal = Some(signal).filter(|_| was_killed || signal == "TERM");
                 }
             }
-            Act::StopListener(ms) => stop_for(&self.listener, ms),
-            Act::StopSource(ms) => stop_for(&self.source, ms),
+            Act::StopListener(ms) => stop_for(&mut self.listener, ms),
+            Act::StopSource(ms) => stop_for(&mut self.source, ms),
             Act::Break => {
                 let (code, _) = tell("break", &self.source, "");
                 if code == Some(0) {
@@ -321,10 +322,12 @@ fn serves(plan: &Hop, disk: Medium) -> bool {
 }
 
 /// Stops a server for a while, if it has not ended.
-fn stop_for(server: &Server, ms: u64) {
-    server.process.signal("STOP");
-    thread::sleep(Duration::from_millis(ms));
-    server.process.signal("CONT");
+fn stop_for(server: &mut Server, ms: u64) {
+    if server.process.is_running() {
+        server.process.signal("STOP");
+        thread::sleep(Duration::from_millis(ms));
+        server.process.signal("CONT");
+    }
 }
 
 /// Cuts whoever is connected over TCP, then lets everybody in again. A server at its end does neither.

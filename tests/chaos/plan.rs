@@ -154,7 +154,8 @@ impl Plan {
     /// What the seed says.
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let most = random.pick(&[64 << 10, 1 << 20, 4 << 20]);
+        // What is dirty is so in blocks of 64 KiB: most images have many of them.
+        let most = random.pick(&[64 << 10, 1 << 20, 4 << 20, 16 << 20, 16 << 20]);
         let size = random.magnitude(4096..most) & !511;
         let writers = 1 + random.below(4).min(size / 4096 - 1);
         let mut borders: Vec<u64> = (1..writers).map(|_| random.within(1..size)).collect();
@@ -167,7 +168,7 @@ impl Plan {
             content.push(length);
             described += length;
         }
-        let writers = (0..=borders.len()).map(|_| habits(&mut random)).collect();
+        let writers = (0..=borders.len()).map(|_| habits(&mut random, size)).collect();
         let first = Host { disk: medium(&mut random, size, false), is_local: random.one_in(3) };
         let hops = (0..random.pick(&[1, 1, 2, 2, 3])).map(|_| hop(&mut random, size)).collect();
         let rest_ms = random.below(50);
@@ -175,13 +176,15 @@ impl Plan {
     }
 }
 
-fn habits(random: &mut Random) -> Habits {
+fn habits(random: &mut Random, size: u64) -> Habits {
+    let area_max = if random.one_in(3) { size } else { random.magnitude(1..size) };
     Habits {
         seed: random.below(u64::MAX),
         style: random.pick(&[Style::Oldstyle, Style::Oldstyle, Style::Simple, Style::Structured, Style::Socket]),
         depth: random.magnitude(1..17),
         length_max: random.magnitude(1..256 << 10),
-        every_us: random.pick(&[0, 200, 1_000, 5_000]),
+        area_max,
+        every_us: random.pick(&[0, 200, 1_000, 5_000, 20_000]),
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Habits {
     pub depth: u64,
     /// The most bytes of one request.
     pub length_max: u64,
+    /// It changes no more than so many bytes, those at the beginning of its own.
+    pub area_max: u64,
     /// The average time between two requests, in microseconds.
     pub every_us: u64,
 }
@@ -45,6 +47,7 @@ impl Writer {
             style: habits.style,
             depth: habits.depth,
             length_max: habits.length_max,
+            area_max: habits.area_max,
             every_us: habits.every_us,
             place: Arc::clone(place),
             shadow: Arc::clone(&shadow),
@@ -101,6 +104,7 @@ struct Work {
     style: Style,
     depth: u64,
     length_max: u64,
+    area_max: u64,
     every_us: u64,
     place: Arc<Place>,
     shadow: Arc<Mutex<Shadow>>,
@@ -221,7 +225,7 @@ impl Work {
     /// Somewhere in its bytes; mostly blocks, as file systems do.
     fn range(&mut self) -> Range<usize> {
         let all = self.shadow().place();
-        let size = all.end - all.start;
+        let size = self.area_max.min(all.end - all.start);
         let most = self.length_max.min(size);
         let length = if self.random.one_in(3) { most } else { 1 + self.random.below(most) };
         let start = self.random.below(size - length + 1);
