@@ -81,7 +81,8 @@ fn an_error_in_a_range_is_an_error_of_that_request_alone() {
     }
 }
 
-/// Somebody cuts the file short while clients read it. What is gone is an error, and no zeroes; the rest is as before.
+/// Somebody cuts the file short while clients read it. What is gone is an error; the rest is as before. A read that was under
+/// way may also have what was there, or the zeroes that this file system fills in until it knows where the file ends.
 #[test]
 fn a_file_cut_short_under_reads_in_flight_is_an_error_of_those_reads() {
     let Some(disk) = Disk::mount(2 * SIZE) else { return };
@@ -105,7 +106,9 @@ fn a_file_cut_short_under_reads_in_flight_is_an_error_of_those_reads() {
         let (error, offset) = client.read_reply();
         assert!(error == 0 || offset >= SIZE / 2 && error == errno::EIO, "{error} at {offset}");
         if error == 0 {
-            assert!(client.read_bytes(4096) == content[offset as usize..][..4096], "at {offset}");
+            let found = client.read_bytes(4096);
+            let is_gone = offset >= SIZE / 2 && found == [0; 4096];
+            assert!(is_gone || found == content[offset as usize..][..4096], "at {offset}");
         }
     }
     // From now on it is known where the file ends.

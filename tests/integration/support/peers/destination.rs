@@ -281,6 +281,8 @@ impl Destination {
     pub fn wait_until_gone(&self) {
         // Each of some ten faults takes a second or two until the next attempt.
         wait_for("all faults", SOON * 2, || self.thread.as_ref().is_none_or(JoinHandle::is_finished).then_some(()));
+        // A program that another test is starting may have the listening socket open for a moment.
+        wait_for("a free port", SOON, || TcpStream::connect(self.address).is_err().then_some(()));
     }
 
     /// Closes the port.
