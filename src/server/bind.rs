@@ -42,16 +42,11 @@ pub(super) struct SocketFile {
 }
 
 impl SocketFile {
-    fn new(path: PathBuf) -> io::Result<Self> {
-        let device_and_inode = Self::identify(&path)?;
-        Ok(Self { path, device_and_inode })
-    }
-
-    /// Gives the socket another name instead of this one. An error when the other name is taken.
-    fn renamed(self, path: &Path) -> io::Result<Self> {
-        // A link, because that replaces nothing; the old name goes with `self`.
-        fs::hard_link(&self.path, path)?;
-        Ok(Self { path: path.to_owned(), device_and_inode: self.device_and_inode })
+    /// Gives the socket that is at `unready` this path. Nothing is replaced: it is an error when there is something.
+    fn name(unready: &Path, path: &Path) -> io::Result<Self> {
+        let device_and_inode = Self::identify(unready)?;
+        fs::hard_link(unready, path)?;
+        Ok(Self { path: path.to_owned(), device_and_inode })
     }
 
     /// The path, while it is ours.
@@ -165,9 +160,16 @@ pub(super) fn unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::Unix
     remove_stale(path)?;
     // A socket refuses connections until it listens. It gets its name only then, because the name says «ready».
     let unready = folder.unforeseeable_name();
-    let socket = bind(&unready).map_err(&refused)?;
-    let file = SocketFile::new(unready).and_then(|file| file.renamed(path)).map_err(&refused)?;
-    socket.set_nonblocking(true).map_err(&refused)?;
+    let named = bind(&unready).and_then(|socket| {
+        socket.set_nonblocking(true)?;
+        Ok((socket, SocketFile::name(&unready, path)?))
+    });
+    // It is another name of what was made, or what is left where that failed.
+    match fs::remove_file(&unready) {
+        Err(error) if error.kind() != ErrorKind::NotFound => debug!("{}: {error}", unready.display()),
+        _ => {}
+    }
+    let (socket, file) = named.map_err(&refused)?;
     Ok(Bound::Unix(file, UnixListener::from_std(socket)))
 }
 

@@ -105,6 +105,22 @@ fn the_socket_of_a_server_that_was_killed_goes_first_of_all() {
     assert!(named < last_removal && last_removal < end, "{text}");
 }
 
+#[test]
+fn a_socket_that_cannot_be_made_leaves_nothing() {
+    for failing in ["listen:error=EIO:when=2", "?link,?linkat:error=EIO", "ioctl:error=EIO"] {
+        let dir = TempDir::new();
+        let (image, sock) = (dir.join("a"), dir.join("control"));
+        fs::write(&image, [0; 4096]).unwrap();
+        let mut command = Command::new("strace");
+        command.args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("inject={failing}"), BIN, "serve"]);
+        command.args(["-l", "127.0.0.1", "-p", "0", "-f"]).arg(&image).arg("-s").arg(&sock);
+        let output = run_command(&mut command, &[]);
+        assert_eq!(output.code, Some(1), "{failing}: {output:?}");
+        assert!(output.stderr.contains(":F:") && output.stderr.contains(sock.to_str().unwrap()), "{output:?}");
+        assert!(others(&dir).is_empty(), "{failing}: {:?}", others(&dir));
+    }
+}
+
 /// The address of a UNIX socket has room for 107 bytes.
 #[test]
 fn a_path_may_be_as_long_as_an_address() {
