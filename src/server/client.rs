@@ -195,12 +195,13 @@ impl Client {
     }
 
     /// Asks for memory again after a while. What it has itself goes to others when nobody is there to use it, and when it has
-    /// waited for long: they may all be waiting for each other.
+    /// waited for long and no operation of the disk will give any back: they may all be waiting for each other.
     fn wait_for_memory(&mut self, key: Key, sh: &mut Shared) -> Next {
         if self.socket.hung_up() {
             return Next::Close(Reason::HungUp);
         }
-        if self.session.oldest_ms().is_some_and(|ms| sh.now_ms.saturating_sub(ms) > MEMORY_WAIT_MS) {
+        let is_old = self.session.oldest_ms().is_some_and(|ms| sh.now_ms.saturating_sub(ms) > MEMORY_WAIT_MS);
+        if is_old && sh.disk.in_flight() == 0 {
             return Next::Close(Reason::NoMemory);
         }
         self.stalled = true;
