@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long a migration may take, whatever happens to it.
-const LONG: Duration = Duration::from_secs(120);
+const LONG: Duration = Duration::from_secs(300);
 /// Between two looks at everything.
 const LOOK: Duration = Duration::from_millis(5);
 /// Between two tries to start it.
@@ -108,8 +108,8 @@ impl<'a> Migration<'a> {
             assert!(!self.place.has_failed(), "a writer has failed; {self}");
             assert!(self.began.elapsed() < LONG, "no end within {LONG:?}; {self}");
             self.look_at_listener();
-            self.drive_mirror();
             self.happen_in_time();
+            self.drive_mirror();
             match self.forwarder.calls.recv_timeout(LOOK) {
                 Ok(call) => {
                     self.happen(call.act);

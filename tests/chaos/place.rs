@@ -28,6 +28,11 @@ pub struct Door {
 pub const SOCKET: &str = "clients";
 
 impl Door {
+    /// True when the server answers.
+    pub fn answers(&self) -> bool {
+        status(&self.control).is_ok_and(|answer| answer.starts_with("0: "))
+    }
+
     /// True when the server goes on. One that is in its last turn may still answer, but has no migration any more.
     pub fn goes_on(&self) -> bool {
         let give_up = Instant::now() + Duration::from_secs(2);

@@ -155,7 +155,7 @@ impl Plan {
     pub fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
         // What is dirty is so in blocks of 64 KiB: most images have many of them.
-        let most = random.pick(&[64 << 10, 1 << 20, 4 << 20, 16 << 20, 16 << 20]);
+        let most = random.pick(&[64 << 10, 1 << 20, 4 << 20, 4 << 20, 8 << 20]);
         let size = random.magnitude(4096..most) & !511;
         let writers = 1 + random.below(4).min(size / 4096 - 1);
         let mut borders: Vec<u64> = (1..writers).map(|_| random.within(1..size)).collect();
@@ -247,6 +247,13 @@ fn trouble(random: &mut Random) -> Trouble {
         21 => Act::List,
         22 => Act::ListListener,
         _ => Act::Rogue,
+    };
+    let moment = match act {
+        // A DISC is a lie as long as not everything was written.
+        Act::CutWithDisc => Moment::Request(random.pick(&[When::Before, When::After]), random.magnitude(1..8)),
+        // One sender at a time is let in.
+        Act::Rogue => Moment::Time(random.pick(&[0, 0, 100])),
+        _ => moment,
     };
     Trouble { moment, act }
 }

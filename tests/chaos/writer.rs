@@ -118,12 +118,14 @@ impl Work {
         let mut refused_since: Option<(u64, Instant)> = None;
         while let Some(door) = self.place.wait() {
             let lists = self.place.lists();
-            // Nobody is let in by a list that is about to change, or by a server that has ended unseen.
-            let Ok(mut conversation) = Conversation::open(&door, self.style) else {
+            // Nobody is let in by a list that is about to change, or by a server that has ended unseen. The port of that
+            // may be somebody else's by now; of one that still answers, it cannot.
+            let opened = Conversation::open(&door, self.style).ok().filter(|_| door.answers());
+            let Some(mut conversation) = opened else {
                 let same = refused_since.filter(|(number, _)| *number == door.number);
                 let (_, since) = *refused_since.insert(same.unwrap_or((door.number, Instant::now())));
                 assert!(since.elapsed() < SOON, "a writer is not let in");
-                thread::sleep(Duration::from_millis(2));
+                thread::sleep(Duration::from_millis(5));
                 continue;
             };
             refused_since = None;
