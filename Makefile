@@ -20,7 +20,7 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 # $(call within,SECONDS) runs a command that is killed after so long.
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
-.PHONY: all check test test-slow test-kernel test-cluster chaos tools tools-kernel tools-cluster tools-fuzz demo \
+.PHONY: all check test test-slow test-kernel test-cluster chaos chaos-teeth tools tools-kernel tools-cluster tools-fuzz demo \
 	bench bench-storms bench-migration bench-cluster footprint fuzz install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
@@ -94,6 +94,9 @@ tools tools-kernel tools-cluster tools-fuzz: ## Install the clients and servers 
 chaos: ## Migrations while everything goes wrong that a seed decides (ROUNDS=1000, SEED=1)
 	FLEXNBD_SEED=$(or $(SEED),1) FLEXNBD_ROUNDS=$(or $(ROUNDS),1000) \
 		$(call within,$$((1800 + 10 * $(or $(ROUNDS),1000)))) $(CARGO) test --locked --test chaos -- --nocapture rounds
+
+chaos-teeth: ## Show that those rounds find a program that is broken in one of five ways (ROUNDS=40, SEED=1, ONLY=regex)
+	ROUNDS=$(ROUNDS) SEED=$(SEED) ONLY="$(ONLY)" $(call within,7200) bash tests/chaos/teeth.sh
 
 demo: $(BINARY) ## Show a migration under a client that goes on, in half a minute
 	FLEXNBD=$(BINARY) $(call within,120) bash tests/demo.sh

@@ -1,0 +1,82 @@
+#!/bin/bash
+# Shows that `make chaos` finds what it is there to find: breaks a copy of the program in one way after the other, and says
+# in how many rounds each was found. Fails when one is not found, or when the code it would break is not there any more.
+set -euo pipefail
+export LC_ALL=C
+rounds=${ROUNDS:-40}
+seed=${SEED:-1}
+only=${ONLY:-.}
+cd "$(dirname "$0")/../.."
+# What others have compiled is compiled once.
+target=${CARGO_TARGET_DIR:-$PWD/target}/teeth
+
+copy=$(mktemp -d "${TMPDIR:-/tmp}/flexnbd-teeth-XXXXXX")
+trap 'rm -rf "$copy"' EXIT
+trap 'exit 1' INT TERM HUP
+cp -r Cargo.toml Cargo.lock README.md .cargo src tests "$copy"
+cd "$copy"
+export CARGO_TARGET_DIR=$target RUST_BACKTRACE=0
+
+status=0
+# breaks WHAT [FILE PERL]...: applies each substitution to its file, and plays the rounds.
+breaks() {
+    local what=$1 result found
+    [[ $what =~ $only ]] || return 0
+    shift
+    rm -rf broken
+    cp -r src broken
+    while [ $# -gt 0 ]; do
+        perl -0pi -e "$2" "src/$1"
+        if cmp -s "src/$1" "broken/$1"; then
+            echo "teeth: $what: src/$1 has changed, so that this breaks nothing" >&2
+            exit 1
+        fi
+        shift 2
+    done
+    timeout 1800 cargo test --locked --quiet --test chaos --no-run
+    result=0
+    FLEXNBD_SEED=$seed FLEXNBD_ROUNDS=$rounds timeout 1800 \
+        cargo test --locked --quiet --test chaos -- --nocapture rounds >log 2>&1 || result=$?
+    found=$(sed -nE 's/^([0-9]+) of [0-9]+ rounds failed: .*/\1/p' log)
+    if [ "$result" = 0 ]; then
+        echo "$what: NOT FOUND in $rounds rounds"
+        status=1
+    elif [ -z "$found" ]; then
+        tail -20 log >&2
+        echo "teeth: $what: the rounds did not come to their end" >&2
+        exit 1
+    else
+        echo "$what: found in $found of $rounds rounds"
+        # How, for whoever wants to know.
+        grep -hA1 '^thread .seed' log | grep -v '^thread\|^--' | sed -E 's/[0-9]+/N/g' | cut -c1-100 | sort | uniq -c |
+            sort -rn | head -3
+    fi
+    rm -rf src
+    mv broken src
+}
+
+breaks "a dropped dirty note, one in four" \
+    migrate/pass.rs 's/(fn note_write\(&mut self, range: &Range<u64>\) -> u64 \{)/$1 if range.start >> 12 & 3 == 1 { return 0; }/'
+
+breaks "no pause in the last pass" \
+    server/life.rs 's/Self::Sending \{ plan, \.\. \} => plan\.pauses_clients\(\)/Self::Sending { .. } => false/'
+
+breaks "no fresh start after a failure" \
+    migrate/pass.rs 's/(    pub\(super\) fn number)/    pub(super) fn resume(\&mut self) -> Self {
+        let mut lost: Vec<_> = self.in_flight.drain(..).map(|sent| sent.range).collect();
+        lost.push(std::mem::replace(\&mut self.taken, 0..0));
+        lost.iter().for_each(|lost| self.dirty.set_range(lost.start, lost.end - lost.start));
+        self.cursor = 0;
+        std::mem::replace(self, Self::new(self.size))
+    }
+
+$1/' \
+    migrate/plan.rs 's/(pub fn (?:begin|lost)\([^)]*\) \{)\n( *self\.attempt = [^;]*;)/$1 let pass = self.attempt.pass.resume();\n$2 self.attempt.pass = pass;/g'
+
+breaks "clients cut at the pause" \
+    server/apply.rs 's/if let Some\(Slot::Client\(client\)\) = self\.slots\.get_mut\(key\) \{\s*client\.keep\(self\.shared\.now_ms\);\s*\}/self.settle(key, Some(Next::Close(Reason::Killswitch { age_ms: 0 })));/'
+
+breaks "a listener that takes any DISC for the end" \
+    server/client.rs 's/if incoming\.is_complete\(\) =>/if incoming.is_complete() || true =>/'
+
+exit "$status"
