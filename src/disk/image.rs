@@ -16,6 +16,17 @@ pub(super) struct Image {
 }
 
 impl Image {
+    /// True when it can be asked where its holes are. A file system that asks others may not have told them yet what was
+    /// written: on `GlusterFS` 10, what was written to a hole a moment ago is still said to be one.
+    pub(super) fn knows_its_holes(&self) -> bool {
+        !self.is_device && self.source != FileSystem::Distributed
+    }
+
+    /// True when fallocate(2) zeroes a range or fails. `GlusterFS` 10 says that it has, and changes nothing.
+    pub(super) fn zeroes_ranges(&self) -> bool {
+        self.source != FileSystem::Distributed
+    }
+
     /// A file on a disk of this machine.
     #[cfg(test)]
     pub(super) fn of(file: &File, size: u64) -> Self {

@@ -2,8 +2,8 @@
 //!
 //! The file is asked each time. What it says holds only until the next write, and a map built at start would cost
 //! memory in proportion to the image, so no hole is remembered beyond one operation. An image that cannot tell (a block
-//! device, a file system without holes, a failing call) counts as data everywhere, which is never wrong. So it does where
-//! the answer takes too long.
+//! device, a file system without holes or one that answers too early, a failing call) counts as data everywhere, which is
+//! never wrong. So it does where the answer takes too long.
 
 use super::image::Image;
 use crate::sys;
@@ -70,7 +70,7 @@ impl Holes {
 
     /// Where data begins at or after `offset`; the end of the image if there is none.
     fn next_data(&mut self, image: &Image, offset: u64) -> u64 {
-        if image.is_device || self.known_slow(offset).is_some() {
+        if !image.knows_its_holes() || self.known_slow(offset).is_some() {
             return offset;
         }
         let size = image.size;
@@ -88,7 +88,7 @@ impl Holes {
         if let Some(end) = self.known_slow(offset) {
             return end;
         }
-        if image.is_device {
+        if !image.knows_its_holes() {
             return limit;
         }
         if image.source == FileSystem::Memory {
@@ -153,12 +153,12 @@ impl Holes {
 
 /// True when [`Holes::write`] would ask for holes.
 pub(super) fn has_zeroes(image: &Image, offset: u64, bytes: &[u8]) -> bool {
-    !image.is_device && zero_blocks(image, offset, bytes).next().is_some()
+    image.knows_its_holes() && zero_blocks(image, offset, bytes).next().is_some()
 }
 
 /// True when what was read begins with a block of zeroes, or with less than a block and is zero: it may be a hole.
 pub(super) fn begins_with_zeroes(image: &Image, bytes: &[u8]) -> bool {
-    !image.is_device && !bytes.is_empty() && is_zero(bytes.get(..BLOCK_LEN).unwrap_or(bytes))
+    image.knows_its_holes() && !bytes.is_empty() && is_zero(bytes.get(..BLOCK_LEN).unwrap_or(bytes))
 }
 
 /// The whole blocks of the image that a payload covers with zeroes, as ranges of the payload.

@@ -117,7 +117,7 @@ impl Zeroes {
             }
         }
         // On a device this call may mean that the kernel writes the zeroes, so it is no way to be fast.
-        if !(fast && image.is_device) {
+        if image.zeroes_ranges() && !(fast && image.is_device) {
             if let Some(n) = self.zero_range.step(image, offset, length)? {
                 return Ok(n);
             }

@@ -2,6 +2,7 @@
 
 use crate::support::fuse::{Disk, Op, Remains};
 use crate::support::newstyle::{structured, PORT};
+use crate::support::peers::{expect_migrated, listen, start_mirror};
 use crate::support::{errno, flag, kind, pattern, request, Client, Server};
 use std::fs::File;
 use std::thread;
@@ -212,4 +213,28 @@ fn a_flush_that_lies_is_found() {
     assert_eq!(disk.pending(), ["write image 4096..8192"]);
     assert!(disk.power_failures(0).any(|remains| shadow.lost(&remains) == Some(4096)));
     server.expect_healthy();
+}
+
+/// What a file system that asks others makes of holes: `GlusterFS` takes for one what was written a moment ago, and says that
+/// it has zeroed a range when it has not.
+#[test]
+fn what_other_machines_keep_is_not_believed_about_holes_and_zeroes() {
+    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    disk.fail(Op::Seek, .., libc::ENXIO);
+    let mut content = pattern(4, SIZE as usize);
+    let image = disk.furnish("image", &content);
+    let mut source = Server::serve().file(image).arg(PORT).start();
+    let mut client = structured(&source);
+    assert_eq!(client.client.ask(kind::WRITE, 0, 0, 8192, &[0; 8192]), 0);
+    content[..8192].fill(0);
+    disk.fail(Op::Fallocate, .., libc::EIO);
+    assert_eq!(client.client.ask(kind::WRITE_ZEROES, flag::NO_HOLE, MIB, 65_536, &[]), 0);
+    content[MIB as usize..][..65_536].fill(0);
+    assert!(client.read(0, 0, SIZE as u32).unwrap().0 == content);
+    for (length, flags) in client.block_status(0, 0, SIZE as u32).unwrap() {
+        assert_eq!(flags, 0, "{length} bytes may be data");
+    }
+    let mut destination = listen(0).size(SIZE).start();
+    start_mirror(&source, destination.address(), "");
+    expect_migrated(&mut source, &mut destination);
 }

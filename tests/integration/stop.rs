@@ -1,7 +1,7 @@
 //! Stopping: at once, whatever peers are doing, with nothing left behind.
 
 use crate::support::fuse::{Disk, Op};
-use crate::support::{flag, kind, pattern, peers, request, run_command, wait_for, Client, Process, Server, BIN, SOON};
+use crate::support::{kind, pattern, peers, request, run_command, wait_for, Client, Process, Server, BIN, SOON};
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -80,7 +80,7 @@ fn it_stops_with_operations_in_the_disk() {
     disk.delay(Op::Fallocate, .., Duration::from_millis(20));
     let mut others: Vec<Client> = (0..4).map(|_| server.connect()).collect();
     for other in &mut others {
-        other.send(&request(kind::WRITE_ZEROES, flag::NO_HOLE, 1, 0, (SIZE - 4096) as u32).repeat(32));
+        other.send(&request(kind::WRITE_ZEROES, 0, 1, 0, (SIZE - 4096) as u32).repeat(32));
     }
     disk.wait_for_waiting(Op::Fallocate, 1);
     assert_eq!(server.stop().code(), Some(0), "{}", server.log());
