@@ -28,8 +28,8 @@ CLUSTER, VOLUME, LOCAL = (os.environ[f"CLUSTER_{name}"] for name in ("MOUNT", "V
 # Seconds for what takes a moment where nothing is wrong.
 SOON = 60
 EIO = 5
-READ, WRITE, DISC, FLUSH = 0, 1, 2, 3
-FUA = 1
+READ, WRITE, DISC, FLUSH, WRITE_ZEROES = 0, 1, 2, 3, 6
+FUA, NO_HOLE = 1, 2
 
 
 class Failed(Exception):
@@ -129,6 +129,7 @@ def forget_caches(copies):
 
 class Server:
     """flexnbd in the mode `serve` or `listen`, for as long as the block takes."""
+    engine = "auto"
     started = 0
 
     def __init__(self, mode, image, *options):
@@ -137,7 +138,7 @@ class Server:
         self.sock = os.path.join(LOCAL, f"{Server.started}.sock")
         self.log = os.path.join(LOCAL, f"{Server.started}.log")
         self.words = [FLEXNBD, mode, "--verbose", "--addr", "127.0.0.1", "--port", "0", "--newstyle-port", "0",
-                      "--file", image, "--sock", self.sock, *OPTIONS, *options]
+                      "--file", image, "--sock", self.sock, "--disk-engine", Server.engine, *OPTIONS, *options]
 
     def __enter__(self):
         with open(self.log, "w") as log:
@@ -230,8 +231,8 @@ class Client:
 
 
 def content(block, version):
-    """What a block holds when it was written so many times. A quarter of a new image is holes."""
-    if version == 0 and block % 64 >= 48:
+    """What a block holds in a version. A quarter of a new image is holes, and three of eight later versions are zero."""
+    if (version == 0 and block % 64 >= 48) or (version and version % 8 < 3):
         return bytes(BLOCK)
     return struct.pack(">QQ", block, version) * (BLOCK // 16)
 
@@ -293,7 +294,10 @@ class Writer(threading.Thread):
                 flying[block] = self.version
                 self.holds[block].add(self.version)
                 durable = FUA if self.random.random() < self.fua else 0
-                client.send(WRITE, block, block * BLOCK, BLOCK, content(block, self.version), durable)
+                if self.version % 8 < 2:
+                    client.send(WRITE_ZEROES, block, block * BLOCK, BLOCK, b"", durable | self.version % 8 * NO_HOLE)
+                else:
+                    client.send(WRITE, block, block * BLOCK, BLOCK, content(block, self.version), durable)
             block, error = client.reply()
             version = flying.pop(block)
             if error:
@@ -462,23 +466,25 @@ def migration_there_and_back():
 def quorum_is_lost():
     blocks = 16 * MIB // BLOCK
     image = os.path.join(CLUSTER, "quorum.img")
-    make_image(image, blocks)
+    # The last block is another client's.
+    make_image(image, blocks + 1)
+    last = blocks * BLOCK, content(blocks, 0)
     with Server("serve", image) as server:
         # All its writes are durable when they are answered well.
         writer = Writer(blocks, server.port, fua=1, per_second=2000)
         writer.expect_progress(1000)
         client = Client(server.port)
         # Answered, and not durable yet.
-        expect(client.write(0, content(0, 0)) == 0, "a write failed")
+        expect(client.write(*last) == 0, "a write failed")
         kill_copies(1, 2)
-        errors = [client.flush(), client.flush(), client.write(0, content(0, 0), FUA)]
+        errors = [client.flush(), client.flush(), client.write(*last, FUA)]
         expect(errors == [EIO] * 3, f"FLUSH, FLUSH and FUA were answered with {errors}")
         wait_for("writes fail", lambda: writer.failed > 0)
         # After that no FUA succeeds any more, so the count of those that did stands.
         answered = writer.answered
         say(f"two of three copies killed after {answered} durable writes: FLUSH and FUA are answered with EIO")
         revive_copies()
-        expect([client.flush(), client.write(0, content(0, 0), FUA)] == [EIO] * 2, "the error did not stick")
+        expect([client.flush(), client.write(*last, FUA)] == [EIO] * 2, "the error did not stick")
         expect(client.read(BLOCK, BLOCK) is not None and server.status()["num_clients"] == "2", "a client is gone")
         writer.finish()
         expect(writer.answered == answered, "a FUA write succeeded after a lost fdatasync")
@@ -488,7 +494,7 @@ def quorum_is_lost():
     with Server("serve", image) as server:
         client = Client(server.port)
         writer.check(client.read)
-        expect([client.write(0, content(0, 0), FUA), client.flush()] == [0, 0], "a new server has the old error")
+        expect([client.write(*last, FUA), client.flush()] == [0, 0], "a new server has the old error")
         client.close()
         server.stop()
     say(f"a new server: no error, and all of {answered} durable writes are there")
@@ -500,9 +506,10 @@ def main():
     # Seconds: far more than they take.
     limits = {fio_while_a_copy_is_killed: 600, a_copy_falls_silent: 400, migration_there_and_back: 600,
               quorum_is_lost: 400}
-    steps = [step for step in limits if os.environ.get("STEP", "") in step.__name__]
-    for number, step in enumerate(steps):
-        say(step.__name__.replace("_", " "))
+    steps = [(engine, step) for engine in ("auto", "sync") for step in limits
+             if os.environ.get("STEP", "") in step.__name__]
+    for number, (Server.engine, step) in enumerate(steps):
+        say(f"{step.__name__.replace('_', ' ')}, --disk-engine {Server.engine}")
         try:
             with deadline(limits[step]):
                 step()
