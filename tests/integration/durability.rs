@@ -49,6 +49,23 @@ fn flush_and_fua_sync_before_the_reply_and_nothing_else_does() {
     assert!(lines[sync + 1].contains("gDf\\230"), "then the reply: {lines:?}");
 }
 
+/// Pipelined or not, however it arrives.
+#[test]
+fn a_long_write_is_one_call_of_the_disk() {
+    const LENGTH: usize = 1 << 20;
+    let (server, trace) = traced(Server::serve().size(8 << 20), &["trace=pwrite64"]);
+    let mut client = server.connect();
+    let payload = crate::support::pattern(1, LENGTH);
+    for cookie in 0..8 {
+        client.send_request(kind::WRITE, 0, cookie, cookie * LENGTH as u64, LENGTH as u32, &payload);
+    }
+    (0..8).for_each(|_| assert_eq!(client.read_reply().0, 0));
+    let text = fs::read_to_string(&trace).unwrap();
+    let whole = format!(", {LENGTH}, ");
+    assert_eq!(text.lines().filter(|line| line.contains(&whole)).count(), 8, "{text}");
+    server.expect_healthy();
+}
+
 #[test]
 fn those_that_ask_in_one_turn_share_one_sync() {
     // While the first sync is held up, the others gather.

@@ -238,7 +238,7 @@ fn requests_may_be_longer_than_any_buffer() {
 fn a_payload_may_be_longer_than_a_large_buffer() {
     let length = BULK + SLICE + 777;
     let mut plan = Plan::new(length + 2000);
-    plan.write(command::FUA, 123, &bytes(length, 2)).write(0, 5, &bytes(BULK, 3)).read(0, 4096);
+    plan.write(0, 123, &bytes(length, 2)).write(command::FUA, 5, &bytes(BULK, 3)).read(0, 4096);
     let borders = [28, 28 + BULK - 123, 28 + BULK, 28 + BULK + SLICE - 123, 28 + length];
     let cuts = borders.iter().flat_map(|&at| [at - 1, at, at + 1]);
     check_all(&plan, ROOMY, cuts.flat_map(|cut| [Fixed { cut, ..EAGER }, Fixed { cut, ..LATE }]));

@@ -11,16 +11,12 @@ pub(super) const SLICES_MAX: u32 = 4;
 
 /// Memory one client's payloads may take, in bytes: four slices, so that sixteen busy clients fit the pool.
 pub const BUFFERED_MAX: usize = SLICES_MAX as usize * SLICE;
-/// How many slices a session receives into after it had to wait for memory, before it asks for a large buffer again.
-const SLICES_AFTER_WAIT: u32 = 64;
 const _: () = assert!(BULK <= BUFFERED_MAX, "a session may own a large buffer");
 
 /// What a session has taken from the pool for its payloads.
 #[derive(Debug, Default)]
 pub(super) struct Memory {
     buffered: usize,
-    /// So many slices are received into before a large buffer is asked for.
-    slices_first: u32,
 }
 
 impl Memory {
@@ -37,17 +33,13 @@ impl Memory {
         Some(buffer)
     }
 
-    /// As [`Memory::take`], for a payload that arrives: a session that owns nothing may get a [`BULK`]. Where the disk keeps
-    /// that, the next payload waits in the socket; then slices are better, of which several can be under way.
-    pub(super) fn take_to_receive(&mut self, len: usize, pool: &mut Pool) -> Option<Buffer> {
-        let bulk = if len > SLICE && self.buffered == 0 && self.slices_first == 0 { pool.take_bulk() } else { None };
-        if let Some(buffer) = bulk {
-            self.buffered += buffer.capacity();
-            return Some(buffer);
-        }
-        let buffer = self.take(len, pool);
-        self.slices_first = if buffer.is_some() { self.slices_first.saturating_sub(1) } else { SLICES_AFTER_WAIT };
-        buffer
+    /// As [`Memory::take`], for a payload that the disk will not keep: a session that owns nothing may get a [`BULK`], and
+    /// receives no other payload before that is back.
+    pub(super) fn take_bulk(&mut self, len: usize, pool: &mut Pool) -> Option<Buffer> {
+        let bulk = if len > SLICE && self.buffered == 0 { pool.take_bulk() } else { None };
+        let Some(buffer) = bulk else { return self.take(len, pool) };
+        self.buffered += buffer.capacity();
+        Some(buffer)
     }
 
     /// Exchanges an empty buffer for one of at least `len` bytes, beyond the cap of the pool if need be. `None`, and the
@@ -114,31 +106,17 @@ mod tests {
     #[test]
     fn a_large_buffer_is_all_that_a_session_owns() {
         let (mut memory, mut pool) = (Memory::default(), Pool::new(16 * BULK));
-        let slice = memory.take_to_receive(SLICE, &mut pool).unwrap();
+        let slice = memory.take_bulk(SLICE, &mut pool).unwrap();
         assert_eq!(slice.capacity(), SLICE, "what fits a slice needs no more");
-        let other = memory.take_to_receive(2 * BULK, &mut pool).unwrap();
+        let other = memory.take_bulk(2 * BULK, &mut pool).unwrap();
         assert_eq!(other.capacity(), SLICE, "not beside another");
         memory.give(slice, &mut pool);
         memory.give(other, &mut pool);
         for _ in 0..2 {
-            let bulk = memory.take_to_receive(SLICE + 1, &mut pool).unwrap();
+            let bulk = memory.take_bulk(SLICE + 1, &mut pool).unwrap();
             assert_eq!(bulk.capacity(), BULK);
             memory.give(bulk, &mut pool);
         }
-    }
-
-    #[test]
-    fn who_had_to_wait_for_a_large_buffer_takes_slices_for_a_while() {
-        let (mut memory, mut pool) = (Memory::default(), Pool::new(16 * BULK));
-        let bulk = memory.take_to_receive(BULK, &mut pool).unwrap();
-        assert!(memory.take_to_receive(1, &mut pool).is_none());
-        memory.give(bulk, &mut pool);
-        for _ in 0..SLICES_AFTER_WAIT {
-            let slice = memory.take_to_receive(BULK, &mut pool).unwrap();
-            assert_eq!(slice.capacity(), SLICE);
-            memory.give(slice, &mut pool);
-        }
-        assert_eq!(memory.take_to_receive(BULK, &mut pool).unwrap().capacity(), BULK);
     }
 
     #[test]

@@ -90,7 +90,9 @@ impl Incoming {
 
     /// A slice for the next bytes, and how many go there.
     fn next_slice(&mut self, memory: &mut Memory, pool: &mut Pool) -> Option<(Buffer, usize)> {
-        let buffer = memory.take_to_receive(self.left as usize, pool)?;
+        let left = self.left as usize;
+        // What has to be durable stays in its buffer until it is; with slices, the next payload arrives meanwhile.
+        let buffer = if self.fua { memory.take(left, pool) } else { memory.take_bulk(left, pool) }?;
         let room = slice_len(self.offset, self.left, buffer.capacity());
         self.left -= room;
         Some((buffer, room as usize))
