@@ -8,6 +8,7 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::OnceLock;
 
 /// What is kept back: more than what is small takes in one turn of a server with a hundred busy clients. It is not touched
 /// while it is kept, so that it takes addresses and no memory.
@@ -125,9 +126,22 @@ pub fn is_short() -> bool {
 }
 
 /// So many bytes, all zero; `None` when they cannot be had and as many as `left` after them, or the reserve is given up.
+/// What is left matters only where the process has a limit: it is not worth two system calls for each buffer elsewhere.
 pub fn zeroed(bytes: usize, left: usize) -> Option<Box<[u8]>> {
-    let has_both = left == 0 || has_room(bytes.saturating_add(left));
+    let has_both = left == 0 || !is_limited() || has_room(bytes.saturating_add(left));
     has_both.then(|| OF_PROGRAM.zeroed_beside(bytes)).flatten()
+}
+
+/// True when this process may not have all the memory that there is (`RLIMIT_AS`, `RLIMIT_DATA`). It is asked once.
+fn is_limited() -> bool {
+    static IS_LIMITED: OnceLock<bool> = OnceLock::new();
+    let is_set = |resource| {
+        let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+        // SAFETY: the kernel fills `limit`, which is a valid rlimit. When it fails, that stays as it is.
+        unsafe { libc::getrlimit(resource, &raw mut limit) };
+        limit.rlim_cur != libc::RLIM_INFINITY
+    };
+    *IS_LIMITED.get_or_init(|| is_set(libc::RLIMIT_AS) || is_set(libc::RLIMIT_DATA))
 }
 
 /// True when so many bytes could be allocated now, without the reserve.
