@@ -7,12 +7,14 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 
 /// What is kept back: more than what is small takes in one turn of a server with a hundred busy clients. It is not touched
 /// while it is kept, so that it takes addresses and no memory.
 const RESERVE: Layout = Layout::new::<[u8; 1 << 20]>();
+
+/// How far [`zeroed`] looks ahead, in bytes.
+const AHEAD: usize = 1 << 20;
 
 /// The reserve of the program.
 static OF_PROGRAM: Reserve = Reserve::none();
@@ -126,22 +128,21 @@ pub fn is_short() -> bool {
 }
 
 /// So many bytes, all zero; `None` when they cannot be had and as many as `left` after them, or the reserve is given up.
-/// What is left matters only where the process has a limit: it is not worth two system calls for each buffer elsewhere.
+/// To look at what is left takes two system calls, so they look far enough ahead for many buffers.
 pub fn zeroed(bytes: usize, left: usize) -> Option<Box<[u8]>> {
-    let has_both = left == 0 || !is_limited() || has_room(bytes.saturating_add(left));
+    let has_both = left == 0 || has_room_beside(bytes, left);
     has_both.then(|| OF_PROGRAM.zeroed_beside(bytes)).flatten()
 }
 
-/// True when this process may not have all the memory that there is (`RLIMIT_AS`, `RLIMIT_DATA`). It is asked once.
-fn is_limited() -> bool {
-    static IS_LIMITED: OnceLock<bool> = OnceLock::new();
-    let is_set = |resource| {
-        let mut limit = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
-        // SAFETY: the kernel fills `limit`, which is a valid rlimit. When it fails, that stays as it is.
-        unsafe { libc::getrlimit(resource, &raw mut limit) };
-        limit.rlim_cur != libc::RLIM_INFINITY
-    };
-    *IS_LIMITED.get_or_init(|| is_set(libc::RLIMIT_AS) || is_set(libc::RLIMIT_DATA))
+/// True when so many bytes could be allocated now and as many as `left` after them.
+fn has_room_beside(bytes: usize, left: usize) -> bool {
+    // How many bytes may still be allocated before there is a reason to look again.
+    static SEEN: AtomicUsize = AtomicUsize::new(0);
+    let seen = SEEN.load(Ordering::Relaxed);
+    let rest =
+        seen.checked_sub(bytes).or_else(|| has_room(bytes.saturating_add(left).saturating_add(AHEAD)).then_some(AHEAD));
+    SEEN.store(rest.unwrap_or(0), Ordering::Relaxed);
+    rest.is_some() || has_room(bytes.saturating_add(left))
 }
 
 /// True when so many bytes could be allocated now, without the reserve.
