@@ -1,6 +1,6 @@
 //! The control socket: its commands, its limits, and what no peer of it may do to another.
 
-use crate::support::{kind, request, run, wait_for, Server, TempDir, SOON};
+use crate::support::{kind, leave_stale_socket, request, run, wait_for, Server, TempDir, SOON};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -215,7 +215,7 @@ fn the_modes_say_when_nobody_answers() {
     let server = Server::serve().size(4096).start();
     let missing = server.dir().join("missing");
     let stale = server.dir().join("stale");
-    drop(UnixListener::bind(&stale).unwrap());
+    leave_stale_socket(&stale);
     for sock in [&missing, &stale, &server.image] {
         let sock = sock.to_str().unwrap();
         for args in [&["status", "-s", sock][..], &["acl", "-s", sock, "::1"]] {

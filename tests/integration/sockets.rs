@@ -1,10 +1,10 @@
 //! The paths of UNIX sockets: who gets one, when it is there, and what is left of it.
 
-use crate::support::{run, run_command, wait_for, Process, Server, TempDir, BIN, SOON};
+use crate::support::{leave_stale_socket, run, run_command, wait_for, Process, Server, TempDir, BIN, SOON};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -32,9 +32,7 @@ fn of_two_servers_that_start_at_once_one_gets_the_control_socket() {
         let dir = TempDir::new();
         let sock = dir.join("control");
         if is_stale {
-            drop(UnixListener::bind(&sock).unwrap());
-            // A program that another test is starting may have it open for a moment.
-            wait_for("a stale socket", SOON, || UnixStream::connect(&sock).is_err().then_some(()));
+            leave_stale_socket(&sock);
         }
         let mut racers = ["a", "b"].map(|name| (name, Process::spawn(&mut serve(&dir, name, &sock))));
         let (loser, status) = wait_for("the end of one of them", SOON, || {
@@ -157,7 +155,7 @@ fn a_folder_that_cannot_be_locked_does_no_harm() {
     let folder = dir.join("folder");
     fs::create_dir(&folder).unwrap();
     let sock = folder.join("control");
-    drop(UnixListener::bind(&sock).unwrap());
+    leave_stale_socket(&sock);
     let locked = File::open(&folder).unwrap();
     assert!(flexnbd::sys::file::try_lock_folder(&locked).unwrap());
     let mut process = Process::spawn(&mut serve(&dir, "a", &sock));

@@ -1,7 +1,8 @@
 //! What `serve` does before it serves: addresses, files, sockets, limits, and the errors of all of them.
 
 use crate::support::{
-    greeting, has, must, peers, program, run, run_command, wait_for, Need, Process, Server, TempDir, BIN, SOON,
+    greeting, has, leave_stale_socket, must, peers, program, run, run_command, wait_for, Need, Process, Server,
+    TempDir, BIN, SOON,
 };
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -123,7 +124,7 @@ fn a_unix_socket_serves_nbd() {
     let builder = Server::serve().size(4096);
     let path = builder.dir().join("nbd");
     // One that a dead server has left is replaced.
-    drop(UnixListener::bind(&path).unwrap());
+    leave_stale_socket(&path);
     let mut server = builder.addr(path.to_str().unwrap()).start();
     assert!(fs::metadata(&path).unwrap().file_type().is_socket());
     assert_eq!(server.status().get("address"), path.to_str().unwrap());
@@ -226,7 +227,7 @@ fn control_paths_that_cannot_be_used() {
 #[test]
 fn a_stale_control_socket_is_replaced() {
     let builder = Server::serve().size(4096);
-    drop(UnixListener::bind(builder.dir().join("control")).unwrap());
+    leave_stale_socket(&builder.dir().join("control"));
     let dir = builder.dir().join("");
     // The harness waits for the path, which is there already.
     let mut command = serve(&dir.join("image"), &dir.join("control"));
@@ -239,9 +240,10 @@ fn a_stale_control_socket_is_replaced() {
 
 #[test]
 fn a_server_that_was_killed_can_be_started_again() {
-    let server = Server::serve().size(4096).start();
+    let mut server = Server::serve().size(4096).start();
     server.process.signal("KILL");
-    wait_for("its end", SOON, || UnixStream::connect(&server.sock).is_err().then_some(()));
+    // Its sockets may be closed before the image is.
+    server.process.wait(SOON);
     let mut command = serve(&server.image, &server.sock);
     let _again = Process::spawn(command.stderr(Stdio::null()));
     wait_for("an answer", SOON, || UnixStream::connect(&server.sock).ok());

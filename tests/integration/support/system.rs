@@ -1,7 +1,7 @@
 //! What tests use of the system: its programs, devices and file systems. Where something is missing, the test is left
 //! out, and that is told with the reason; what is there has to work.
 
-use super::{run_command, TempDir};
+use super::{run_command, wait_for, TempDir, SOON};
 use flexnbd::sys::ring::Ring;
 use socket2::{Domain, Socket, Type};
 use std::env;
@@ -10,6 +10,7 @@ use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -40,6 +41,13 @@ pub fn reserved_port() -> u16 {
     let port = socket.local_addr().unwrap().as_socket().unwrap().port();
     RESERVED.lock().unwrap().push(socket);
     port
+}
+
+/// Leaves a socket on which nobody answers, as a process does that was killed.
+pub fn leave_stale_socket(path: &Path) {
+    drop(UnixListener::bind(path).unwrap());
+    // A program that another test is starting may have it open for a moment.
+    wait_for("a stale socket", SOON, || UnixStream::connect(path).is_err().then_some(()));
 }
 
 /// Runs a program that has to succeed; returns what it printed.
