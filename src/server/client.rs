@@ -338,9 +338,10 @@ impl Client {
         Ok(())
     }
 
+    /// Armed as far ahead as it is: on the way there, in steps of [`ARM_MS`], an idle server would wake several times a second.
     fn arm_watch(&mut self, key: Key, sh: &mut Shared) {
         if let Some(due_ms) = self.watch.due_ms() {
-            self.arm(due_ms, key, sh);
+            self.alarm.arm(due_ms, key, &mut sh.wheel);
         }
     }
 

@@ -15,6 +15,7 @@ use std::io::Read;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
+use std::time::Duration;
 use support::{allocated, errno, kind, request, wait_for, Client, Server, TempDir, SOON};
 
 /// Waits until no other test measures.
@@ -130,7 +131,7 @@ fn calls(work: impl FnOnce(&Server, &dyn Fn())) -> Vec<String> {
         // The server sleeps, and its tracer has written all it saw.
         let mut last = String::new();
         wait_for("a quiet server", SOON, || {
-            thread::sleep(std::time::Duration::from_millis(50));
+            thread::sleep(Duration::from_millis(50));
             let now = read();
             let quiet =
                 now == last && now.lines().last().is_some_and(|line| line.contains("epoll_") && !line.contains(") = "));
@@ -163,6 +164,19 @@ fn a_lone_read_is_at_most_five_system_calls() {
     let reads = calls.iter().filter(|name| name.starts_with("pread")).count();
     assert_eq!(reads, 10, "{calls:?}");
     assert!(calls.len() <= 51, "more than 5 each: {calls:?}");
+}
+
+/// What was sent is looked after by a timer of seconds.
+#[test]
+fn after_a_reply_the_server_sleeps() {
+    let calls = calls(|server, mark| {
+        let mut client = server.connect();
+        client.expect_alive();
+        mark();
+        thread::sleep(Duration::from_secs(2));
+        std::mem::forget(client);
+    });
+    assert!(calls.len() <= 2, "{calls:?}");
 }
 
 #[test]
