@@ -354,6 +354,13 @@ def fio_while_a_copy_is_killed():
             said = log.read()
         expect(code == 0 and "err= 0" in said, f"fio: exit code {code}: {said}")
 
+    def verify_anew():
+        """By a new server, and with nothing in any cache."""
+        forget_caches(2)
+        with Server("serve", image) as server:
+            expect_good(fio(server, "--verify_only"))
+            server.stop()
+
     blocks = mib * MIB // BLOCK
     with Server("serve", image) as server:
         # So slow that it does not end before it was seen to write without the copy.
@@ -374,17 +381,11 @@ def fio_while_a_copy_is_killed():
         expect(server.status()["errors"] == "0", "there were errors")
         say(f"fio wrote {blocks} blocks, the copy was killed after {before}; it has read and verified all of them")
         server.stop()
-    forget_caches(2)
-    with Server("serve", image) as server:
-        expect_good(fio(server, "--verify_only"))
-        server.stop()
+    verify_anew()
     say("verified again by a new server, read from the two copies that are left")
     revive_copies()
     kill_copies(2)
-    forget_caches(2)
-    with Server("serve", image) as server:
-        expect_good(fio(server, "--verify_only"))
-        server.stop()
+    verify_anew()
     say("the killed copy was brought back and healed, another one killed: verified once more")
     revive_copies()
     os.unlink(image)

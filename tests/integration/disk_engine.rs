@@ -113,16 +113,23 @@ fn expect_read(client: &mut Client, content: &[u8], offset: u64, length: usize) 
     assert!(client.read_bytes(length) == content[offset as usize..][..length], "at {offset}");
 }
 
-#[test]
-fn reads_that_hang_hold_no_other_and_cost_no_turns() {
-    const OTHERS: u64 = 100;
+/// A disk, what its image holds, and a server with a ring whose turns are counted in a trace. `None` where the machine does not
+/// allow it; that has been told then.
+fn counted() -> Option<(Disk, Vec<u8>, Server, PathBuf)> {
     if !has(&[Need::Ring]) {
-        return;
+        return None;
     }
-    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    let disk = Disk::mount(2 * SIZE)?;
     let content = pattern(1, SIZE as usize);
     let builder = Server::serve().file(disk.furnish("image", &content)).engine("ring");
     let (server, trace) = traced(builder, "trace=epoll_wait");
+    Some((disk, content, server, trace))
+}
+
+#[test]
+fn reads_that_hang_hold_no_other_and_cost_no_turns() {
+    const OTHERS: u64 = 100;
+    let Some((disk, content, server, trace)) = counted() else { return };
     let (mut slow, mut other) = (server.connect(), server.connect());
     other.expect_alive();
     disk.hold(Op::Read, MIB..2 * MIB);
@@ -154,13 +161,7 @@ fn reads_that_hang_hold_no_other_and_cost_no_turns() {
 
 #[test]
 fn an_fdatasync_that_hangs_holds_no_read_and_costs_no_turns() {
-    if !has(&[Need::Ring]) {
-        return;
-    }
-    let Some(disk) = Disk::mount(2 * SIZE) else { return };
-    let content = pattern(1, SIZE as usize);
-    let builder = Server::serve().file(disk.furnish("image", &content)).engine("ring");
-    let (server, trace) = traced(builder, "trace=epoll_wait");
+    let Some((disk, content, server, trace)) = counted() else { return };
     let (mut slow, mut other) = (server.connect(), server.connect());
     assert_eq!(slow.write(0, &[9; 4096]), 0);
     disk.hold(Op::Fsync, ..);
