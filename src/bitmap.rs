@@ -117,7 +117,8 @@ impl Bitmap {
         self.blocks().saturating_sub(1) << self.block_shift
     }
 
-    /// How many bytes so many blocks hold: the last one of the file ends with it.
+    /// How many bytes `blocks` blocks hold. `with_last`: the last block of the file is one of them, which may be
+    /// shorter.
     fn bytes_of(&self, blocks: u64, with_last: bool) -> u64 {
         if with_last {
             (blocks.saturating_sub(1) << self.block_shift) + (self.size - self.last_block_start())
@@ -157,7 +158,7 @@ fn masks(bits: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     })
 }
 
-/// A word's place in memory. One that memory cannot address is one that is not there.
+/// A word's place in memory. A word beyond what memory can address has none.
 fn memory_index(word: u64) -> usize {
     usize::try_from(word).unwrap_or(usize::MAX)
 }

@@ -104,8 +104,8 @@ impl Buffer {
     }
 }
 
-/// Where a pool has its memory from: so many bytes, all zero, or `None` when there are none, or would be fewer left after
-/// that than the second number.
+/// Allocates for a pool: `source(bytes, left)` gives that many bytes, all zero, or `None` when they cannot be had, or
+/// when fewer than `left` would remain after them.
 pub type Source = fn(usize, usize) -> Option<Box<[u8]>>;
 
 /// Hands out buffers and takes them back.
@@ -122,9 +122,9 @@ pub struct Pool {
     free_bytes: usize,
     cap: usize,
     source: Source,
-    /// What may only be taken beyond the cap, in bytes.
+    /// Memory that only buffers beyond the cap may use, in bytes.
     kept_back: usize,
-    /// The source had nothing, and nobody has asked about that since.
+    /// The source has refused since the last [`Pool::take_refusal`].
     is_refused: bool,
 }
 
@@ -163,8 +163,8 @@ impl Pool {
         }
     }
 
-    /// Leaves so many bytes of memory to those that take beyond the cap: a connection that has none goes on while others have
-    /// all of the memory, as it does while they have all of the pool.
+    /// Keeps so many bytes of memory for buffers beyond the cap, so that a connection without a buffer gets one even
+    /// when the others have used up all other memory.
     pub fn keep_back(&mut self, bytes: usize) {
         self.kept_back = bytes;
     }
@@ -241,12 +241,12 @@ impl Pool {
         CLASSES.iter().position(|&size| len <= size).unwrap_or(CLASSES.len() - 1)
     }
 
-    /// True when memory had run out for somebody since the last call: who got none may ask again after a while.
+    /// True when the source has refused since the last call. Whoever got no memory may ask again after a while.
     pub fn take_refusal(&mut self) -> bool {
         std::mem::take(&mut self.is_refused)
     }
 
-    /// True when memory has run out for somebody since the last [`Pool::take_refusal`].
+    /// True when the source has refused since the last [`Pool::take_refusal`].
     pub fn is_refused(&self) -> bool {
         self.is_refused
     }
@@ -256,7 +256,7 @@ impl Pool {
         while self.drop_one() {}
     }
 
-    /// A new buffer, for which free ones of other sizes are dropped while there is no memory.
+    /// Allocates a buffer. While the source refuses, drops free buffers to make room for it.
     fn allocate(&mut self, capacity: usize, left: usize) -> Option<Buffer> {
         loop {
             if let Some(bytes) = (self.source)(capacity, left) {

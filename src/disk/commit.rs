@@ -10,7 +10,7 @@ use std::mem;
 /// What the log says, once and at level E, after an fdatasync has failed.
 const SYNC_LOST: &str = "fdatasync failed, written data may be lost; every later flush will fail until a restart";
 
-/// How many operations in a row are of one owner when it is alone.
+/// An owner counts as alone when the last so many operations were its own.
 const ALONE_OPS: u32 = 64;
 
 /// How much may have been written since the last fdatasync when the next is a short one, in bytes.
@@ -31,7 +31,7 @@ pub(super) struct Commit {
     /// The errno of the fdatasync that failed.
     errno: Option<i32>,
     syncs: u64,
-    /// Whose the last operation was, and how many before it, without another's between them.
+    /// The owner of the last operation, and how many operations in a row were of that owner.
     company: (u64, u32),
     /// How much was to be written since the last fdatasync began, in bytes.
     written: u64,
@@ -51,7 +51,8 @@ impl Commit {
         self.written = self.written.saturating_add(bytes);
     }
 
-    /// True when an fdatasync would be short and nobody but one owner would wait for it: there has been no other for a while.
+    /// True when an fdatasync would be short, and only one owner would wait for it because no other has asked for
+    /// anything lately.
     pub(super) fn serves_one(&self) -> bool {
         self.company.1 >= ALONE_OPS && self.written < SHORT_BYTES
     }

@@ -40,7 +40,7 @@ pub(super) struct Engine {
     dear: Lanes,
     /// What the kernel does. `None`: this thread does all itself.
     flights: Option<Flights>,
-    /// Last pieces of requests that are done but for earlier pieces, and ask for stable storage.
+    /// Last pieces of requests that ask for stable storage. Their own work has ended, that of earlier pieces has not.
     last_pieces: Vec<Job>,
     commit: Commit,
     done: VecDeque<Done>,
@@ -311,7 +311,7 @@ impl Engine {
         }
     }
 
-    /// An operation has ended, but for the fdatasync that it may ask for.
+    /// The work of an operation has ended. One that asks for stable storage is done only after an fdatasync.
     fn complete(&mut self, job: Job, result: io::Result<()>) {
         let is_write = matches!(job.op.action, Action::Write { .. });
         if result.is_err() || !job.op.action.wants_sync() {
@@ -347,7 +347,7 @@ fn proceed(offset: &mut u64, length: &mut u64, done: u64) -> Step {
     Step::new(*length == 0)
 }
 
-/// Does a step that waits for the disk, of what [`Engine::dear_step`] says that it would wait for.
+/// Does the step for which [`Engine::dear_step`] has returned [`Step::Wait`]. This thread waits for the disk.
 fn wait_step(image: &Image, action: &mut Action) -> io::Result<Step> {
     match action {
         Action::Read { offset, length, buffer, .. } => {

@@ -5,13 +5,15 @@ use super::pace::{Stride, STEP_MIN};
 use crate::sys;
 use std::time::{Duration, Instant};
 
-/// How much one hint is about at most, in bytes. One about what is cached takes no time, which says nothing of the next.
+/// The longest range of one hint, in bytes. Hints about cached ranges take no time, but that must not make the next one
+/// longer than this.
 const STEP_MAX: u64 = 1 << 20;
 
 /// A step of the smallest size that takes so long has waited for the disk, whose queue is full.
 const SLOW: Duration = Duration::from_millis(2);
 
-/// For so many times as long as that step took, hints are dropped: they may hold everybody for a twentieth of the time.
+/// After such a step, hints are dropped for so many times as long as it took, so that they take a twentieth of the
+/// loop's time at most.
 const PATIENCE: u32 = 20;
 
 /// Gives hints, and drops them while the disk has no room for more.

@@ -190,7 +190,7 @@ impl Disk {
     }
 
     /// Becomes readable, anew each time, when an operation has completed by itself and a kick would hand it over. `None`:
-    /// none ever does.
+    /// no operation completes by itself.
     pub fn notifier(&self) -> Option<BorrowedFd<'_>> {
         match &self.engine {
             Engine::Real(engine) => engine.notifier(),

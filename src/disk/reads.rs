@@ -51,7 +51,7 @@ impl Way {
     }
 }
 
-/// True for what a kernel says that cannot do it here, or does not allow it.
+/// True for the errors by which a kernel says that it cannot do this here, or does not allow it.
 fn is_refusal(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EPERM | libc::EINVAL))
 }

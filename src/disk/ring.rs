@@ -109,7 +109,7 @@ impl Kernel for Ring {
 pub(super) struct Flights {
     kernel: Box<dyn Kernel>,
     cost: Cost,
-    /// Under the number that the kernel knows each by.
+    /// Each under the number by which the kernel knows it.
     flying: Slab<Flight>,
     reads: Lanes,
     verifications: Lanes,
@@ -120,7 +120,7 @@ pub(super) struct Flights {
 /// An operation in the kernel's hands.
 struct Flight {
     job: Job,
-    /// False: its owner is gone, and no more is done for it than what has begun.
+    /// False when its owner is gone: what flies lands, and the rest of the operation does not fly.
     is_wanted: bool,
 }
 
@@ -163,7 +163,7 @@ impl Flights {
             }
         }
         if let Err(error) = self.kernel.enter() {
-            // The kernel has no reason to; what was pushed goes with the next try.
+            // This does not happen on a sound kernel. What was pushed goes with the next try.
             if !mem::replace(&mut self.has_complained, true) {
                 log::error!("disk: the ring does not take operations: {error}");
             }
@@ -304,12 +304,12 @@ fn may_fly(flying: &Slab<Flight>, cost: Cost, owner: u64) -> bool {
     flying.len() < cost.of_owner_max || of_owner() < cost.of_owner_max
 }
 
-/// True when an operation shall just be tried again.
+/// True for an error of the moment: the operation is tried again.
 fn is_brief(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
 }
 
-/// True for an fdatasync that never began or did not end: what was written may be well.
+/// True when an fdatasync never began or was given up: that says nothing about what was written.
 fn says_nothing(result: &io::Result<()>) -> bool {
     result.as_ref().is_err_and(|error| is_brief(error) || error.raw_os_error() == Some(libc::ECANCELED))
 }

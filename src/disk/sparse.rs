@@ -3,7 +3,7 @@
 //! The file is asked each time. What it says holds only until the next write, and a map built at start would cost
 //! memory in proportion to the image, so no hole is remembered beyond one operation. An image that cannot tell (a block
 //! device, a file system without holes or one that answers too early, a failing call) counts as data everywhere, which is
-//! never wrong. So it does where the answer takes too long.
+//! never wrong. A range about which the answer takes too long counts as data, too.
 
 use super::image::Image;
 use crate::sys;
@@ -38,12 +38,12 @@ pub(super) struct Holes {
     slow: VecDeque<Slow>,
 }
 
-/// A range that a question took long about.
+/// A range about which a question took long.
 #[derive(Debug)]
 struct Slow {
     range: Range<u64>,
-    /// Until when it counts as data. `None`: perhaps the thread had to wait for a processor or for the disk; the next
-    /// question tells, by the time that it keeps a processor busy.
+    /// Until when it counts as data. `None`: the thread may have waited for a processor or for the disk, so the next
+    /// question decides, by the processor time that it takes.
     until: Option<Instant>,
 }
 

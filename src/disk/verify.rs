@@ -11,8 +11,8 @@ const STEP: u64 = 256 << 10;
 /// How much of it one call reads, in bytes: little enough to stay in the cache of the processor.
 const CALL: usize = 64 << 10;
 
-/// Reads of the front of a range what needs no wait, and keeps nothing; returns how many bytes it was. Pages of a read that
-/// has failed are in the cache, too, so this is a read and not a question.
+/// Reads as much from the front of a range as needs no wait, and keeps nothing; returns how many bytes that was. Pages
+/// of a read that has failed are in the cache, too, so this is a read and not a question.
 pub(super) fn cached_step(image: &Image, way: &mut Way, offset: u64, length: u64) -> u64 {
     let mut scratch = scratch(length);
     let step = length.min(STEP);

@@ -39,7 +39,7 @@ impl Way {
         Self { call, works: true, stride: Stride::new(STEP_MAX) }
     }
 
-    /// Takes a call at the front of a range; says for how many bytes, or `None` if it is not to be had here.
+    /// Makes the call for the front of a range; says for how many bytes, or `None` where the image does not know it.
     fn step(&mut self, image: &Image, offset: u64, length: u64) -> io::Result<Option<u64>> {
         if !self.works {
             return Ok(None);
@@ -105,7 +105,8 @@ impl Zeroes {
         fast: bool,
     ) -> io::Result<u64> {
         if fast && image.is_device && (offset | length) % BLOCK != 0 {
-            // Its ends would have to be written, before it is known whether the rest can be done without.
+            // The ragged ends would have to be written before it is known whether the rest can be zeroed without
+            // writing.
             return Err(ErrorKind::Unsupported.into());
         }
         if let Some(n) = ragged(image, offset, length) {
@@ -128,7 +129,8 @@ impl Zeroes {
         self.write_step(image, holes, offset, length, no_hole)
     }
 
-    /// Writes zeroes at the front of a range; returns how many. Holes are kept unless it shall be allocated.
+    /// Writes zeroes at the front of a range; returns how many. Holes stay holes, unless `no_hole` asks for an
+    /// allocated range.
     fn write_step(
         &mut self,
         image: &Image,

@@ -1,7 +1,6 @@
 //! PURE: a rate that is not exceeded.
 
-/// How much of an unused rate may be used later, as the time that earns it, in milliseconds. A late timer costs no
-/// speed.
+/// For how long an unused rate is saved up, in milliseconds, so that a late timer costs no speed.
 const UNUSED_MAX_MS: u64 = 100;
 
 /// Lets so many bytes per second pass. Whatever is too much passes too, and is paid back by a wait afterwards.
@@ -42,7 +41,7 @@ impl Bucket {
         self.left = self.left.saturating_add_unsigned(bytes.saturating_mul(1000));
     }
 
-    /// Forgives what this much time would not pay back.
+    /// Reduces the debt to what this much time pays back.
     pub(super) fn forgive_beyond(&mut self, ms: u64) {
         self.left = self.left.max(-self.worth(ms));
     }

@@ -5,17 +5,17 @@
 
 use super::pass::Sent;
 
-/// What a range without data adds to the work of a flush, as a part of its bytes. Most destinations only note that there
+/// A range without data adds to the work of a flush its length divided by this. Most destinations only note that there
 /// is a hole; one that writes the zeroes still answers the first flush after many of them in time.
 const ZERO_PART: u64 = 8;
-/// How long a flush should take while data is copied, as a part of the longest that an answer may take. With it and
-/// `ZERO_PART`, zeroes that have to be written take no more than eight parts of twelve.
+/// While data is copied, a flush should take as long as an answer may take at most, divided by this. A destination that
+/// has to write the zeroes takes up to `ZERO_PART` times as long, and still answers in time.
 const AIM_PART: u64 = 12;
-/// How long it may take before there is less to flush the next time, as a part of the same. Less is no help where a flush
-/// takes long whatever there is to do, so that this is not done lightly.
+/// When a flush takes longer than an answer may take at most, divided by this, less is sent before the next one. That is
+/// no help where even a flush of little takes long, so this limit is far above the aim.
 const LATE_PART: u64 = 4;
-/// How much is worth a flush while data is copied, in bytes, before one has shown how long that takes. It is more than
-/// what may be in flight, so that even on a long way the first flush holds nothing up.
+/// How much is sent before the first flush, in bytes, while nothing has shown how long a flush takes. It is more than
+/// may be in flight, so that even over a long link the first flush holds nothing up.
 const AMOUNT_FIRST: u64 = 64 << 20;
 /// The least, in bytes. A flush takes some time even when there is little to do.
 const AMOUNT_MIN: u64 = 1 << 20;
@@ -73,7 +73,7 @@ pub(super) struct Flushes {
     state: State,
     /// How long an answer may take.
     answer_max_ms: u64,
-    /// How much is worth one while data is copied: what takes about that long.
+    /// How much is sent before a flush while data is copied, in bytes: what takes as long to flush as it should.
     amount: u64,
     /// What the last one does not cover.
     unflushed_bytes: u64,
@@ -87,8 +87,8 @@ impl Flushes {
         Self { state: State::Unknown, answer_max_ms, amount: AMOUNT_FIRST, unflushed_bytes: 0, before_pause: 0 }
     }
 
-    /// Those of the next attempt, with a destination that can flush or not. It begins with no more than this one has shown
-    /// to be answered in time.
+    /// The flushes of the next attempt. Before its first one, no more is sent than this attempt has shown to be flushed
+    /// in time.
     pub(super) fn of_next_attempt(&self, can_flush: bool, now_ms: u64) -> Self {
         let amount = match self.state {
             State::Asked { at_ms, bytes, .. } => self.next_amount(bytes, now_ms.saturating_sub(at_ms)),
@@ -152,7 +152,7 @@ impl Flushes {
         self.before_pause = 0;
     }
 
-    /// How much is worth the next one, when the one for so many bytes took so long.
+    /// How much to send before the next flush, when that of so many bytes took so long.
     fn next_amount(&self, bytes: u64, took_ms: u64) -> u64 {
         let aim_ms = self.answer_max_ms / AIM_PART;
         let in_aim = bytes.saturating_mul(aim_ms) / took_ms.max(1);

@@ -8,7 +8,7 @@ const STRETCH_MS: u64 = 200;
 pub(super) struct Meter {
     since_ms: u64,
     bytes: u64,
-    /// More could have been in flight in this stretch: it shows only what is possible at least.
+    /// Less was in flight in this stretch than could have been, so it shows only a lower bound of the speed.
     is_idle: bool,
     bytes_per_s: Option<u64>,
 }
@@ -23,7 +23,7 @@ impl Meter {
         self.bytes_per_s
     }
 
-    /// More could be in flight now.
+    /// Less is in flight now than could be.
     pub(super) fn note_idle(&mut self) {
         self.is_idle = true;
     }

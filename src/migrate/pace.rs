@@ -17,7 +17,7 @@ const KEPT_MAX_MS: u64 = 10_000;
 pub(super) struct Pace {
     meter: Meter,
     write_limit: Option<WriteLimit>,
-    /// When that was cut last, or the attempt began.
+    /// When the limit was cut last or, before that, when the attempt began.
     cut_ms: u64,
 }
 
@@ -30,7 +30,7 @@ impl Pace {
         &mut self.meter
     }
 
-    /// What was measured says nothing any more.
+    /// Forgets what was measured, because it says nothing about what comes.
     pub(super) fn forget_speed(&mut self, now_ms: u64) {
         self.meter = Meter::new(now_ms);
     }
@@ -59,8 +59,8 @@ impl Pace {
         self.write_limit_bytes_per_s().map_or(0, |limit| BLOCK * 1000 / limit)
     }
 
-    /// Allows clients half of what they may dirty now, or half of the speed when they have no limit yet. What one of
-    /// their operations is charged ends at `charge_max` bytes.
+    /// Allows clients half of what they may dirty now, or half of the speed when they have no limit yet. None of their
+    /// operations is charged for more than `charge_max` bytes.
     pub(super) fn slow_clients(&mut self, speed: u64, charge_max: u64, now_ms: u64) {
         if now_ms < self.cut_ms.saturating_add(SLOWER_EVERY_MS) {
             return;
@@ -93,8 +93,8 @@ impl WriteLimit {
         self.paid_bytes = self.paid_bytes.saturating_add(clean_bytes);
     }
 
-    /// Charges an operation that is done for what it has dirtied beyond what was paid: a block that was dirty when it
-    /// was submitted, and was sent before it was done.
+    /// Charges an operation that is done for the blocks it has dirtied without having paid: those that were dirty when
+    /// it was submitted, and were sent before it was done.
     pub(super) fn note_dirtied(&mut self, dirtied_bytes: u64) {
         self.charge(dirtied_bytes.saturating_sub(self.paid_bytes));
         self.paid_bytes = self.paid_bytes.saturating_sub(dirtied_bytes);

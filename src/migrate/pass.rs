@@ -45,7 +45,7 @@ pub(super) struct Pass {
     number: u32,
     /// Bytes that were dirty when this one began.
     began_with: u64,
-    /// It began with hardly less than the one before: there is nothing to gain by another.
+    /// It began with hardly fewer dirty bytes than the pass before, so another pass would gain nothing.
     is_settled: bool,
     dirty: Bitmap,
     /// Where it is.
@@ -162,7 +162,7 @@ impl Pass {
         sent
     }
 
-    /// What is in flight as data goes without its bytes, because they are zero. False for what is not in flight.
+    /// A range in flight as data turns out to be zero and goes without its bytes. False when it is not in flight.
     pub(super) fn note_zeroes(&mut self, range: &Range<u64>) -> bool {
         let sent = self.in_flight.iter_mut().find(|sent| sent.range == *range);
         sent.map(|sent| sent.is_data = false).is_some()

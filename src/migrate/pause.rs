@@ -61,7 +61,7 @@ impl Pause {
         self.since_ms().is_some()
     }
 
-    /// How long clients have been paused; 0 when they are not, unless it was the last time.
+    /// How long clients have been paused or, once they go on after the commit, how long they were; else 0.
     pub(super) fn lasted_ms(&self, now_ms: u64) -> u64 {
         match self.phase {
             Phase::Released { paused_ms } => paused_ms,
@@ -114,7 +114,7 @@ impl Pause {
         }
     }
 
-    /// Clients go on for as long as they were paused. False when there is nothing to give up.
+    /// Gives the pause up: clients go on for at least as long as they were paused. False when there is none.
     pub(super) fn give_up(&mut self) -> bool {
         let (Some(since_ms), Some(ends_ms)) = (self.since_ms(), self.ends_ms()) else { return false };
         self.not_before_ms = ends_ms.saturating_add(ends_ms - since_ms);

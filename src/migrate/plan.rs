@@ -16,10 +16,10 @@ use std::ops::Range;
 pub const DATA_MAX: u64 = 256 << 10;
 /// The smallest piece that a slow limit cuts data into, in bytes: a page.
 const DATA_MIN: u64 = 4 << 10;
-/// The most bytes that one operation of a client can cost to send, where zeroes cost one request: what is longer than a
-/// buffer is zeroes.
+/// The most that one operation of a client is charged for, in bytes, where zeroes go as one request: whatever is longer
+/// than a buffer is zeroes.
 const CHARGE_MAX: u64 = DATA_MAX + BLOCK;
-/// The speed of the way before anything but zeroes has shown it, in bytes per second.
+/// The speed to reckon with while nothing but zeroes has been sent, in bytes per second.
 const SPEED_UNKNOWN: u64 = 10_000_000;
 
 /// What the destination can do.
@@ -202,7 +202,7 @@ impl Plan {
         self.attempt.pause.ends_ms()
     }
 
-    /// How long clients have been paused, or were at the end; 0 when they are not, before that.
+    /// How long clients have been paused or, once they go on after the commit, how long they were; else 0.
     pub fn paused_ms(&self, now_ms: u64) -> u64 {
         self.attempt.pause.lasted_ms(now_ms)
     }
@@ -414,20 +414,21 @@ impl Attempt {
         }
     }
 
-    /// How much can be sent within half of the pause target, in bytes; the other half is for the flush. Clients that wait for
-    /// longer with every block may be paused for as long.
+    /// How much can be sent within half of the pause target, in bytes; the other half is for the flush. Where the write
+    /// limit makes clients wait longer than that for each block, the pause may take as long.
     fn most_in_pause(&self, limit: Option<&Bucket>) -> u64 {
         let most_ms = (self.pause.target_ms() / 2).max(self.pace.kept_ms_per_block());
         self.speed(limit).saturating_mul(most_ms) / 1000
     }
 
-    /// True when that is enough for what is left and for what the operations of clients, which have to be done first, will
-    /// add to it.
+    /// True when `most_bytes` is enough for what is left and for what the operations of clients in flight will add to
+    /// it.
     fn fits(&self, most_bytes: u64, changes: &Changes) -> bool {
         let Some(room) = most_bytes.checked_sub(self.pass.left_bytes()) else { return false };
         let dirty_bytes = self.pass.dirty_bytes();
         changes.fit(room, |range| {
-            // Of a long range it need not be counted, block by block, how many are clean.
+            // A range longer than all that is dirty has at least the difference clean. Where that is too much already,
+            // its blocks need not be counted.
             let least = (range.end - range.start).saturating_sub(dirty_bytes);
             if least > room {
                 least

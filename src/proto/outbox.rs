@@ -75,7 +75,7 @@ impl Outbox {
         self.heads
     }
 
-    /// From when on the oldest message ages that has not gone entirely.
+    /// Since when the oldest message ages that is not sent to its end.
     pub fn oldest_ms(&self) -> Option<u64> {
         self.pieces.iter().map(|(since_ms, _)| *since_ms).min()
     }

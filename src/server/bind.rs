@@ -72,8 +72,8 @@ impl Drop for SocketFile {
 /// The folder of a socket. While the value lives, no other server looks for a socket there, removes one or makes one.
 ///
 /// The lock is on the folder itself (`flock(2)`), so it leaves nothing behind and has no name that somebody could take first.
-/// Whoever may read the folder can hold it up, so it is not waited for for long: without it, two servers that start at
-/// the same moment may both find the socket of a dead one and the slower remove what the faster has made.
+/// Whoever may read the folder can hold it up, so the wait for it is short: without it, two servers that start at the
+/// same moment may both find the socket of a dead one and the slower remove what the faster has made.
 struct Folder {
     path: PathBuf,
     /// `None`: it may not be read.
@@ -164,7 +164,7 @@ pub(super) fn unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::Unix
         socket.set_nonblocking(true)?;
         Ok((socket, SocketFile::name(&unready, path)?))
     });
-    // It is another name of what was made, or what is left where that failed.
+    // The socket has its own name by now or, after a failure, this is what is left of it.
     match fs::remove_file(&unready) {
         Err(error) if error.kind() != ErrorKind::NotFound => debug!("{}: {error}", unready.display()),
         _ => {}

@@ -153,7 +153,7 @@ impl Client {
                 Step::Refused(Refusal { head, errno, why }) => {
                     self.warn_of(Complaint::RefusedRequest, &format_args!("refused {head} with {errno}: {why}"), sh);
                 }
-                // Nothing of its own may be under way that would wake it.
+                // Perhaps nothing of its own is under way whose end would wake it.
                 Step::NeedRoom if sh.pool.is_refused() => return self.wait_for_memory(key, sh),
                 Step::NeedRoom => {
                     self.stalled = true;
@@ -194,8 +194,9 @@ impl Client {
         }
     }
 
-    /// Asks for memory again after a while. What it has itself goes to others when nobody is there to use it, and when it has
-    /// waited for long and no operation of the disk will give any back: they may all be waiting for each other.
+    /// Asks for memory again after a while. Closes the connection, so that others get its memory, when its peer is
+    /// gone, and when it has waited for long while no operation of the disk will give memory back: all clients may be
+    /// waiting for each other.
     fn wait_for_memory(&mut self, key: Key, sh: &mut Shared) -> Next {
         if self.socket.hung_up() {
             return Next::Close(Reason::HungUp);
@@ -218,8 +219,8 @@ impl Client {
         match self.socket.receive(&mut spaces.map(IoSliceMut::new)).map_err(Reason::Socket)? {
             Received::End => {
                 self.session.end_of_stream().map_err(Reason::Violation)?;
-                // It can complete nothing any more. It must not keep the next one out until the disk is done with what it
-                // asked for.
+                // A sender that has closed its side completes no migration. It must not keep the next sender out until
+                // the disk is done with what it asked for.
                 if matches!(sh.life, Life::Receiving { .. }) {
                     return Err(Reason::End(End::EndOfStream));
                 }
@@ -338,7 +339,8 @@ impl Client {
         Ok(())
     }
 
-    /// Armed as far ahead as it is: on the way there, in steps of [`ARM_MS`], an idle server would wake several times a second.
+    /// Armed for the due time itself: in steps of [`ARM_MS`], as the other deadlines are, an idle server would wake
+    /// again and again.
     fn arm_watch(&mut self, key: Key, sh: &mut Shared) {
         if let Some(due_ms) = self.watch.due_ms() {
             self.alarm.arm(due_ms, key, &mut sh.wheel);

@@ -123,7 +123,7 @@ pub(super) struct Dial<T> {
     socket: Socket,
     /// The conversation; commands may be given once its export has been named.
     pub session: ClientSession<T>,
-    /// When the current stage has failed.
+    /// When the current stage counts as failed.
     deadline_ms: u64,
 }
 

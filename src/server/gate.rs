@@ -17,7 +17,7 @@ use crate::proto::server::Pass;
 use crate::proto::wire::RequestHead;
 use std::ops::Range;
 
-/// The clients that wait at the gate, who may not pass it, and what has.
+/// Whose requests never pass, which clients wait at the gate, and what has passed and is not done.
 #[derive(Debug)]
 pub(super) struct Gate {
     /// Those of the requests that the migrations of this process send.
@@ -26,7 +26,7 @@ pub(super) struct Gate {
     kept: RunQueue,
     /// Operations that may change the image and are in the disk.
     changing: usize,
-    /// Those of a sender that is gone. As long as there are some, nobody else's join them.
+    /// Of these, the operations of a sender that is gone. While there are some, no other change passes.
     orphans: usize,
 }
 
@@ -99,7 +99,7 @@ impl Gate {
     /// When a client that waits may pass, as far as can be told now; that is now when the gate has opened since the last
     /// [`Gate::wake`].
     pub(super) fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
-        // What is done of an orphan wakes the loop.
+        // The completion of an orphan wakes the loop.
         if self.kept.is_empty() || self.orphans > 0 {
             return None;
         }

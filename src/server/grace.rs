@@ -1,12 +1,12 @@
 //! When deadlines count. A server that was stopped for a while comes back to find that they have passed, and with them
 //! lies what its peers sent in time. One turn does not read and answer all of that, so deadlines wait a moment for it.
 
-/// How late the loop comes to a deadline, in milliseconds, when it was kept from running and not only busy.
+/// A loop that comes to a deadline later than this, in milliseconds, was not only busy but kept from running.
 const AWAY_MS: u64 = 1_000;
 /// How long deadlines wait then, in milliseconds: time for a few more rounds with a peer.
 const GRACE_MS: u64 = 1_000;
 
-/// Says whether deadlines are judged. They are at least every other time, however late the loop always comes.
+/// Says whether deadlines are judged. Every other time they are, even where the loop always comes late.
 #[derive(Debug, Default)]
 pub(super) struct Grace {
     until_ms: Option<u64>,

@@ -6,7 +6,7 @@ use crate::proto::wire::kind;
 use crate::work::Action;
 use std::io::ErrorKind;
 
-/// Notes what goes to the disk for the sender; alone, if the disk has nothing else to do.
+/// Notes what goes to the disk for the sender. `alone`: the disk has nothing else to do.
 pub(super) fn note_submitted(incoming: &mut Incoming, action: &Action, alone: bool) {
     match action {
         Action::Flush if alone => incoming.note_flush(),
@@ -15,8 +15,8 @@ pub(super) fn note_submitted(incoming: &mut Incoming, action: &Action, alone: bo
     }
 }
 
-/// Notes what the disk has done for the sender. An error of the disk is one this process cannot repair; its text is why
-/// the process ends.
+/// Notes what the disk has done for the sender. An error says why the process has to end: it cannot repair a disk that
+/// fails.
 pub(super) fn note(incoming: &mut Incoming, completed: &Completed) -> Result<(), String> {
     let Completed { head, touched, result } = completed;
     match result {

@@ -72,7 +72,8 @@ impl Life {
         matches!(self, Self::Receiving { .. } | Self::Sealing { .. })
     }
 
-    /// True when no request is taken: the migration is near its end, or past it, and what were done now would be lost.
+    /// True when no request is taken: the migration is near its end, or past it, so that a change made now would be
+    /// lost.
     pub(super) fn pauses_clients(&self) -> bool {
         match self {
             Self::Serving | Self::Receiving { .. } => false,

@@ -74,7 +74,7 @@ impl Listener {
         }
         let room = match self.purpose {
             Purpose::Control => sh.admission.controls_left(),
-            // One without a place is accepted, to be refused. More of them at once would take descriptors of others.
+            // A client without a place is accepted, to be refused, but only one in a turn: each takes a descriptor.
             Purpose::Nbd(_) => sh.admission.clients_left(sh.life.awaits_image()).saturating_add(1),
         };
         if room == 0 {

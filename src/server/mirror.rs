@@ -61,7 +61,7 @@ pub(super) struct Mirror {
     starter: Option<Key>,
     trials: Trials,
     started_ms: u64,
-    /// When the current stage has failed; between two attempts, when the next one begins.
+    /// When the current stage counts as failed; between two attempts, when the next one begins.
     deadline_ms: u64,
     /// When the plan wants to be asked again.
     wake_ms: Option<u64>,
@@ -326,7 +326,7 @@ impl Mirror {
             // The buffer has to be there before the plan is asked, because a step that the plan has given out has to be done.
             let buffer = if buffered == 0 { sh.pool.take_beyond(SLICE) } else { sh.pool.take(SLICE) };
             let Some(buffer) = buffer else {
-                // With none under way, nothing that moves would ask again.
+                // No data is under way whose completion would bring us back here, so a timer has to.
                 self.wake_ms = (buffered == 0).then(|| sh.now_ms.saturating_add(MEMORY_RETRY_MS));
                 return Ok(Next::Idle);
             };
@@ -375,7 +375,7 @@ impl Mirror {
     }
 
     /// Everything is at the destination and durable there: the file goes, if asked, and DISC says that the copy counts.
-    /// When DISC has gone there is no way back; where the file goes, from that on.
+    /// Once DISC has gone there is no way back; with `--unlink`, there is none once the file is gone.
     fn commit(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
         let Some(attempt) = &mut self.attempt else { return Ok(Next::Idle) };
         attempt.dial.check_quiet()?;

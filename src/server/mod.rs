@@ -76,8 +76,8 @@ const EVENTS_MAX: usize = 256;
 
 /// What a listener says when it has to stop.
 const NOT_MIGRATED: &str = "stopped by a signal before a migration was complete";
-/// What it says besides when all has come but the word that it counts. The source may have said that, and unlinked its
-/// file before.
+/// What it adds when every byte has come but no DISC: the source may have sent one, and may have unlinked its file
+/// before that.
 const ALL_HERE: &str =
     "every byte of the image is here and durable, but this file is the image only if the source's is gone";
 
@@ -102,7 +102,7 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
         }
     };
     server.shared.admission.complaints.tell();
-    // The process ends, and a disk that hangs does not keep it.
+    // A disk that hangs must not keep the process from ending.
     server.shared.disk.leak();
     outcome
 }

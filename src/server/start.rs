@@ -54,7 +54,7 @@ impl Reactor {
         let disk =
             Disk::open(&config.file, config.access, config.disk_engine).map_err(|error| Fatal(error.to_string()))?;
         let server = Self::start_with(disk, signals, config)?;
-        // It may have been needed on the way.
+        // Opening everything may have used the reserve up.
         has_reserve()?;
         Ok(server)
     }

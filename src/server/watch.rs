@@ -11,8 +11,8 @@ use crate::sys::net::Delivery;
 const LOOK_MS: u64 = 5_000;
 /// A peer that has acknowledged nothing for so long, in milliseconds, and does not answer, is gone.
 const GONE_MS: u64 = 45_000;
-/// Two acknowledgements closer to each other than this are one, in milliseconds. It is how late a turn may be; what is tried
-/// to no avail is tried again at longer and longer intervals, which soon are longer than this.
+/// When two looks date the last acknowledgement less than this apart, in milliseconds, they mean the same one: a turn
+/// may be so late. The intervals at which the kernel tries again soon are longer than this.
 const SAME_MS: u64 = 1_000;
 
 /// What was seen of a peer.

@@ -1,7 +1,7 @@
 //! The only unsafe code: calls of the C library that std has no words for, behind safe signatures.
 //!
-//! It keeps no state besides a [`SignalFd`], a [`ring::Ring`] and a reserve of memory, and does not know what its callers want. This file has
-//! the clock, waiting, signals and limits of the process; the other files have the rest.
+//! It keeps no state but a [`SignalFd`], a [`ring::Ring`] and a reserve of memory, and does not know what its callers
+//! want. This file has the clock, waiting, signals and limits of the process; the other files have the rest.
 
 #![allow(unsafe_code, reason = "this is the place for it")]
 

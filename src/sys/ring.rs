@@ -154,9 +154,9 @@ impl Ring {
                 Err(error) => return Err(error),
             }
         }
-        // A call collects a batch of what has ended, and what is left over causes no event, so the flag that says so is
-        // followed. Not until it is clear: the kernel sets it after the fact, at times when all was collected, and then
-        // it stays. But a call gets on with one operation at least, so as many calls as operations get on with all.
+        // One call collects one batch. A flag says that more has ended, for which no event will come, so we call again
+        // while it is set. It may be stale and never clear, so the calls are counted: each collects one operation at
+        // least, and as many calls as operations collect them all.
         let collected = self.uring.completion().len();
         for _ in collected..self.in_flight() {
             if !self.uring.submission().taskrun() {

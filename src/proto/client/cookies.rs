@@ -5,8 +5,8 @@ const SPAN: u64 = 1 << 16;
 
 /// So many cookies in a row, given out one after the other and then over again. No session has so many commands under way.
 ///
-/// Whoever knows the first one recognises the commands wherever they turn up, if it was chosen at random: that another's
-/// cookie falls among them has a chance of 1 in 2^48.
+/// When the first one was chosen at random, a command is recognised by its cookie wherever it turns up: the chance that
+/// another's cookie falls among them is 1 in 2^48.
 #[derive(Debug, Clone, Copy)]
 pub struct Cookies {
     first: u64,

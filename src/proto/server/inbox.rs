@@ -10,7 +10,7 @@ const RECEIVE: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Inbox {
     buffer: Option<Buffer>,
-    /// From when on the first message ages, and from when on those behind it do.
+    /// Since when the first message ages, and since when those behind it do.
     ages_ms: (u64, u64),
     received_ms: u64,
 }
@@ -75,13 +75,13 @@ impl Inbox {
         }
     }
 
-    /// Drops the `n` bytes of the first message, or of its head; says from when on it ages.
+    /// Drops the `n` bytes of the first message, or of its head; says since when it ages.
     pub(super) fn take_message(&mut self, n: usize) -> u64 {
         self.consume(n);
         std::mem::replace(&mut self.ages_ms.0, self.ages_ms.1)
     }
 
-    /// From when on the first message ages, if there is any.
+    /// Since when the first message ages, if there is any.
     pub(super) fn oldest_ms(&self) -> Option<u64> {
         (!self.is_empty()).then_some(self.ages_ms.0)
     }

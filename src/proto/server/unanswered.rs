@@ -12,7 +12,7 @@ const TAGS: u32 = SLICES_MAX + 1;
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) head: RequestHead,
-    /// From when on it ages, in milliseconds.
+    /// Since when it ages, in milliseconds.
     pub(super) since_ms: u64,
     /// Pieces of its work that are under way.
     pub(super) in_work: u32,
@@ -54,7 +54,7 @@ impl Unanswered {
         self.0.is_empty()
     }
 
-    /// From when on the one that has waited longest ages.
+    /// Since when the one that has waited longest ages.
     pub(super) fn oldest_ms(&self) -> Option<u64> {
         self.0.iter().map(|(_, pending)| pending.since_ms).min()
     }

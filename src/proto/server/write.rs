@@ -44,8 +44,8 @@ impl Incoming {
         self.tag
     }
 
-    /// Where to receive into: the rest of the slice, if there is one. Only then it may be followed by something else
-    /// than payload.
+    /// Where to receive into, which is the rest of the slice if there is one, and whether what follows it need not be
+    /// payload.
     pub(super) fn space(&mut self) -> (&mut [u8], bool) {
         match &mut self.slice {
             Some((buffer, room)) => (buffer.spare().get_mut(..*room).unwrap_or_default(), self.left == 0),
@@ -62,8 +62,8 @@ impl Incoming {
         taken
     }
 
-    /// Goes on with what was received. What is durable has to be so when the last slice is done. A slice that may not pass is
-    /// kept as soon as all of it has come: before that it waits for its client.
+    /// Goes on with what was received. With FUA, all of the payload is durable when the last slice is done. A slice
+    /// that may not pass is kept only when all of it has come: until then it waits for its client.
     pub(super) fn step(&mut self, pass: Pass, inbox: &mut Inbox, memory: &mut Memory, pool: &mut Pool) -> Piece {
         if pass == Pass::Reads && self.slice.is_none() {
             return Piece::Kept;
@@ -91,7 +91,8 @@ impl Incoming {
     /// A slice for the next bytes, and how many go there.
     fn next_slice(&mut self, memory: &mut Memory, pool: &mut Pool) -> Option<(Buffer, usize)> {
         let left = self.left as usize;
-        // What has to be durable stays in its buffer until it is; with slices, the next payload arrives meanwhile.
+        // A buffer of a payload with FUA is not free before its data is durable. Slices leave memory for the next
+        // payload meanwhile.
         let buffer = if self.fua { memory.take(left, pool) } else { memory.take_bulk(left, pool) }?;
         let room = slice_len(self.offset, self.left, buffer.capacity());
         self.left -= room;
