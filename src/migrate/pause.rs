@@ -1,10 +1,10 @@
 //! PURE: where the copy stands, and how long clients are paused for its end.
 
 /// The shortest time a pause may take before it is given up, in milliseconds.
-pub(super) const PAUSE_MIN_MS: u64 = 1_000;
+const GIVE_UP_MIN_MS: u64 = 1_000;
 /// The longest, in milliseconds, unless a longer target was asked for: each pause given up doubles the limit, so that a
 /// slow destination is reached too. Guests report errors of a disk that is silent for 30 s.
-pub(super) const PAUSE_MAX_MS: u64 = 10_000;
+const GIVE_UP_MAX_MS: u64 = 10_000;
 
 /// Where the copy stands. Clients are paused in every phase but the first and the last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,9 +84,9 @@ impl Pause {
         match self.phase {
             Phase::Copying | Phase::Committed { .. } | Phase::Released { .. } => None,
             Phase::Quiescing { since_ms } | Phase::LastPass { since_ms } => {
-                let least_ms = self.target_ms.saturating_mul(5).max(PAUSE_MIN_MS);
+                let least_ms = self.target_ms.saturating_mul(5).max(GIVE_UP_MIN_MS);
                 let limit_ms = least_ms.saturating_mul(1 << self.given_up.min(16));
-                Some(since_ms.saturating_add(limit_ms.min(PAUSE_MAX_MS.max(self.target_ms))))
+                Some(since_ms.saturating_add(limit_ms.min(GIVE_UP_MAX_MS.max(self.target_ms))))
             }
         }
     }

@@ -20,7 +20,7 @@ use std::os::unix::net;
 use std::path::Path;
 
 /// Connections accepted in one turn: a burst of them must not keep clients waiting.
-const ACCEPTS_PER_TURN: usize = 16;
+const ACCEPTS_MAX: usize = 16;
 /// How long to wait before accepting again when descriptors have run out, in milliseconds.
 const REST_MS: u64 = 200;
 
@@ -82,7 +82,7 @@ impl Listener {
             return Next::Idle;
         }
         // Of senders that came while this server was busy, the first may have given up: it makes room in the next turn.
-        let most = if sh.life.awaits_image() { 1 } else { ACCEPTS_PER_TURN };
+        let most = if sh.life.awaits_image() { 1 } else { ACCEPTS_MAX };
         for _ in 0..room.min(most) {
             if !self.ready.readable() {
                 return Next::Idle;

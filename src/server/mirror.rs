@@ -36,7 +36,7 @@ const LEAVING_MS: u64 = 10_000;
 /// Memory for data between the disk and the socket, in bytes: four slices, as for a client.
 const BUFFERED_MAX: usize = 4 * SLICE;
 /// Steps of the plan in one turn: clients come first.
-const STEPS_PER_TURN: usize = 64;
+const STEPS_MAX: usize = 64;
 /// The smallest image that can be migrated, in bytes; the manual says so.
 pub(super) const SIZE_MIN: u64 = 4096;
 
@@ -315,7 +315,7 @@ impl Mirror {
             }
             plan.quiesced();
         }
-        for _ in 0..STEPS_PER_TURN {
+        for _ in 0..STEPS_MAX {
             if !sh.disk.has_room() {
                 return Ok(Next::WaitDisk);
             }
