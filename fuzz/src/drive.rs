@@ -11,7 +11,7 @@ use flexnbd::proto::error::Violation;
 use flexnbd::proto::export::Export;
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::{Refusal, Request};
-use flexnbd::proto::server::{Completed, End, Pass, ServerSession, Step, Tally, BUFFERED_MAX, IN_FLIGHT_MAX};
+use flexnbd::proto::server::{Allowed, Completed, End, ServerSession, Step, Tally, BUFFERED_MAX, IN_FLIGHT_MAX};
 use flexnbd::proto::wire::{kind, RequestHead};
 use flexnbd::work::{Action, Done, Extent};
 use std::borrow::Cow;
@@ -56,7 +56,7 @@ pub enum Act {
     /// Memory is given back while the session waits.
     Park,
     /// Which requests may pass from now on.
-    Pass(Pass),
+    Allowed(Allowed),
 }
 
 /// Decides how a conversation is cut up and interleaved.
@@ -154,7 +154,7 @@ struct Drive {
     /// Bytes that it has received, and whether the end of the stream too.
     received: usize,
     ended: bool,
-    pass: Pass,
+    allowed: Allowed,
     pieces: Vec<Piece>,
 }
 
@@ -177,7 +177,7 @@ pub fn converse(
         now_ms: opened_ms,
         received: 0,
         ended: false,
-        pass: Pass::Everything,
+        allowed: Allowed::Everything,
         pieces: Vec::new(),
     };
     let end = loop {
@@ -199,7 +199,7 @@ pub fn converse(
 impl Drive {
     /// Lets the session take one step, and says what may happen then.
     fn step(&mut self, client: &mut dyn Client, disk: &mut dyn Disk) -> Can {
-        let step = self.session.next_step(self.pass, &mut self.pool);
+        let step = self.session.next_step(self.allowed, &mut self.pool);
         let go_on = matches!(step, Step::Request(_) | Step::Refused(_));
         let (needs_bytes, kept) = (matches!(step, Step::NeedBytes), matches!(step, Step::Kept));
         match step {
@@ -209,7 +209,7 @@ impl Drive {
             Step::NeedRoom => {
                 assert!(!self.pieces.is_empty() || self.session.wants_send(), "nothing can ever make room");
             }
-            Step::Kept => assert_eq!(self.pass, Pass::Reads, "everything may pass"),
+            Step::Kept => assert_eq!(self.allowed, Allowed::Reads, "everything may pass"),
         }
         self.check_limits();
         let mut slices = [IoSlice::new(&[]); PIECES_MAX];
@@ -233,7 +233,7 @@ impl Drive {
     /// Has a piece of a request done.
     fn work(&mut self, Request { head, tag, action }: Request, disk: &mut dyn Disk) {
         let touched = action.touches();
-        assert!(self.pass == Pass::Everything || touched.is_none(), "only reads may pass");
+        assert!(self.allowed == Allowed::Everything || touched.is_none(), "only reads may pass");
         let range = match &action {
             Action::Read { offset, length, buffer, .. } => {
                 assert!(buffer.is_empty() && buffer.capacity() >= *length, "an empty buffer that is large enough");
@@ -277,7 +277,7 @@ impl Drive {
     fn act(&mut self, act: Act, client: &mut dyn Client, disk: &mut dyn Disk) -> Result<(), Violation> {
         match act {
             Act::GoOn => {}
-            Act::Pass(pass) => self.pass = pass,
+            Act::Allowed(allowed) => self.allowed = allowed,
             Act::Park => {
                 self.session.park(&mut self.pool);
                 let idle = self.session.oldest_ms().is_none();

@@ -130,11 +130,11 @@ impl Client {
             if sys::memory::is_short() && self.session.may_wait() {
                 return self.wait_for_memory(key, sh);
             }
-            let Some(pass) = sh.gate.pass(&mut sh.life, sh.now_ms) else {
+            let Some(allowed) = sh.gate.allows(&mut sh.life, sh.now_ms) else {
                 self.keep(sh.now_ms);
                 return Next::Idle;
             };
-            match self.session.next_step(pass, &mut sh.pool) {
+            match self.session.next_step(allowed, &mut sh.pool) {
                 Step::Request(Request { head, action, .. }) if sh.gate.is_own(&head) => {
                     action.into_buffer().into_iter().for_each(|buffer| sh.pool.give(buffer));
                     sh.effects.push_back(Effect::CameBack);

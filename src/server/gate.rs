@@ -13,7 +13,7 @@ use super::life::Life;
 use crate::event::run_queue::RunQueue;
 use crate::event::slots::Key;
 use crate::proto::client::Cookies;
-use crate::proto::server::Pass;
+use crate::proto::server::Allowed;
 use crate::proto::wire::RequestHead;
 use std::ops::Range;
 
@@ -47,13 +47,13 @@ impl Gate {
     }
 
     /// What may pass now. `None`: nothing, and clients are not read from.
-    pub(super) fn pass(&self, life: &mut Life, now_ms: u64) -> Option<Pass> {
+    pub(super) fn allows(&self, life: &mut Life, now_ms: u64) -> Option<Allowed> {
         if life.pauses_clients() {
             return None;
         }
         let keeps_changes =
             self.orphans > 0 || life.plan().is_some_and(|plan| plan.keeps_changes_until(now_ms).is_some());
-        Some(if keeps_changes { Pass::Reads } else { Pass::Everything })
+        Some(if keeps_changes { Allowed::Reads } else { Allowed::Everything })
     }
 
     /// An operation that may change this range has passed and goes to the disk. A migration charges for what it will cost to
@@ -108,7 +108,7 @@ impl Gate {
 
     /// Wakes the clients that wait, if the gate is open now.
     pub(super) fn wake(&mut self, life: &mut Life, now_ms: u64, run: &mut RunQueue) {
-        if !self.kept.is_empty() && !matches!(self.pass(life, now_ms), Some(Pass::Reads)) {
+        if !self.kept.is_empty() && !matches!(self.allows(life, now_ms), Some(Allowed::Reads)) {
             run.append(&mut self.kept);
         }
     }

@@ -6,7 +6,7 @@ use flexnbd::proto::error::Errno;
 use flexnbd::proto::export::Export;
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::Request;
-use flexnbd::proto::server::{Pass, ServerSession, Step, IN_FLIGHT_MAX};
+use flexnbd::proto::server::{Allowed, ServerSession, Step, IN_FLIGHT_MAX};
 use flexnbd::proto::wire::{kind, RequestHead, REQUEST_LEN};
 use flexnbd::work::{Action, Done};
 use std::io::IoSlice;
@@ -40,13 +40,13 @@ impl Kept {
         }
     }
 
-    fn step(&mut self, pass: Pass) -> Step {
-        self.session.next_step(pass, &mut self.pool)
+    fn step(&mut self, allowed: Allowed) -> Step {
+        self.session.next_step(allowed, &mut self.pool)
     }
 
     /// The request that must come next.
-    fn request(&mut self, pass: Pass, kind: u16) -> Request {
-        match self.step(pass) {
+    fn request(&mut self, allowed: Allowed, kind: u16) -> Request {
+        match self.step(allowed) {
             Step::Request(request) if request.head.kind == kind => request,
             other => panic!("{other:?}"),
         }
@@ -90,18 +90,18 @@ fn only_what_changes_the_export_is_kept() {
         let refused = RequestHead { offset: SIZE, ..head(changes, 0, 0, 9) };
         let asks = [head(kind::READ, 0, 0, 9), refused, head(kind::FLUSH, 0, 0, 0), head(changes, 0, 0, 9)];
         kept.receive(&stream(&[&asks[..], &[head(kind::READ, 0, 0, 9)]].concat()), 1);
-        let read = kept.request(Pass::Reads, kind::READ);
-        let Step::Refused(refusal) = kept.step(Pass::Reads) else { panic!("it is refused whatever may pass") };
+        let read = kept.request(Allowed::Reads, kind::READ);
+        let Step::Refused(refusal) = kept.step(Allowed::Reads) else { panic!("it is refused whatever may pass") };
         assert!(matches!(refusal.errno, Errno::NoSpc | Errno::Inval));
-        let flush = kept.request(Pass::Reads, kind::FLUSH);
-        assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+        let flush = kept.request(Allowed::Reads, kind::FLUSH);
+        assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
         kept.complete(read);
         kept.complete(flush);
         kept.send_all();
-        assert!(matches!(kept.step(Pass::Reads), Step::Kept), "room makes no difference");
-        let change = kept.request(Pass::Everything, changes);
-        let behind = kept.request(Pass::Reads, kind::READ);
-        assert!(matches!(kept.step(Pass::Reads), Step::NeedBytes));
+        assert!(matches!(kept.step(Allowed::Reads), Step::Kept), "room makes no difference");
+        let change = kept.request(Allowed::Everything, changes);
+        let behind = kept.request(Allowed::Reads, kind::READ);
+        assert!(matches!(kept.step(Allowed::Reads), Step::NeedBytes));
         kept.complete(change);
         kept.complete(behind);
     }
@@ -113,13 +113,13 @@ fn what_has_no_room_is_not_kept() {
     let mut asks = vec![head(kind::READ, 0, 0, 9); IN_FLIGHT_MAX];
     asks.push(head(kind::WRITE, 0, 0, 9));
     kept.receive(&stream(&asks), 1);
-    let reads: Vec<_> = (0..IN_FLIGHT_MAX).map(|_| kept.request(Pass::Reads, kind::READ)).collect();
-    assert!(matches!(kept.step(Pass::Reads), Step::NeedRoom));
+    let reads: Vec<_> = (0..IN_FLIGHT_MAX).map(|_| kept.request(Allowed::Reads, kind::READ)).collect();
+    assert!(matches!(kept.step(Allowed::Reads), Step::NeedRoom));
     for read in reads {
         kept.complete(read);
     }
     kept.send_all();
-    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
 }
 
 #[test]
@@ -127,16 +127,16 @@ fn a_payload_that_is_being_received_is_kept_too() {
     let mut kept = Kept::new();
     let write = stream(&[head(kind::WRITE, 0, 0, 2 * SLICE as u32)]);
     let (first, rest) = write.split_at(28 + SLICE);
-    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
     kept.receive(&first[..28], 1);
-    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
     kept.receive(&first[28..], 1);
-    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
-    let slice = kept.request(Pass::Everything, kind::WRITE);
-    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
-    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
+    let slice = kept.request(Allowed::Everything, kind::WRITE);
+    assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
     kept.receive(rest, 2);
-    let last = kept.request(Pass::Everything, kind::WRITE);
+    let last = kept.request(Allowed::Everything, kind::WRITE);
     kept.complete(last);
     kept.complete(slice);
     assert_eq!(kept.session.tally().writes, 1);
@@ -148,19 +148,19 @@ fn a_payload_that_does_not_come_is_not_kept() {
     let write = stream(&[head(kind::WRITE, 0, 0, 2 * SLICE as u32)]);
     let (first, rest) = write.split_at(28 + SLICE / 2);
     kept.receive(&first[..28], 1);
-    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
     kept.receive(&first[28..], 1);
-    assert!(matches!(kept.step(Pass::Reads), Step::NeedBytes), "it waits for its client, not for permission");
+    assert!(matches!(kept.step(Allowed::Reads), Step::NeedBytes), "it waits for its client, not for permission");
     kept.receive(&rest[..SLICE / 2], 1);
     for _ in 0..2 {
-        assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+        assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
     }
-    let slice = kept.request(Pass::Everything, kind::WRITE);
-    assert!(matches!(kept.step(Pass::Reads), Step::Kept), "no memory is taken for what may not pass");
-    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    let slice = kept.request(Allowed::Everything, kind::WRITE);
+    assert!(matches!(kept.step(Allowed::Reads), Step::Kept), "no memory is taken for what may not pass");
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
     kept.receive(&rest[SLICE / 2..], 2);
-    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
-    let last = kept.request(Pass::Everything, kind::WRITE);
+    assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
+    let last = kept.request(Allowed::Everything, kind::WRITE);
     kept.complete(slice);
     kept.complete(last);
     assert_eq!(kept.session.tally().written_bytes, 2 * SLICE as u64);
@@ -170,20 +170,20 @@ fn a_payload_that_does_not_come_is_not_kept() {
 fn what_was_kept_ages_later_and_nothing_else_does() {
     let mut kept = Kept::new();
     kept.receive(&stream(&[head(kind::READ, 0, 0, 9)]), 10);
-    let read = kept.request(Pass::Everything, kind::READ);
+    let read = kept.request(Allowed::Everything, kind::READ);
     kept.receive(&stream(&[head(kind::WRITE, 0, 0, 9), head(kind::TRIM, 0, 0, 9)]), 20);
-    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
     kept.session.excuse(100);
     assert_eq!(kept.session.oldest_ms(), Some(10), "the READ waits for the disk, not for anybody's permission");
     kept.complete(read);
     assert_eq!(kept.session.oldest_ms(), Some(10), "and its reply for the client");
     kept.send_all();
     assert_eq!(kept.session.oldest_ms(), Some(120));
-    let write = kept.request(Pass::Everything, kind::WRITE);
+    let write = kept.request(Allowed::Everything, kind::WRITE);
     kept.complete(write);
     kept.send_all();
     assert_eq!(kept.session.oldest_ms(), Some(120), "what stood behind it could not overtake it");
-    let trim = kept.request(Pass::Everything, kind::TRIM);
+    let trim = kept.request(Allowed::Everything, kind::TRIM);
     kept.receive(&stream(&[head(kind::FLUSH, 0, 0, 0)]), 130);
     kept.complete(trim);
     kept.send_all();
@@ -194,18 +194,18 @@ fn what_was_kept_ages_later_and_nothing_else_does() {
 fn a_write_whose_payload_was_kept_ages_later() {
     let mut kept = Kept::new();
     kept.receive(&stream(&[head(kind::READ, 0, 0, 9)]), 5);
-    let read = kept.request(Pass::Everything, kind::READ);
+    let read = kept.request(Allowed::Everything, kind::READ);
     let write = stream(&[head(kind::WRITE, 0, 0, 100)]);
     kept.receive(&write[..28], 10);
-    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
     kept.receive(&write[28..], 20);
-    assert!(matches!(kept.step(Pass::Reads), Step::Kept));
+    assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
     kept.session.excuse(1000);
     assert_eq!(kept.session.oldest_ms(), Some(5), "the READ");
     kept.complete(read);
     kept.send_all();
     assert_eq!(kept.session.oldest_ms(), Some(1010), "the WRITE");
-    let last = kept.request(Pass::Everything, kind::WRITE);
+    let last = kept.request(Allowed::Everything, kind::WRITE);
     assert_eq!(kept.session.oldest_ms(), Some(1010));
     kept.complete(last);
     kept.send_all();
@@ -229,7 +229,7 @@ fn only_what_is_written_counts_as_such() {
     kept.receive(&stream(&no_write)[..no_write.len() * REQUEST_LEN], 10);
     let mut refused = 0;
     loop {
-        match kept.step(Pass::Everything) {
+        match kept.step(Allowed::Everything) {
             Step::Request(request) => kept.complete(request),
             Step::Refused(_) => refused += 1,
             step => break assert!(matches!(step, Step::NeedBytes), "{step:?}"),
@@ -237,22 +237,22 @@ fn only_what_is_written_counts_as_such() {
     }
     // The payload of the last one is swallowed.
     kept.receive(&[1; 9], 20);
-    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
     assert_eq!((refused, kept.session.wrote_ms()), (2, None));
     kept.receive(&[1], 30);
 
     kept.receive(&head(kind::WRITE, 0, 0, 3).encode(), 40);
-    assert!(matches!(kept.step(Pass::Everything), Step::NeedBytes));
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
     assert_eq!(kept.session.wrote_ms(), Some(40));
     kept.receive(&[1], 50);
     assert_eq!(kept.session.wrote_ms(), Some(50));
     kept.receive(&[1, 1], 60);
-    let write = kept.request(Pass::Everything, kind::WRITE);
+    let write = kept.request(Allowed::Everything, kind::WRITE);
     kept.receive(&stream(&no_write[..1]), 70);
     assert_eq!(kept.session.wrote_ms(), Some(60));
     kept.complete(write);
-    kept.request(Pass::Everything, kind::READ);
+    kept.request(Allowed::Everything, kind::READ);
     kept.receive(&head(kind::WRITE_ZEROES, 0, 0, 1).encode(), 80);
-    kept.request(Pass::Everything, kind::WRITE_ZEROES);
+    kept.request(Allowed::Everything, kind::WRITE_ZEROES);
     assert_eq!(kept.session.wrote_ms(), Some(80));
 }

@@ -7,7 +7,7 @@ use flexnbd::proto::error::Violation;
 use flexnbd::proto::export::Export;
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::Request;
-use flexnbd::proto::server::{Pass, ServerSession, Step, BUFFERED_MAX};
+use flexnbd::proto::server::{Allowed, ServerSession, Step, BUFFERED_MAX};
 use flexnbd::proto::wire::kind;
 use flexnbd::work::{Action, Done};
 use std::io::{ErrorKind, IoSlice, Read};
@@ -76,7 +76,7 @@ impl Reader {
     }
 
     fn step(&mut self) -> Step {
-        let step = self.session.next_step(Pass::Everything, &mut self.pool);
+        let step = self.session.next_step(Allowed::Everything, &mut self.pool);
         let inbox = 64 << 10;
         assert!(self.cap < ROOMY || self.cap - self.pool.available() <= BUFFERED_MAX + inbox, "it owns too much");
         step

@@ -8,7 +8,7 @@ use crate::oracles::drive::{Act, Can, Schedule};
 use crate::pair::{run, ROOMY};
 use crate::plan::{head, Plan};
 use flexnbd::proto::error::Errno;
-use flexnbd::proto::server::Pass;
+use flexnbd::proto::server::Allowed;
 use flexnbd::proto::wire::{command, kind, RequestHead};
 
 /// How many conversations one run of the test holds.
@@ -54,13 +54,13 @@ pub struct Chance {
     receiver: usize,
     disk: usize,
     sender: usize,
-    pass: Pass,
+    allowed: Allowed,
 }
 
 impl Chance {
     pub fn new(mut rng: Rng) -> Self {
         let [receiver, disk, sender] = [1, 2, 3].map(|_| rng.pick(&[1, 1, 2, 5, 20]));
-        Self { now_ms: rng.next() >> 20, rng, receiver, disk, sender, pass: Pass::Everything }
+        Self { now_ms: rng.next() >> 20, rng, receiver, disk, sender, allowed: Allowed::Everything }
     }
 }
 
@@ -77,13 +77,13 @@ impl Schedule for Chance {
                 }
                 2 if can.hang_up => return Act::HangUp,
                 3 if can.receive > 0 && rng.one_in(8) => return Act::Park,
-                3 if self.pass == Pass::Reads && rng.one_in(8) => {
-                    self.pass = Pass::Everything;
-                    return Act::Pass(self.pass);
+                3 if self.allowed == Allowed::Reads && rng.one_in(8) => {
+                    self.allowed = Allowed::Everything;
+                    return Act::Allowed(self.allowed);
                 }
-                3 if self.pass == Pass::Everything && rng.one_in(500) => {
-                    self.pass = Pass::Reads;
-                    return Act::Pass(self.pass);
+                3 if self.allowed == Allowed::Everything && rng.one_in(500) => {
+                    self.allowed = Allowed::Reads;
+                    return Act::Allowed(self.allowed);
                 }
                 _ => {}
             }

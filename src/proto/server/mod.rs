@@ -23,7 +23,7 @@ mod unanswered;
 mod write;
 
 pub use memory::BUFFERED_MAX;
-pub use step::{Completed, End, Failed, Pass, Step};
+pub use step::{Allowed, Completed, End, Failed, Step};
 pub use tally::Tally;
 
 use crate::buffer::Pool;
@@ -39,7 +39,7 @@ use read::{LongRead, Slice};
 use request::{refuse, without_payload, Request};
 use std::io::IoSlice;
 use unanswered::{Pending, Unanswered};
-use write::{Incoming, Piece};
+use write::{Arriving, Piece};
 
 /// Requests of one client that may be unanswered; further ones wait in the socket.
 pub const IN_FLIGHT_MAX: usize = 32;
@@ -49,7 +49,7 @@ const _: () = assert!(PIECES_MAX >= 2 * IN_FLIGHT_MAX, "one write takes a head a
 enum State {
     Handshake(Box<Haggle>),
     Request,
-    Payload(Incoming),
+    Payload(Arriving),
     Closing(End),
 }
 
@@ -142,15 +142,15 @@ impl ServerSession {
     }
 
     /// What to do next, of what may pass. To be called until it needs something.
-    pub fn next_step(&mut self, pass: Pass, pool: &mut Pool) -> Step {
+    pub fn next_step(&mut self, allowed: Allowed, pool: &mut Pool) -> Step {
         if self.long_read.is_some() {
             return self.read_on(pool).unwrap_or(Step::NeedRoom);
         }
         loop {
             let step = match &self.state {
                 State::Handshake(_) => self.negotiate(),
-                State::Request => self.take_request(pass, pool),
-                State::Payload(_) => self.take_payload(pass, pool),
+                State::Request => self.take_request(allowed, pool),
+                State::Payload(_) => self.take_payload(allowed, pool),
                 // What comes behind the last request is drained, so that it does not fill the socket.
                 State::Closing(_) => {
                     self.inbox.release(pool);
@@ -327,7 +327,7 @@ impl ServerSession {
     }
 
     /// Takes one request head from the inbox. `None`: look again, the state has changed.
-    fn take_request(&mut self, pass: Pass, pool: &mut Pool) -> Option<Step> {
+    fn take_request(&mut self, allowed: Allowed, pool: &mut Pool) -> Option<Step> {
         let Some(bytes) = self.inbox.filled().first_chunk::<REQUEST_LEN>() else { return Some(Step::NeedBytes) };
         if self.in_flight() >= IN_FLIGHT_MAX {
             return Some(Step::NeedRoom);
@@ -347,7 +347,7 @@ impl ServerSession {
             return None;
         }
         let refusal = refuse(&head, self.export, self.style);
-        if pass == Pass::Reads && refusal.is_none() && head.changes_export() {
+        if allowed == Allowed::Reads && refusal.is_none() && head.changes_export() {
             return Some(Step::Kept);
         }
         if refusal.is_none() && head.kind == kind::READ && head.length > 0 {
@@ -361,7 +361,7 @@ impl ServerSession {
             pending.error = refusal.map(|refusal| refusal.errno);
         }
         if head.kind == kind::WRITE && head.length > 0 {
-            self.state = State::Payload(Incoming::new(tag, &head));
+            self.state = State::Payload(Arriving::new(tag, &head));
             return refusal.map(Step::Refused);
         }
         if let Some(action) = without_payload(&head).filter(|_| refusal.is_none()) {
@@ -437,7 +437,7 @@ impl ServerSession {
     }
 
     /// Hands on what has come of a payload. `None`: look again, the state has changed.
-    fn take_payload(&mut self, pass: Pass, pool: &mut Pool) -> Option<Step> {
+    fn take_payload(&mut self, allowed: Allowed, pool: &mut Pool) -> Option<Step> {
         let State::Payload(incoming) = &mut self.state else { return None };
         let tag = incoming.tag();
         let Some(&Pending { head, error: None, .. }) = self.unanswered.get(tag) else {
@@ -448,7 +448,7 @@ impl ServerSession {
             self.answer_if_done(tag);
             return None;
         };
-        match incoming.step(pass, &mut self.inbox, &mut self.memory, pool) {
+        match incoming.step(allowed, &mut self.inbox, &mut self.memory, pool) {
             Piece::NeedBytes => Some(Step::NeedBytes),
             Piece::NeedRoom => Some(Step::NeedRoom),
             Piece::Kept => Some(Step::Kept),

@@ -21,7 +21,7 @@ pub enum End {
 
 /// Which requests may pass now. The others are kept: they wait where they are, and so does what comes behind them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pass {
+pub enum Allowed {
     /// All of them.
     Everything,
     /// Those that do not change the export.

@@ -2,7 +2,7 @@
 
 use super::inbox::Inbox;
 use super::memory::{slice_len, Memory};
-use super::step::Pass;
+use super::step::Allowed;
 use crate::buffer::{Buffer, Pool};
 use crate::proto::wire::{command, RequestHead};
 use crate::work::Action;
@@ -22,7 +22,7 @@ pub(super) enum Piece {
 
 /// The payload of a WRITE on its way in.
 #[derive(Debug)]
-pub(super) struct Incoming {
+pub(super) struct Arriving {
     tag: u32,
     fua: bool,
     /// Where the next slice goes, in bytes.
@@ -33,7 +33,7 @@ pub(super) struct Incoming {
     slice: Option<(Buffer, usize)>,
 }
 
-impl Incoming {
+impl Arriving {
     /// The payload of the request with this tag.
     pub(super) fn new(tag: u32, head: &RequestHead) -> Self {
         let fua = head.flags & command::FUA != 0;
@@ -64,8 +64,8 @@ impl Incoming {
 
     /// Goes on with what was received. With FUA, all of the payload is durable when the last slice is done. A slice
     /// that may not pass is kept only when all of it has come: until then it waits for its client.
-    pub(super) fn step(&mut self, pass: Pass, inbox: &mut Inbox, memory: &mut Memory, pool: &mut Pool) -> Piece {
-        if pass == Pass::Reads && self.slice.is_none() {
+    pub(super) fn step(&mut self, allowed: Allowed, inbox: &mut Inbox, memory: &mut Memory, pool: &mut Pool) -> Piece {
+        if allowed == Allowed::Reads && self.slice.is_none() {
             return Piece::Kept;
         }
         let Some((mut buffer, room)) = self.slice.take().or_else(|| self.next_slice(memory, pool)) else {
@@ -78,7 +78,7 @@ impl Incoming {
             self.slice = Some((buffer, room - n));
             return Piece::NeedBytes;
         }
-        if pass == Pass::Reads {
+        if allowed == Allowed::Reads {
             self.slice = Some((buffer, 0));
             return Piece::Kept;
         }
