@@ -6,7 +6,7 @@ use crate::oracles::drive::{converse, Client, Schedule, Server};
 use crate::pair::ROOMY;
 use crate::plan::head;
 use crate::scripts::{Fixed, EAGER, LATE};
-use crate::simulation::{Chance, Rng, Seed};
+use crate::simulation::{each_seed, Chance, Rng, Seed};
 use flexnbd::buffer::SLICE;
 use flexnbd::proto::error::{Errno, Violation};
 use flexnbd::proto::server::request::Refusal;
@@ -425,8 +425,5 @@ fn simulate(seed: u64) {
 
 #[test]
 fn a_newstyle_conversation_keeps_its_promises_whatever_happens() {
-    match std::env::var("FLEXNBD_SEED") {
-        Ok(seed) => simulate(seed.parse().expect("FLEXNBD_SEED is a number")),
-        Err(_) => (0..SEEDS).for_each(simulate),
-    }
+    each_seed(SEEDS, simulate);
 }

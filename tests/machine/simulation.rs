@@ -1,7 +1,7 @@
 //! Conversations made up from a seed: what is asked, what the disk refuses, how everything is cut up, in which order
 //! work is reported, how time passes, and how much memory there is.
 //!
-//! A failing run prints its seed; `FLEXNBD_SEED=N` runs that one alone.
+//! A failing run prints its seed; `FLEXNBD_SEED=N` runs that one alone, `FLEXNBD_SEEDS=N` so many.
 
 use crate::disk::Fault;
 use crate::oracles::drive::{Act, Can, Schedule};
@@ -175,6 +175,15 @@ impl Drop for Seed {
     }
 }
 
+/// Simulates the seed that the environment names, or so many seeds.
+pub fn each_seed(seeds: u64, simulate: fn(u64)) {
+    let number = |name| std::env::var(name).ok().map(|value| value.parse().expect("a seed is a number"));
+    match number("FLEXNBD_SEED") {
+        Some(seed) => simulate(seed),
+        None => (0..number("FLEXNBD_SEEDS").unwrap_or(seeds)).for_each(simulate),
+    }
+}
+
 fn simulate(seed: u64) {
     let _named = Seed(seed);
     let mut rng = Rng(seed);
@@ -200,8 +209,5 @@ fn simulate(seed: u64) {
 
 #[test]
 fn a_conversation_keeps_its_promises_whatever_happens() {
-    match std::env::var("FLEXNBD_SEED") {
-        Ok(seed) => simulate(seed.parse().expect("FLEXNBD_SEED is a number")),
-        Err(_) => (0..SEEDS).for_each(simulate),
-    }
+    each_seed(SEEDS, simulate);
 }
