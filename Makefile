@@ -21,7 +21,7 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
 .PHONY: all check test test-slow test-kernel test-cluster chaos chaos-teeth tools tools-kernel tools-cluster tools-fuzz demo \
-	bench bench-storms bench-migration bench-cluster footprint fuzz install uninstall clean help
+	bench bench-storms bench-migration bench-cluster footprint fuzz fuzz-seeds fuzz-coverage install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
@@ -118,19 +118,17 @@ footprint: $(BINARY) tools ## Measure size, memory and system calls
 	FLEXNBD=$(BINARY) $(call within,300) bash tests/footprint.sh
 
 # Without a sanitizer a stable compiler will do, and what the targets reach has no unsafe code.
-FUZZ_TARGETS = $(notdir $(basename $(wildcard fuzz/fuzz_targets/*.rs)))
+FUZZ_CHOSEN = $(or $(TARGET),$(notdir $(basename $(wildcard fuzz/fuzz_targets/*.rs))))
+FUZZ := env CARGO="$(CARGO)" bash fuzz/fuzz.sh
 TIME ?= 60
-fuzz: ## Fuzz one entry point: make fuzz TARGET=... TIME=seconds
-	@if [ -z "$(filter $(FUZZ_TARGETS),$(TARGET))" ]; then \
-		echo "usage: make fuzz TARGET=... TIME=seconds, where TARGET is one of: $(FUZZ_TARGETS)" >&2; \
-		exit 2; \
-	fi
-	@$(MAKE) --no-print-directory tools-fuzz
-	@$(CARGO) fuzz --version >/dev/null 2>&1 || { \
-		echo "installing cargo-fuzz, which fuzzing needs"; $(call within,900) $(CARGO) install cargo-fuzz --locked; }
-	mkdir -p fuzz/corpus/$(TARGET)
-	$(call within,$$(($(TIME) + 900))) $(CARGO) fuzz run --sanitizer none $(TARGET) \
-		fuzz/corpus/$(TARGET) fuzz/seeds/$(TARGET) -- -max_total_time=$(TIME)
+fuzz: tools-fuzz ## Fuzz all targets one after another, each for TIME seconds (TIME=60, TARGET=one of them)
+	$(call within,$$((900 + $(words $(FUZZ_CHOSEN)) * ($(TIME) + 900)))) $(FUZZ) run $(TIME) $(FUZZ_CHOSEN)
+
+fuzz-seeds: tools-fuzz ## Add to fuzz/seeds what fuzzing has found and the seeds do not reach (TARGET)
+	$(call within,14400) $(FUZZ) seeds $(FUZZ_CHOSEN)
+
+fuzz-coverage: tools-fuzz ## Name the functions that no input of the fuzzers reaches (TARGET; needs rustup's llvm-tools)
+	$(call within,14400) $(FUZZ) coverage $(FUZZ_CHOSEN)
 
 BIN_DIR = $(DESTDIR)$(PREFIX)/bin
 MAN_DIR = $(DESTDIR)$(PREFIX)/share/man/man1

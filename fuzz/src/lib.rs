@@ -10,8 +10,9 @@
 //! `FLEXNBD_WRITE_SEEDS=1 cargo test --test machine seeds` then writes those seeds, as `fuzz/seeds/NAME/made-*`, which
 //! nobody edits.
 //!
-//! An input that a fuzzer found is added to `fuzz/seeds/NAME` under a name that says what it does. Nothing else is
-//! needed: the tests replay every file there, and the fuzzer starts from them.
+//! `make fuzz-seeds` adds what fuzzing has found and no seed reaches, as `fuzz/seeds/NAME/found-*`. An input that has
+//! shown a fault is added by hand, under a name that says what it does. Nothing else is needed: the tests replay every
+//! file there, and the fuzzer starts from them.
 
 mod acl;
 mod choices;

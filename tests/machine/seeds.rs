@@ -1,7 +1,7 @@
 //! Replays what the fuzzers start from, `fuzz/seeds`, without a fuzzer.
 //!
 //! The seeds are made here, so that they follow the protocol when it grows: `FLEXNBD_WRITE_SEEDS=1` writes them anew.
-//! What a fuzzer finds is added to their folder by hand, under another name, and replayed like the rest.
+//! `make fuzz-seeds` adds to their folder what a fuzzer has found, under other names, and it is replayed like the rest.
 
 use crate::newstyle::{contexts, everything, option, option_reply, Talk};
 use crate::oracles::{acl, client, control, haggling, newstyle_session, session, CHOICES};
