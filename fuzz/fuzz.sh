@@ -117,7 +117,7 @@ show_coverage() {
         END { for (at in entered) { split(at, parts, ":"); if (used[parts[1]]) print at, entered[at], name[at] } }
     ' "$scratch/lcov" | sort -t : -k 1,1 -k 2,2n >"$scratch/functions"
     echo "no input reaches these functions:"
-    awk '$2 == 0 { print "  " $1 " " $3 }' "$scratch/functions" | c++filt | sed -E 's/::h[0-9a-f]{16}$//'
+    awk '$2 == 0 { print "  " $1 " " $3 }' "$scratch/functions" | c++filt | sed -E 's/\[[0-9a-f]+\]|::h[0-9a-f]{16}$//g'
     awk '{ all++; if ($2 > 0) reached++ }
         END { print reached " of " all " functions are reached in those files of src/ that are reached at all" }
     ' "$scratch/functions"
