@@ -17,7 +17,7 @@ cd "$tree/src"
 # file names only what stands below it; what it takes from `super` itself stands in mod.rs.
 declare -A folders=(
     [cli]="mod args"
-    [disk]="mod engine ring verify hint zero pace sparse reads commit queue open image"
+    [disk]="mod engine ring changes kernel verify hint zero pace sparse reads commit queue open image"
     [event]="mod alarm ready run_queue wheel slots"
     [migrate]="mod plan flush pace pause pass changes holes incoming bucket meter"
     [proto]="mod client server outbox export error wire"

@@ -98,6 +98,11 @@ impl Commit {
         self.syncing.iter().map(|job| job.op.owner)
     }
 
+    /// True while an fdatasync runs.
+    pub(super) fn is_syncing(&self) -> bool {
+        !self.syncing.is_empty()
+    }
+
     /// Takes out what no fdatasync has begun for yet.
     pub(super) fn remove(&mut self, owner: u64) -> Vec<Job> {
         let (gone, stay) = mem::take(&mut self.gathering).into_iter().partition(|job| job.op.owner == owner);

@@ -1,6 +1,6 @@
 //! The engine behind the queue: the thread that calls [`Engine::kick`] does each operation, with pread, pwrite, fallocate and
-//! fdatasync. Where there is a ring, the kernel does what would keep this thread waiting: reads of what is not cached, and
-//! fdatasync.
+//! fdatasync. Where there is a ring, the kernel does what would keep this thread waiting: reads of what is not cached,
+//! fdatasync, and changes of an image that other machines or another process keep.
 //!
 //! A kick begins with what is quick: reads of what is cached, writes and, without a ring, hints to the kernel to read what
 //! is not cached, so that a disk has many reads at once. What may take long is dear: reads of what is not cached, questions
@@ -15,13 +15,15 @@
 //! Invariant 3: an fdatasync that the ring carries out ends in one kick, and the next begins in a later one: the replies
 //! have gone out by then and the sockets were looked at, so that many share it.
 
+use super::changes::Changes;
 use super::commit::Commit;
 use super::hint::Hints;
 use super::image::Image;
+use super::kernel::Landed;
 use super::pace::Budget;
 use super::queue::{Job, Lanes};
 use super::reads::Way;
-use super::ring::{Flights, Landed};
+use super::ring::Flights;
 use super::sparse::{self, Holes};
 use super::verify;
 use super::zero::Zeroes;
@@ -31,15 +33,21 @@ use crate::work::{Action, Done, Extent, Op};
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
 use std::mem;
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+/// How long the end of the process waits for changes that the kernel has in hand. Most are over by then, and the next server
+/// finds the image free.
+const END: Duration = Duration::from_millis(100);
 
 pub(super) struct Engine {
     /// Not looked at yet.
     quick: VecDeque<Job>,
     dear: Lanes,
     /// What the kernel does. `None`: this thread does all itself.
-    flights: Option<Flights>,
+    pub(super) flights: Option<Flights>,
     /// Last pieces of requests that ask for stable storage. Their own work has ended, that of earlier pieces has not.
     last_pieces: Vec<Job>,
     commit: Commit,
@@ -48,6 +56,8 @@ pub(super) struct Engine {
     holes: Holes,
     zeroes: Zeroes,
     hints: Hints,
+    /// How many operations were submitted.
+    submitted: u64,
 }
 
 /// What a step of a dear operation has come to.
@@ -83,12 +93,16 @@ impl Engine {
             holes: Holes::default(),
             zeroes: Zeroes::default(),
             hints: Hints::default(),
+            submitted: 0,
         }
     }
 
     pub(super) fn submit(&mut self, op: Op) {
         self.commit.note(&op);
-        self.quick.push_back(Job::new(op));
+        let mut job = Job::new(op);
+        job.number = self.submitted;
+        self.submitted += 1;
+        self.quick.push_back(job);
     }
 
     /// Takes over what the kernel has done. Does what is quick, then what is dear as far as its time goes. Then begins the
@@ -137,9 +151,13 @@ impl Engine {
         self.flights.iter().flat_map(Flights::owners).chain(self.commit.syncing()).collect()
     }
 
-    /// Leaves what the kernel has in hand to the kernel, with its memory: for the end of the process.
-    pub(super) fn leak(&mut self) {
-        self.flights.take().into_iter().for_each(Flights::leak);
+    /// Leaves what the kernel has in hand to the kernel, with its memory: for the end of the process. True: a change of the
+    /// image is among it.
+    pub(super) fn leak(&mut self) -> bool {
+        let Some(mut flights) = self.flights.take() else { return false };
+        let is_changing = !flights.end_changes(END);
+        flights.leak();
+        is_changing
     }
 
     /// True when [`Engine::pop_done`] has something.
@@ -167,17 +185,20 @@ impl Engine {
     }
 
     /// Does what is quick of an operation. The rest of it is dear.
-    fn quick_step(&mut self, image: &Image, mut job: Job) {
+    fn quick_step(&mut self, image: &Image, job: Job) {
+        let Some(mut job) = self.fly(image, job) else { return };
         match &mut job.op.action {
             Action::Flush => return self.complete(job, Ok(())),
             Action::Write { offset, payload, .. } if !sparse::has_zeroes(image, *offset, payload.filled()) => {
-                let written = image.file.write_all_at(payload.filled(), *offset);
+                let written = self.timed(image, |_| image.file.write_all_at(payload.filled(), *offset));
                 return self.complete(job, written);
             }
             // To ask for holes is cheaper there than to read them.
             Action::Read { skip_hole: true, .. } if image.source == FileSystem::Memory => {}
             Action::Read { offset, length, skip_hole, buffer } => {
-                let n = self.way.read(image, *offset, buffer.spare().get_mut(..*length).unwrap_or_default());
+                let range = *offset..offset.saturating_add(*length as u64);
+                let room = buffer.spare().get_mut(..*length).unwrap_or_default();
+                let n = if self.is_locked(&range) { 0 } else { self.way.read(image, *offset, room) };
                 buffer.advance(n);
                 if n > 0 && !sparse::begins_with_zeroes(image, buffer.filled()) {
                     *skip_hole = false;
@@ -201,8 +222,14 @@ impl Engine {
     }
 
     /// Does a step of a dear operation.
-    fn turn(&mut self, image: &Image, mut job: Job) {
-        let mut step = self.dear_step(image, &mut job.op.action, &mut job.extents);
+    fn turn(&mut self, image: &Image, job: Job) {
+        let Some(mut job) = self.fly(image, job) else { return };
+        let is_change = job.op.action.touches().is_some();
+        let mut step = if is_change {
+            self.timed(image, |engine| engine.dear_step(image, &mut job.op.action, &mut job.extents))
+        } else {
+            self.dear_step(image, &mut job.op.action, &mut job.extents)
+        };
         if let Ok(Step::Wait) = step {
             match &mut self.flights {
                 Some(flights) => return flights.add(job),
@@ -245,10 +272,11 @@ impl Engine {
                 let done = self.hints.step(image, *offset, *length);
                 Ok(proceed(offset, length, done))
             }
-            Action::Verify { offset, length } => match verify::cached_step(image, &mut self.way, *offset, *length) {
-                0 if *length > 0 => Ok(Step::Wait),
-                done => Ok(proceed(offset, length, done)),
-            },
+            Action::Verify { offset, length } => {
+                let is_locked = self.is_locked(&(*offset..offset.saturating_add(*length)));
+                let done = if is_locked { 0 } else { verify::cached_step(image, &mut self.way, *offset, *length) };
+                Ok(if done == 0 && *length > 0 { Step::Wait } else { proceed(offset, length, done) })
+            }
             Action::Map { offset, length, most } => {
                 let found = self.holes.extent(image, *offset, *offset + *length);
                 let n = found.length();
@@ -268,6 +296,48 @@ impl Engine {
         }
     }
 
+    /// Hands a change to the kernel where this thread would wait for it, and keeps a flush that is behind one. Gives back
+    /// what is for this thread.
+    fn fly(&mut self, image: &Image, job: Job) -> Option<Job> {
+        let is_flush = matches!(job.op.action, Action::Flush);
+        let is_change = job.op.action.touches().is_some_and(|range| !range.is_empty());
+        if image.source != FileSystem::Distributed || !is_flush && !is_change {
+            return Some(job);
+        }
+        let is_syncing = self.commit.is_syncing();
+        let flies =
+            |changes: &Changes| is_flush && changes.precede(&job) || is_change && (is_syncing || changes.are_slow());
+        match &mut self.flights {
+            Some(flights) if flights.changes().is_some_and(flies) => {
+                if is_flush {
+                    flights.changes_mut().hold(job);
+                } else {
+                    flights.add(job);
+                }
+                None
+            }
+            _ => Some(job),
+        }
+    }
+
+    /// Notes how long this thread is held by a change where that tells which way the next one takes.
+    fn timed<T>(&mut self, image: &Image, change: impl FnOnce(&mut Self) -> T) -> T {
+        if image.source != FileSystem::Distributed {
+            return change(self);
+        }
+        let began = Instant::now();
+        let changed = change(self);
+        if let Some(flights) = &mut self.flights {
+            flights.changes_mut().note_inline(began.elapsed());
+        }
+        changed
+    }
+
+    /// True when a read of what is cached may have to wait for a change that the kernel has in hand.
+    fn is_locked(&self, range: &Range<u64>) -> bool {
+        self.flights.as_ref().and_then(Flights::changes).is_some_and(|changes| changes.lock(range))
+    }
+
     /// Gives the kernel what it can take, and collects what has ended.
     fn depart(&mut self) {
         self.flights.iter_mut().for_each(Flights::depart);
@@ -280,11 +350,7 @@ impl Engine {
             match landed {
                 Landed::Ended(job, result) => self.complete(job, result),
                 Landed::Onward(job) => self.dear.push_front(job),
-                Landed::Cancelled(mut job) => match wait_step(image, &mut job.op.action) {
-                    Ok(Step::Done) => self.complete(job, Ok(())),
-                    Ok(Step::More | Step::Wait) => self.dear.push_front(job),
-                    Err(error) => self.complete(job, Err(error)),
-                },
+                Landed::Cancelled(job) => self.waited_step(image, job),
                 Landed::Synced(Some(result)) => {
                     self.commit.ended(result, &mut self.done);
                     has_synced = true;
@@ -295,7 +361,26 @@ impl Engine {
                 }
             }
         }
+        while let Some(flush) = self.flights.as_mut().and_then(|flights| flights.changes_mut().release()) {
+            self.complete(flush, Ok(()));
+        }
         has_synced
+    }
+
+    /// Does a step, waiting for the disk, of what the kernel has no thread for.
+    fn waited_step(&mut self, image: &Image, mut job: Job) {
+        let is_change = job.op.action.touches().is_some();
+        let step = if is_change {
+            self.dear_step(image, &mut job.op.action, &mut job.extents)
+        } else {
+            wait_step(image, &mut job.op.action)
+        };
+        match (step, &mut self.flights) {
+            (Ok(Step::Done), _) => self.complete(job, Ok(())),
+            (Ok(_), Some(flights)) if is_change => flights.put_back(job),
+            (Ok(_), _) => self.dear.push_front(job),
+            (Err(error), _) => self.complete(job, Err(error)),
+        }
     }
 
     /// Begins the fdatasync for all that wait for one. This thread does it where that is cheaper and nobody has to wait for
@@ -335,7 +420,8 @@ impl Engine {
 
     /// True while pieces of the same request are under way. They were submitted before it.
     fn has_pieces_of(&self, last: &Job) -> bool {
-        self.dear.iter().any(|job| job.is_of_request(last))
+        let mut flying = self.flights.iter().filter_map(Flights::changes).flat_map(Changes::iter);
+        self.dear.iter().any(|job| job.is_of_request(last)) || flying.any(|job| job.is_of_request(last))
     }
 }
 

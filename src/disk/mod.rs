@@ -2,7 +2,7 @@
 //!
 //! The way through is always [`Disk::submit`], [`Disk::kick`], [`Disk::pop_done`]. An operation owns its buffer until
 //! it is done, so whoever asked may vanish meanwhile. What becomes of it is in `engine`; what the kernel does of it while
-//! this thread goes on, in `ring`; what waits is in `queue`; how long a step may take, in `pace`; what can be read at once,
+//! this thread goes on, in `ring` and `changes`; what waits is in `queue`; how long a step may take, in `pace`; what can be read at once,
 //! in `reads`. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is in
 //! `open`. There is no socket here and no word of a protocol.
 //!
@@ -13,10 +13,12 @@
 //!
 //! Invariant 2: `in_flight` is the number of operations submitted whose [`Done`] was not popped, at most [`OPS_MAX`].
 
+mod changes;
 mod commit;
 mod engine;
 mod hint;
 mod image;
+mod kernel;
 mod open;
 mod pace;
 mod queue;
@@ -24,6 +26,8 @@ mod reads;
 mod ring;
 #[cfg(test)]
 mod scripted;
+#[cfg(test)]
+mod scripted_changes;
 #[cfg(test)]
 mod slow;
 mod sparse;
@@ -40,6 +44,7 @@ use image::Image;
 use log::info;
 use ring::Flights;
 use std::io;
+use std::mem;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
@@ -250,16 +255,20 @@ impl Disk {
         }
     }
 
-    /// Waits for nothing that the kernel has in hand: for the end of the process, when the disk may hang. The memory of such
-    /// operations is never used again. They change the image no more, so its lock ends here and not with them. Without this,
-    /// to drop the disk waits until the kernel is done with it.
+    /// Hardly waits for what the kernel has in hand: for the end of the process, when the disk may hang. The memory of such
+    /// operations is never used again. The image's lock ends here and not with them, unless one of them changes the image:
+    /// then it ends with the last of them. Without this, to drop the disk waits until the kernel is done with it.
     pub fn leak(mut self) {
-        open::unlock(&self.image);
-        match &mut self.engine {
+        let is_changing = match &mut self.engine {
             Engine::Real(engine) => engine.leak(),
             #[cfg(test)]
-            Engine::Slow(_) => {}
+            Engine::Slow(_) => false,
+        };
+        if !is_changing {
+            open::unlock(&self.image);
         }
+        // To close a file of another process may wait for a change of it; the kernel does that at the end of this one.
+        mem::forget(self.image);
     }
 
     /// How many times fdatasync was called since the image was opened.

@@ -11,11 +11,17 @@ pub(super) struct Job {
     pub(super) op: Op,
     touched: Option<Range<u64>>,
     pub(super) extents: Vec<Extent>,
+    /// Which one of all it is, in the order in which they were submitted.
+    pub(super) number: u64,
+    /// How much of a payload the kernel has written, in bytes.
+    pub(super) written: u64,
+    /// A part of the change that it is may have been made.
+    pub(super) is_begun: bool,
 }
 
 impl Job {
     pub(super) fn new(op: Op) -> Self {
-        Self { touched: op.action.touches(), op, extents: Vec::new() }
+        Self { touched: op.action.touches(), op, extents: Vec::new(), number: 0, written: 0, is_begun: false }
     }
 
     /// True when both are pieces of one request.
@@ -70,12 +76,12 @@ impl Lanes {
 
     /// The first job of the owner whose turn it is.
     pub(super) fn pop(&mut self) -> Option<Job> {
-        self.pop_of(|_| true)
+        self.pop_if(|_| true)
     }
 
-    /// The same of those owners of whom this is true.
-    pub(super) fn pop_of(&mut self, may: impl Fn(u64) -> bool) -> Option<Job> {
-        let at = self.lanes.iter().position(|lane| may(lane.owner))?;
+    /// The same of those owners of whose first job this is true.
+    pub(super) fn pop_if(&mut self, may: impl Fn(&Job) -> bool) -> Option<Job> {
+        let at = self.lanes.iter().position(|lane| lane.jobs.front().is_some_and(&may))?;
         let mut lane = self.lanes.remove(at)?;
         let job = lane.jobs.pop_front();
         if !lane.jobs.is_empty() {
@@ -84,13 +90,18 @@ impl Lanes {
         job
     }
 
-    /// The owners of whom there are jobs.
-    pub(super) fn owners(&self) -> impl Iterator<Item = u64> + '_ {
-        self.lanes.iter().map(|lane| lane.owner)
+    /// The first job of each owner.
+    pub(super) fn heads(&self) -> impl Iterator<Item = &Job> {
+        self.lanes.iter().filter_map(|lane| lane.jobs.front())
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Job> {
         self.lanes.iter().flat_map(|lane| &lane.jobs)
+    }
+
+    /// Those that are begun. They come first in their lanes.
+    pub(super) fn begun(&self) -> impl Iterator<Item = &Job> {
+        self.lanes.iter().flat_map(|lane| lane.jobs.iter().take_while(|job| job.is_begun))
     }
 
     /// Takes out all jobs of an owner.
@@ -130,10 +141,10 @@ mod tests {
         let first = lanes.pop().unwrap();
         lanes.push_front(first);
         lanes.push(job(3, 0));
-        assert!(lanes.pop_of(|owner| owner == 4).is_none() && lanes.owners().eq([2, 1, 3]));
+        assert!(lanes.pop_if(|job| job.op.owner == 4).is_none() && lanes.heads().map(|job| job.op.owner).eq([2, 1, 3]));
         assert_eq!(names(&mut lanes), [(2, 0), (1, 0), (3, 0), (1, 1), (1, 2)]);
         (0..6).for_each(|n| lanes.push(job(u64::from(n % 3), n)));
-        assert_eq!(lanes.pop_of(|owner| owner == 1).map(|job| job.op.tag), Some(1));
+        assert_eq!(lanes.pop_if(|job| job.op.owner == 1).map(|job| job.op.tag), Some(1));
         assert_eq!(names(&mut lanes), [(0, 0), (2, 2), (1, 4), (0, 3), (2, 5)]);
         assert!(lanes.is_empty());
     }

@@ -1,12 +1,15 @@
-//! What the kernel carries out while this thread goes on: reads of what is not cached, and fdatasync.
+//! What the kernel carries out while this thread goes on: reads of what is not cached, fdatasync, and what is in `changes`.
 //!
 //! The life of an operation: it waits for room, flies, and lands. A read that lands short waits again with its rest; a
 //! verification goes back to the engine after each piece, because the next one may be cached.
 //!
-//! Invariant 1: at most [`FLYING_MAX`] operations fly, and one fdatasync besides. The ring has room for as many.
+//! Invariant 1: at most [`FLYING_MAX`] reads and verifications fly, besides changes and one fdatasync. The ring has room for
+//! as many.
 //!
 //! Invariant 2: the buffer of a read that flies belongs to the ring; its job has an empty one meanwhile.
 
+use super::changes::{self, Changes};
+use super::kernel::{is_brief, Kernel, Landed};
 use super::queue::{Job, Lanes};
 use crate::buffer::Buffer;
 use crate::sys::pages;
@@ -18,21 +21,23 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::mem;
 use std::os::fd::BorrowedFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
-/// The most operations that fly at once: fewer than a disk takes from the kernel (256 requests, as a rule), because a ring
+/// The most reads and verifications that fly at once: fewer than a disk takes from the kernel (256 requests, as a rule), because a ring
 /// that hands over more waits for the disk.
 const FLYING_MAX: usize = 128;
 
 /// The room that a ring needs.
-const ROOM: u32 = 129;
-const _: () = assert!(ROOM as usize == FLYING_MAX + 1, "all that fly, and an fdatasync");
+const ROOM: u32 = 145;
+const _: () = assert!(ROOM as usize == FLYING_MAX + changes::FLYING_MAX + 1, "all that fly, and an fdatasync");
 
-/// What reads cost the kernel.
+/// What reads cost the kernel, and what that says about changes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cost {
     /// The most threads that the kernel may take for what it cannot do without waiting.
     workers_max: u32,
-    /// The most operations of one owner that fly at once.
+    /// The most reads and verifications of one owner that fly at once.
     of_owner_max: usize,
 }
 
@@ -60,50 +65,11 @@ const VERIFYING_MAX: usize = 8;
 /// How much of a verification flies at once, in bytes.
 const VERIFY_STEP: u64 = 128 << 10;
 
-/// The number of an fdatasync. The others are indexes of `flying`.
+/// How often it is looked for the end of changes.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// The number of an fdatasync. Changes have numbers of their own; the others are indexes of `flying`.
 const SYNC: u32 = u32::MAX;
-
-/// What is asked of a ring. Tests have one that does as it is told.
-pub(super) trait Kernel {
-    fn push_read(&mut self, id: u32, buffer: Buffer, offset: u64, len: usize) -> Result<(), Buffer>;
-    fn push_sync(&mut self, id: u32) -> bool;
-    fn enter(&mut self) -> io::Result<()>;
-    fn pop(&mut self) -> Option<Completion>;
-    fn is_stuck(&self) -> bool;
-    fn notifier(&self) -> BorrowedFd<'_>;
-    fn leak(self: Box<Self>);
-}
-
-impl Kernel for Ring {
-    fn push_read(&mut self, id: u32, buffer: Buffer, offset: u64, len: usize) -> Result<(), Buffer> {
-        self.push_read(id, buffer, 0, offset, len)
-    }
-
-    fn push_sync(&mut self, id: u32) -> bool {
-        self.push_sync(id)
-    }
-
-    fn enter(&mut self) -> io::Result<()> {
-        self.enter()
-    }
-
-    fn pop(&mut self) -> Option<Completion> {
-        self.pop()
-    }
-
-    /// True when the kernel has nothing in hand and has not taken what was pushed: nothing but another try gets it on.
-    fn is_stuck(&self) -> bool {
-        self.queued() > 0 && self.queued() == self.in_flight()
-    }
-
-    fn notifier(&self) -> BorrowedFd<'_> {
-        self.notifier()
-    }
-
-    fn leak(self: Box<Self>) {
-        (*self).leak();
-    }
-}
 
 /// The operations in the kernel's hands, and those that wait for their turn to be.
 pub(super) struct Flights {
@@ -113,6 +79,7 @@ pub(super) struct Flights {
     flying: Slab<Flight>,
     reads: Lanes,
     verifications: Lanes,
+    changes: Changes,
     /// An error of the ring itself was logged.
     has_complained: bool,
 }
@@ -124,18 +91,6 @@ struct Flight {
     is_wanted: bool,
 }
 
-/// What has come back from the kernel.
-pub(super) enum Landed {
-    /// An operation has ended.
-    Ended(Job, io::Result<()>),
-    /// A piece of an operation is done, and the next may be cached.
-    Onward(Job),
-    /// The kernel gave the operation up without a try: it had no thread for it.
-    Cancelled(Job),
-    /// The fdatasync has ended. `None`: the kernel gave it up, which says nothing about what was written.
-    Synced(Option<io::Result<()>>),
-}
-
 impl Flights {
     /// Opens a ring for a file. An error when the kernel has none, or forbids it.
     pub(super) fn open(file: &File) -> io::Result<Self> {
@@ -144,20 +99,36 @@ impl Flights {
     }
 
     pub(super) fn of(kernel: Box<dyn Kernel>, cost: Cost) -> Self {
-        let (reads, verifications) = (Lanes::default(), Lanes::default());
-        Self { kernel, cost, flying: Slab::new(), reads, verifications, has_complained: false }
+        let (reads, verifications, changes) = (Lanes::default(), Lanes::default(), Changes::default());
+        Self { kernel, cost, flying: Slab::new(), reads, verifications, changes, has_complained: false }
     }
 
-    /// Takes an operation that would wait: a read or a verification. It flies with the next [`Flights::depart`].
+    /// Takes an operation that would wait: a read, a verification or a change. It flies with the next [`Flights::depart`].
     pub(super) fn add(&mut self, job: Job) {
         self.lane_of(&job).push(job);
     }
 
+    /// Takes back what is left of one, before the others of its owner.
+    pub(super) fn put_back(&mut self, job: Job) {
+        self.lane_of(&job).push_front(job);
+    }
+
+    /// Where reads take threads, changes may take as long, and fly.
+    pub(super) fn changes(&self) -> Option<&Changes> {
+        (self.cost.of_owner_max < FLYING_MAX).then_some(&self.changes)
+    }
+
+    /// The same, to be changed.
+    pub(super) fn changes_mut(&mut self) -> &mut Changes {
+        &mut self.changes
+    }
+
     /// Pushes what there is room for, hands it to the kernel, and collects what has ended.
     pub(super) fn depart(&mut self) {
+        self.changes.depart(&mut *self.kernel);
         while self.flying.len() < FLYING_MAX {
             let Some(job) = self.next() else { break };
-            if let Err(job) = self.push(job) {
+            if let Some(job) = self.push(job) {
                 self.lane_of(&job).push_front(job);
                 break;
             }
@@ -178,10 +149,22 @@ impl Flights {
     /// The next that has ended, of what was collected. The rest of a short read waits again.
     pub(super) fn land(&mut self) -> Option<Landed> {
         loop {
-            let Completion { id, result, buffer } = self.kernel.pop()?;
+            if let Some(ended) = self.changes.pop_ended() {
+                return Some(ended);
+            }
+            let Some(Completion { id, result, buffer }) = self.kernel.pop() else {
+                self.changes.measure();
+                return None;
+            };
             if id == SYNC {
                 let result = result.map(drop);
                 return Some(Landed::Synced(if says_nothing(&result) { None } else { Some(result) }));
+            }
+            if let Some(key) = changes::key_of(id) {
+                match self.changes.land(key, result, buffer) {
+                    None => continue,
+                    landed => return landed,
+                }
             }
             let flight = usize::try_from(id).ok().and_then(|id| self.flying.try_remove(id));
             debug_assert!(flight.is_some(), "the kernel ends what flies, once");
@@ -219,14 +202,15 @@ impl Flights {
 
     /// True when [`Flights::depart`] would get something on its way.
     pub(super) fn has_work(&self) -> bool {
-        let mut waiting = self.reads.owners().chain(self.verifications.owners().filter(|_| self.may_verify()));
-        self.flying.len() < FLYING_MAX && waiting.any(|owner| may_fly(&self.flying, self.cost, owner))
+        let mut waiting = self.reads.heads().chain(self.verifications.heads().filter(|_| self.may_verify()));
+        self.flying.len() < FLYING_MAX && waiting.any(|job| may_fly(&self.flying, self.cost, job))
+            || self.changes.has_work()
             || self.kernel.is_stuck()
     }
 
     /// True when nothing flies or waits, apart from an fdatasync.
     pub(super) fn is_empty(&self) -> bool {
-        self.flying.is_empty() && self.reads.is_empty() && self.verifications.is_empty()
+        self.flying.is_empty() && self.reads.is_empty() && self.verifications.is_empty() && self.changes.is_empty()
     }
 
     /// Takes out what waits of an owner. What flies of it ends with an error, and what is left of it does not fly.
@@ -236,12 +220,27 @@ impl Flights {
         }
         let mut waiting = self.reads.remove(owner);
         waiting.append(&mut self.verifications.remove(owner));
+        waiting.append(&mut self.changes.forget(owner));
         waiting
     }
 
     /// The owners of what flies, one for each operation, apart from an fdatasync.
     pub(super) fn owners(&self) -> impl Iterator<Item = u64> + '_ {
-        self.flying.iter().map(|(_, flight)| flight.job.op.owner)
+        self.flying.iter().map(|(_, flight)| flight.job.op.owner).chain(self.changes.owners())
+    }
+
+    /// Waits until no change flies, but no longer than this; says whether none does. What else lands meanwhile is dropped.
+    pub(super) fn end_changes(&mut self, patience: Duration) -> bool {
+        let began = Instant::now();
+        while self.changes.owners().next().is_some() {
+            if began.elapsed() >= patience {
+                return false;
+            }
+            thread::sleep(LOOK);
+            let _ = self.kernel.enter();
+            while self.land().is_some() {}
+        }
+        true
     }
 
     /// As [`Ring::notifier`].
@@ -257,6 +256,7 @@ impl Flights {
     fn lane_of(&mut self, job: &Job) -> &mut Lanes {
         match job.op.action {
             Action::Verify { .. } => &mut self.verifications,
+            Action::Write { .. } | Action::Zero { .. } | Action::Trim { .. } => self.changes.waiting(),
             _ => &mut self.reads,
         }
     }
@@ -264,9 +264,9 @@ impl Flights {
     /// The next operation that may fly.
     fn next(&mut self) -> Option<Job> {
         let may_verify = self.may_verify();
-        let may_fly = |owner| may_fly(&self.flying, self.cost, owner);
-        let read = self.reads.pop_of(may_fly);
-        read.or_else(|| if may_verify { self.verifications.pop_of(may_fly) } else { None })
+        let may_fly = |job: &Job| may_fly(&self.flying, self.cost, job);
+        let read = self.reads.pop_if(may_fly);
+        read.or_else(|| if may_verify { self.verifications.pop_if(may_fly) } else { None })
     }
 
     fn may_verify(&self) -> bool {
@@ -274,8 +274,8 @@ impl Flights {
         self.flying.iter().filter(|(_, flight)| is_one(flight)).count() < VERIFYING_MAX
     }
 
-    /// Pushes what is left of an operation, or hands it back when the ring is full.
-    fn push(&mut self, mut job: Job) -> Result<(), Job> {
+    /// Pushes what is left of an operation. Hands it back when the ring is full.
+    fn push(&mut self, mut job: Job) -> Option<Job> {
         let place = self.flying.vacant_entry();
         let id = u32::try_from(place.key()).unwrap_or(SYNC);
         let pushed = match &mut job.op.action {
@@ -291,22 +291,17 @@ impl Flights {
             _ => Err(()),
         };
         if pushed.is_err() {
-            return Err(job);
+            return Some(job);
         }
         place.insert(Flight { job, is_wanted: true });
-        Ok(())
+        None
     }
 }
 
-/// True when one more operation of an owner may fly.
-fn may_fly(flying: &Slab<Flight>, cost: Cost, owner: u64) -> bool {
-    let of_owner = || flying.iter().filter(|(_, flight)| flight.job.op.owner == owner).count();
+/// True when an operation of this owner may fly.
+fn may_fly(flying: &Slab<Flight>, cost: Cost, job: &Job) -> bool {
+    let of_owner = || flying.iter().filter(|(_, flight)| flight.job.op.owner == job.op.owner).count();
     flying.len() < cost.of_owner_max || of_owner() < cost.of_owner_max
-}
-
-/// True for an error of the moment: the operation is tried again.
-fn is_brief(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR))
 }
 
 /// True when an fdatasync never began or was given up: that says nothing about what was written.

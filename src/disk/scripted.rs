@@ -4,8 +4,9 @@
 
 use super::engine::Engine;
 use super::image::Image;
+use super::kernel::Kernel;
 use super::reads::Way;
-use super::ring::{Cost, Flights, Kernel};
+use super::ring::{Cost, Flights};
 use super::tests::{buffer, TempFile};
 use crate::buffer::Buffer;
 use crate::sys::pages::FileSystem;
@@ -19,26 +20,28 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 
-const SIZE: u64 = 1 << 20;
+pub(super) const SIZE: u64 = 1 << 20;
 
 /// What was pushed.
 #[derive(Debug)]
 enum Pushed {
     Read { id: u32, buffer: Buffer, offset: u64, len: usize },
+    Write { id: u32, buffer: Buffer, from: usize, offset: u64, len: usize },
+    Punch { id: u32, offset: u64, length: u64 },
     Sync { id: u32 },
 }
 
 /// What a ring was given, and what it is to say.
-struct Script {
+pub(super) struct Script {
     pushed: Vec<Pushed>,
     /// What the kernel has in hand.
     taken: Vec<Pushed>,
     ended: VecDeque<Completion>,
     /// How many operations there is room for.
-    room: usize,
+    pub(super) room: usize,
     /// Whether the kernel takes what was pushed.
     takes: io::Result<bool>,
-    is_leaked: bool,
+    pub(super) is_leaked: bool,
 }
 
 struct Told {
@@ -60,8 +63,19 @@ impl Kernel for Told {
     fn push_read(&mut self, id: u32, buffer: Buffer, offset: u64, len: usize) -> Result<(), Buffer> {
         self.script.borrow_mut().push(Pushed::Read { id, buffer, offset, len }).map_err(|pushed| match pushed {
             Pushed::Read { buffer, .. } => buffer,
-            Pushed::Sync { .. } => unreachable!(),
+            _ => unreachable!(),
         })
+    }
+
+    fn push_write(&mut self, id: u32, buffer: Buffer, from: usize, offset: u64, len: usize) -> Result<(), Buffer> {
+        self.script.borrow_mut().push(Pushed::Write { id, buffer, from, offset, len }).map_err(|pushed| match pushed {
+            Pushed::Write { buffer, .. } => buffer,
+            _ => unreachable!(),
+        })
+    }
+
+    fn push_punch_hole(&mut self, id: u32, offset: u64, length: u64) -> bool {
+        self.script.borrow_mut().push(Pushed::Punch { id, offset, length }).is_ok()
     }
 
     fn push_sync(&mut self, id: u32) -> bool {
@@ -97,40 +111,40 @@ impl Kernel for Told {
 }
 
 /// An engine on a file whose bytes tell where they are, and its ring.
-struct House {
+pub(super) struct House {
     _temp: TempFile,
-    image: Image,
-    engine: Engine,
-    script: Rc<RefCell<Script>>,
+    pub(super) image: Image,
+    pub(super) engine: Engine,
+    pub(super) script: Rc<RefCell<Script>>,
 }
 
 /// The byte of the image at an offset.
-fn byte(offset: u64) -> u8 {
+pub(super) fn byte(offset: u64) -> u8 {
     (offset % 251) as u8 + 1
 }
 
-fn bytes(offset: u64, length: usize) -> Vec<u8> {
+pub(super) fn bytes(offset: u64, length: usize) -> Vec<u8> {
     (offset..offset + length as u64).map(byte).collect()
 }
 
-fn read(offset: u64, length: usize) -> Action {
+pub(super) fn read(offset: u64, length: usize) -> Action {
     Action::Read { offset, length, skip_hole: false, buffer: Buffer::with_capacity(length) }
 }
 
-fn write(offset: u64, length: usize, fua: bool) -> Action {
+pub(super) fn write(offset: u64, length: usize, fua: bool) -> Action {
     Action::Write { offset, payload: buffer(&bytes(offset, length)), fua }
 }
 
 /// A done operation: its tag, and its error.
-type Outcome = (u32, Option<ErrorKind>);
+pub(super) type Outcome = (u32, Option<ErrorKind>);
 
 impl House {
     /// Nothing counts as cached.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::costly(Cost::NONE)
     }
 
-    fn costly(cost: Cost) -> Self {
+    pub(super) fn costly(cost: Cost) -> Self {
         let temp = TempFile::new("scripted");
         temp.file.write_all_at(&bytes(0, SIZE as usize), 0).unwrap();
         let image = Image::of(&temp.file, SIZE);
@@ -149,39 +163,55 @@ impl House {
         Self { _temp: temp, image, engine, script }
     }
 
-    fn submit(&mut self, owner: u64, tag: u32, action: Action) {
+    pub(super) fn submit(&mut self, owner: u64, tag: u32, action: Action) {
         self.engine.submit(Op { owner, tag, action });
     }
 
-    fn kick(&mut self) {
+    pub(super) fn kick(&mut self) {
         self.engine.kick(&self.image);
     }
 
     /// How many operations the kernel has in hand.
-    fn taken(&self) -> usize {
+    pub(super) fn taken(&self) -> usize {
         self.script.borrow().taken.len()
     }
 
-    /// The range that the kernel reads at an index; empty for an fdatasync.
-    fn range(&self, index: usize) -> (u64, usize) {
+    /// The range that an operation is about that the kernel has in hand; empty for an fdatasync.
+    pub(super) fn range(&self, index: usize) -> (u64, usize) {
         match &self.script.borrow().taken[index] {
-            Pushed::Read { offset, len, .. } => (*offset, *len),
+            Pushed::Read { offset, len, .. } | Pushed::Write { offset, len, .. } => (*offset, *len),
+            Pushed::Punch { offset, length, .. } => (*offset, *length as usize),
             Pushed::Sync { .. } => (0, 0),
         }
     }
 
-    fn is_sync(&self, index: usize) -> bool {
+    pub(super) fn is_punch(&self, index: usize) -> bool {
+        matches!(self.script.borrow().taken[index], Pushed::Punch { .. })
+    }
+
+    pub(super) fn is_sync(&self, index: usize) -> bool {
         matches!(self.script.borrow().taken[index], Pushed::Sync { .. })
     }
 
     /// Ends what the kernel has in hand at an index: so many bytes, or an error number.
-    fn end(&mut self, index: usize, result: Result<usize, i32>) {
+    pub(super) fn end(&mut self, index: usize, result: Result<usize, i32>) {
         let script = &mut *self.script.borrow_mut();
         let (id, buffer) = match script.taken.remove(index) {
             Pushed::Read { id, mut buffer, offset, .. } => {
                 let n = result.unwrap_or(0);
                 buffer.spare()[..n].copy_from_slice(&bytes(offset, n));
                 (id, Some(buffer))
+            }
+            Pushed::Write { id, buffer, from, offset, .. } => {
+                let n = result.unwrap_or(0);
+                self.image.file.write_all_at(&buffer.filled()[from..][..n], offset).unwrap();
+                (id, Some(buffer))
+            }
+            Pushed::Punch { id, offset, length } => {
+                let end = (offset + length).min(SIZE);
+                let n = if result.is_ok() { end.saturating_sub(offset) } else { 0 };
+                self.image.file.write_all_at(&vec![0; n as usize], offset).unwrap();
+                (id, None)
             }
             Pushed::Sync { id } => (id, None),
         };
@@ -190,7 +220,7 @@ impl House {
     }
 
     /// What is done, in order. What was read is right.
-    fn done(&mut self) -> Vec<Outcome> {
+    pub(super) fn done(&mut self) -> Vec<Outcome> {
         let done = std::iter::from_fn(|| self.engine.pop_done());
         done.map(|done| {
             if let (Some(buffer), Ok(())) = (&done.buffer, &done.result) {

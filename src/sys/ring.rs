@@ -18,7 +18,6 @@ use crate::buffer::Buffer;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{opcode, squeue, EnterFlags, IoUring};
 use slab::Slab;
-use std::ffi::c_int;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::marker::PhantomData;
@@ -128,19 +127,9 @@ impl Ring {
     /// Pushes what [`file::punch_hole`] does. False: the ring is full.
     #[must_use]
     pub fn push_punch_hole(&mut self, id: u32, offset: u64, length: u64) -> bool {
-        self.push_fallocate(id, file::PUNCH_HOLE, offset, length)
-    }
-
-    /// Pushes what [`file::zero_range`] does. False: the ring is full.
-    #[must_use]
-    pub fn push_zero_range(&mut self, id: u32, offset: u64, length: u64) -> bool {
-        self.push_fallocate(id, file::ZERO_RANGE, offset, length)
-    }
-
-    fn push_fallocate(&mut self, id: u32, mode: c_int, offset: u64, length: u64) -> bool {
-        let fallocate = opcode::Fallocate::new(self.fd(), length).offset(offset).mode(mode).build();
+        let punch = opcode::Fallocate::new(self.fd(), length).offset(offset).mode(file::PUNCH_HOLE).build();
         // SAFETY: no memory is named.
-        unsafe { self.push_bare(id, fallocate) }
+        unsafe { self.push_bare(id, punch) }
     }
 
     /// Hands over what was pushed and collects what has ended. It does not wait for the disk. What the kernel has no
@@ -311,7 +300,7 @@ fn length(len: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::file::{punch_hole, try_lock, unlock, zero_range};
+    use crate::sys::file::{punch_hole, try_lock, unlock};
     use crate::sys::{monotonic_ms, scratch, wait_readable};
     use std::fs;
     use std::io::Read;
@@ -482,10 +471,6 @@ mod tests {
             assert_eq!(all[BLOCK..], [vec![0; 2 * BLOCK], block(3)].concat());
         }
 
-        let inline = zero_range(&file, 0, 8).map(|()| 0);
-        assert!(ring.push_zero_range(4, 0, 8));
-        let ended = finish_one(&mut ring).result;
-        assert_eq!(ended.map_err(|error| error.raw_os_error()), inline.map_err(|error| error.raw_os_error()));
         assert_eq!(file.metadata().unwrap().len(), 4 * block_bytes, "the size stays");
     }
 

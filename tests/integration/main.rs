@@ -23,6 +23,7 @@ mod migration;
 mod power_failure;
 mod protocol;
 mod read_only;
+mod slow_changes;
 mod sockets;
 mod sparse;
 mod spec;

@@ -3,7 +3,7 @@
 //!
 //! - Slow: requests of a kind, in a range of a file, are answered after a time ([`Disk::delay`]) or when they are let go
 //!   ([`Disk::hold`]); a sync may take as long as what was written ([`Disk::limit_syncs`]). All others are answered
-//!   meanwhile. Whoever is killed does not wait.
+//!   meanwhile. Whoever is killed does not wait, unless it is for [`Disk::stick`].
 //! - Failing: [`Disk::fail`], [`Disk::fail_once`], and a full disk by its size.
 //! - Forgetting: [`Disk::power_failures`] are all the contents that a power failure may leave.
 //!
@@ -123,6 +123,11 @@ impl Disk {
     /// From now on, requests of a kind that touch the range wait until [`Disk::heal`].
     pub fn hold(&self, op: Op, range: impl RangeBounds<u64>) {
         self.common.lock().rules.add(op, range, Fault::Hold);
+    }
+
+    /// The same, and whoever is killed waits, too: a disk that does not even answer to that.
+    pub fn stick(&self, op: Op, range: impl RangeBounds<u64>) {
+        self.common.lock().rules.add(op, range, Fault::Stick);
     }
 
     /// From now on, requests of a kind that touch the range fail.

@@ -36,8 +36,10 @@ pub enum Op {
 pub enum Fault {
     /// It is carried out and answered after a time.
     Delay(Duration),
-    /// The same, but when it is let go.
+    /// The same, but when it is let go, or fails when whoever waits for it is killed.
     Hold,
+    /// The same, and whoever is killed waits, too.
+    Stick,
     /// It fails with this error number.
     Fail(i32),
     /// The same, and only the first one.
@@ -64,6 +66,8 @@ pub struct Verdict {
     pub delay: Duration,
     /// It waits until it is let go.
     pub is_held: bool,
+    /// Also when whoever waits for it is killed.
+    pub is_stuck: bool,
     /// What it fails with.
     pub error: Option<i32>,
 }
@@ -102,6 +106,7 @@ impl Rules {
             match rule.fault {
                 Fault::Delay(delay) => verdict.delay = verdict.delay.max(delay),
                 Fault::Hold => verdict.is_held = true,
+                Fault::Stick => (verdict.is_held, verdict.is_stuck) = (true, true),
                 Fault::Fail(error) => (verdict.error, used) = (Some(error), None),
                 Fault::FailOnce(error) => (verdict.error, used) = (Some(error), Some(number)),
             }

@@ -49,6 +49,8 @@ struct Waiting {
     due: Instant,
     /// It waits until it is let go.
     is_held: bool,
+    /// Also when its thread is being killed.
+    is_stuck: bool,
     error: Option<i32>,
 }
 
@@ -92,7 +94,8 @@ impl State {
             return Some((request.unique, self.carry_out(&request, verdict.error)));
         }
         let due = Instant::now() + if verdict.is_held { HELD_MAX } else { delay };
-        self.waiting.push(Waiting { request, op, due, is_held: verdict.is_held, error: verdict.error });
+        let (is_held, is_stuck) = (verdict.is_held, verdict.is_stuck);
+        self.waiting.push(Waiting { request, op, due, is_held, is_stuck, error: verdict.error });
         None
     }
 
@@ -118,7 +121,8 @@ impl State {
     /// The reply of a request whose thread is being killed: it does not wait for a disk. The kernel tells that it got a
     /// signal, but of the first one only, and that may have been another.
     pub fn pop_killed(&mut self) -> Option<Reply> {
-        let killed = self.waiting.iter().position(|waiting| is_killed(waiting.request.thread))?;
+        let is_killed = |waiting: &Waiting| !waiting.is_stuck && is_killed(waiting.request.thread);
+        let killed = self.waiting.iter().position(is_killed)?;
         Some((self.waiting.remove(killed).request.unique, Err(libc::EINTR)))
     }
 
