@@ -2,8 +2,9 @@
 //! to wait for other machines or another process.
 //!
 //! The kernel lets one change of a file through at a time, and no fdatasync beside it. So while one of them flies, whatever
-//! else changes the image takes the same way: this thread would wait for it. When none does, this thread carries changes out
-//! itself as long as they are quick, because each way through a thread of the kernel costs as much as a short write.
+//! else changes the image takes the same way: this thread would wait for it. When none does, this thread carries one out
+//! itself in each kick, as long as they are quick, because the way through a thread of the kernel costs a lone client as
+//! much as a short write.
 //!
 //! A long change flies piece by piece; what is left of it goes before the other changes of its owner, and before those of
 //! others that overlap it.

@@ -58,6 +58,8 @@ pub(super) struct Engine {
     hints: Hints,
     /// How many operations were submitted.
     submitted: u64,
+    /// This thread has done a change in this kick, of an image that others keep.
+    has_changed: bool,
 }
 
 /// What a step of a dear operation has come to.
@@ -94,6 +96,7 @@ impl Engine {
             zeroes: Zeroes::default(),
             hints: Hints::default(),
             submitted: 0,
+            has_changed: false,
         }
     }
 
@@ -108,6 +111,7 @@ impl Engine {
     /// Takes over what the kernel has done. Does what is quick, then what is dear as far as its time goes. Then begins the
     /// fdatasync for all that wait for one, and gives the kernel its work.
     pub(super) fn kick(&mut self, image: &Image) {
+        self.has_changed = false;
         self.depart();
         let has_synced = self.land(image);
         for _ in 0..self.quick.len() {
@@ -304,9 +308,10 @@ impl Engine {
         if image.source != FileSystem::Distributed || !is_flush && !is_change {
             return Some(job);
         }
-        let is_syncing = self.commit.is_syncing();
+        // Of many that are quick the last would still be waited for.
+        let is_held = self.has_changed || self.commit.is_syncing();
         let flies =
-            |changes: &Changes| is_flush && changes.precede(&job) || is_change && (is_syncing || changes.are_slow());
+            |changes: &Changes| is_flush && changes.precede(&job) || is_change && (is_held || changes.are_slow());
         match &mut self.flights {
             Some(flights) if flights.changes().is_some_and(flies) => {
                 if is_flush {
@@ -327,6 +332,7 @@ impl Engine {
         }
         let began = Instant::now();
         let changed = change(self);
+        self.has_changed = true;
         if let Some(flights) = &mut self.flights {
             flights.changes_mut().note_inline(began.elapsed());
         }

@@ -450,10 +450,11 @@ fn this_thread_does_what_is_quick_unless_it_would_wait_for_what_flies() {
 
     let mut house = far();
     let each = |house: &mut House| {
-        house.submit(1, 1, fill(0, 10, 1));
-        house.submit(1, 2, zero(4096, 10, true, false));
-        house.submit(1, 3, trim(8192, 4096));
-        settle(house);
+        let changes = [fill(0, 10, 1), zero(4096, 10, true, false), trim(8192, 4096)];
+        for (tag, change) in (1..).zip(changes) {
+            house.submit(1, tag, change);
+            house.kick();
+        }
     };
     house.submit(2, 9, fill(90_000, 10, 1));
     house.kick();
@@ -466,6 +467,13 @@ fn this_thread_does_what_is_quick_unless_it_would_wait_for_what_flies() {
     count_as(&mut house, false);
     each(&mut house);
     assert_eq!((house.taken(), done(&mut house).len()), (0, 3));
+    for tag in 1..4 {
+        house.submit(1, tag, fill(u64::from(tag) * 10, 10, 1));
+    }
+    house.kick();
+    assert_eq!((house.taken(), done(&mut house)), (2, vec![(1, None)]), "one in a kick");
+    end_all(&mut house);
+    assert_eq!(done(&mut house).len(), 2);
 
     count_as(&mut house, false);
     house.submit(2, 9, Action::Flush);
