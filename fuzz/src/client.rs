@@ -4,9 +4,9 @@ use super::choices::Choices;
 use super::drive::feed;
 use super::CHOICES;
 use flexnbd::buffer::Pool;
-use flexnbd::proto::client::{ClientSession, Event};
+use flexnbd::proto::client::{ClientSession, Event, Wishes, DESCRIPTORS_MAX};
 use flexnbd::proto::error::Violation;
-use flexnbd::proto::export::Offer;
+use flexnbd::proto::export::{Offer, SessionName};
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::wire::kind;
 use std::collections::BTreeMap;
@@ -14,6 +14,8 @@ use std::io::IoSlice;
 
 /// The last choice of a client that asks for an export by name.
 const NAMED: u8 = 0xFF;
+/// The last choice of a client that wishes for all there is. Its session is named after it.
+const WISHING: u8 = 0xFE;
 
 /// Takes what a client wants sent, `piece()` bytes at once.
 pub(super) fn take_sent<T>(client: &mut ClientSession<T>, mut piece: impl FnMut(usize) -> usize) -> Vec<u8> {
@@ -35,6 +37,9 @@ struct Command {
     length: u32,
 }
 
+/// Where all commands begin in the export.
+const OFFSET: u64 = 1000;
+
 impl Command {
     fn new(choice: u8) -> Self {
         Self { kind: u16::from(choice & 7), length: u32::from(choice >> 3) * 11 }
@@ -47,7 +52,9 @@ struct Understood {
     sent: Vec<u8>,
     export: Option<Offer>,
     replies: Vec<(usize, u32)>,
-    data: BTreeMap<usize, Vec<u8>>,
+    /// The bytes of each READ by where they are in the export; those of a hole are zeroes.
+    data: BTreeMap<usize, BTreeMap<u64, u8>>,
+    extents: BTreeMap<usize, Vec<(u32, u32)>>,
     violation: Option<Violation>,
     /// What it would mean if the server closed the connection now.
     end: &'static str,
@@ -70,22 +77,39 @@ impl Understood {
                         for (number, &Command { kind, length }) in commands.iter().enumerate() {
                             match kind {
                                 kind::DISC => client.disconnect(),
-                                _ => client.command(kind, 0, 0, length, number),
+                                _ => client.command(kind, 0, OFFSET, length, number),
                             }
                         }
                     }
-                    Event::Data { note, bytes } => self.data.entry(*note).or_default().extend(bytes),
+                    Event::Data { note, offset, bytes } => self.bring(*note, offset, bytes),
+                    Event::Hole { note, offset, length } => self.bring(*note, offset, &vec![0; length as usize]),
+                    Event::Extents { note, descriptors } => {
+                        assert!(!descriptors.is_empty() && descriptors.len() <= DESCRIPTORS_MAX);
+                        let found = descriptors.iter().map(|found| (found.length, found.flags)).collect();
+                        assert!(self.extents.insert(*note, found).is_none(), "extents twice");
+                    }
                     Event::Reply { note, error } => {
                         let Command { kind, length } = commands[note];
-                        let brings = if kind == kind::READ && error == 0 { length as usize } else { 0 };
-                        let brought = self.data.get(&note).map_or(0, Vec::len);
-                        assert_eq!(brought, brings, "all of the data comes with a good reply");
+                        let brought = self.data.get(&note).map_or(0, BTreeMap::len);
+                        if error == 0 {
+                            let brings = if kind == kind::READ { length as usize } else { 0 };
+                            assert_eq!(brought, brings, "all of the data comes with a good reply");
+                        } else {
+                            let chunks = self.export.is_some_and(|offer| offer.agreed.structured);
+                            assert!(brought == 0 || chunks, "data of a simple reply with an error");
+                        }
                         self.replies.push((note, error));
                     }
                 }
             }
         }
         Ok(())
+    }
+
+    fn bring(&mut self, note: usize, offset: u64, bytes: &[u8]) {
+        for (at, &byte) in (offset..).zip(bytes) {
+            assert!(self.data.entry(note).or_default().insert(at, byte).is_none(), "the same byte twice");
+        }
     }
 }
 
@@ -94,7 +118,10 @@ impl Understood {
 fn listen(choices: &[u8], stream: &[u8], mut piece: impl FnMut(usize) -> usize) -> Understood {
     let commands: Vec<Command> = choices.iter().map(|&choice| Command::new(choice)).collect();
     let name = if choices.last() == Some(&NAMED) { "other" } else { "" };
-    let mut client = ClientSession::new(name.into());
+    let session = Some(SessionName([WISHING; 16]));
+    let wishes =
+        if choices.last() == Some(&WISHING) { Wishes { structured: true, session } } else { Wishes::default() };
+    let mut client = ClientSession::with_wishes(name.into(), wishes);
     let mut understood = Understood::default();
     let mut rest = stream;
     while !rest.is_empty() && understood.violation.is_none() {
@@ -107,7 +134,11 @@ fn listen(choices: &[u8], stream: &[u8], mut piece: impl FnMut(usize) -> usize) 
     assert_eq!(client.unanswered() + understood.replies.len(), asked.count(), "each reply answers one command");
     for (&number, data) in &understood.data {
         let Command { kind, length } = commands[number];
-        assert!(kind == kind::READ && data.len() <= length as usize, "more data than was asked for");
+        let inside = data.keys().all(|at| (OFFSET..OFFSET + u64::from(length)).contains(at));
+        assert!(kind == kind::READ && inside, "data that was not asked for");
+    }
+    for &number in understood.extents.keys() {
+        assert!(commands[number].kind == kind::BLOCK_STATUS, "extents that were not asked for");
     }
     understood.end = client.explain_end();
     understood

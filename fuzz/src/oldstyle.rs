@@ -100,10 +100,12 @@ impl Client for Oracle {
         let data_bytes = &mut self.data_bytes;
         let heard = hear(&mut self.client, bytes, |event| match event {
             Event::Export(Offer { size, .. }) => assert_eq!(size, SIZE),
-            Event::Data { note, bytes } => {
-                check_data(bytes, note.offset + *data_bytes);
+            Event::Data { note, offset, bytes } => {
+                assert_eq!(offset, note.offset + *data_bytes);
+                check_data(bytes, offset);
                 *data_bytes += bytes.len() as u64;
             }
+            Event::Hole { .. } | Event::Extents { .. } => unreachable!("nobody wished for it"),
             Event::Reply { note, error } => {
                 check_error(&note, error, Style::Oldstyle);
                 let brings = if note.kind == kind::READ && error == 0 { note.length } else { 0 };

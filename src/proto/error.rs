@@ -1,6 +1,6 @@
 //! The two ways the protocol says no: an [`Errno`] goes into a reply, a [`Violation`] ends the connection.
 
-use super::wire::option_reply;
+use super::wire::{kind, option_reply};
 use std::fmt;
 use std::io::{self, ErrorKind};
 
@@ -94,6 +94,30 @@ pub enum Violation {
     TooManyOptionReplies(u32),
     /// The server does not give the export: the type of its reply.
     OptionRefused(u32),
+    /// The server will serve when it has got its image.
+    NotYet,
+    /// A chunk of a reply that makes no sense, whatever it answers.
+    SenselessChunk {
+        /// Its type.
+        kind: u16,
+        /// How many bytes of payload it has.
+        length: u32,
+    },
+    /// A chunk of a reply does not fit what was asked: the type of the request.
+    UnexpectedChunk(u16),
+    /// A chunk of a reply to a READ is about bytes that were not asked for, or have come already.
+    ChunkRange {
+        /// Where they are in the export.
+        offset: u64,
+        /// How many they are.
+        length: u32,
+    },
+    /// The chunks of a reply leave more than this many gaps.
+    TooManyGaps(usize),
+    /// A reply ended before it said all that it had to: its cookie.
+    IncompleteReply(u64),
+    /// A simple reply where only chunks may come: its cookie.
+    SimpleReply(u64),
     /// Client flags with a bit nobody knows.
     ClientFlags(u32),
     /// An option does not start with the option magic.
@@ -131,6 +155,19 @@ impl fmt::Display for Violation {
             }
             Self::OptionRefused(kind) => {
                 write!(f, "the server refused the export: {} ({kind:#x})", option_reply::error_name(*kind))
+            }
+            Self::NotYet => write!(f, "the server awaits an image and does not serve yet"),
+            Self::SenselessChunk { kind, length } => {
+                write!(f, "a senseless chunk of a reply: type {kind:#x}, {length} bytes")
+            }
+            Self::UnexpectedChunk(kind) => write!(f, "a chunk that does not answer {}", kind::name(*kind)),
+            Self::ChunkRange { offset, length } => {
+                write!(f, "a chunk of {length} bytes at offset {offset} that nobody asked for, or has come already")
+            }
+            Self::TooManyGaps(most) => write!(f, "the chunks of a reply leave more than {most} gaps"),
+            Self::IncompleteReply(cookie) => write!(f, "an incomplete reply; its cookie is {cookie:#018x}"),
+            Self::SimpleReply(cookie) => {
+                write!(f, "a simple reply where chunks were agreed on; its cookie is {cookie:#018x}")
             }
             Self::ClientFlags(flags) => write!(f, "unknown client flags: {flags:#x}"),
             Self::BadOptionMagic(magic) => write!(f, "not an NBD option: it starts with {magic:#018x}"),

@@ -37,6 +37,8 @@ pub struct Offer {
     pub size: u64,
     /// Transmission flags.
     pub flags: u16,
+    /// What was agreed on beyond the export.
+    pub agreed: Agreed,
 }
 
 impl Offer {
@@ -46,8 +48,37 @@ impl Offer {
     }
 }
 
-/// The id of the only metadata context, `base:allocation`, in replies.
+/// The metadata context that says what is allocated.
+pub const ALLOCATION: &[u8] = b"base:allocation";
+
+/// The id of `base:allocation` in the replies of this server.
 pub const ALLOCATION_ID: u32 = 1;
+
+/// What the metadata context starts with that names a session.
+const SESSION: &str = "flexnbd:session:";
+
+/// What a server says that awaits an image, when it is asked by a client that wants to be served.
+pub const NOT_YET: &[u8] = b"not yet";
+
+/// The name of a client's session: 128 random bits, by which a server recognises a connection that takes the place of an
+/// older one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SessionName(pub [u8; 16]);
+
+impl SessionName {
+    /// The metadata context that stands for it.
+    pub fn context(self) -> String {
+        format!("{SESSION}{:032x}", u128::from_be_bytes(self.0))
+    }
+
+    /// The session that a metadata context stands for.
+    pub fn parse(context: &[u8]) -> Option<Self> {
+        let digits = std::str::from_utf8(context.strip_prefix(SESSION.as_bytes())?).ok()?;
+        // Parsing alone would allow a sign.
+        let is_name = digits.len() == 32 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+        is_name.then(|| u128::from_str_radix(digits, 16).ok()).flatten().map(|name| Self(name.to_be_bytes()))
+    }
+}
 
 /// What client and server have agreed on in a newstyle negotiation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,6 +87,8 @@ pub struct Agreed {
     pub structured: bool,
     /// The client may ask for `base:allocation`.
     pub allocation: bool,
+    /// The client has named its session.
+    pub session: Option<SessionName>,
 }
 
 /// How requests are judged and answered.
@@ -76,5 +109,23 @@ impl Style {
     /// True when `BLOCK_STATUS` is answered.
     pub fn allocation(self) -> bool {
         matches!(self, Self::Newstyle(Agreed { allocation: true, .. }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_session_has_the_name_of_its_context() {
+        let name = SessionName([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0xa, 0xb, 0xc, 0xd, 0xe, 0xff]);
+        assert_eq!(name.context(), "flexnbd:session:000102030405060708090a0b0c0d0eff");
+        assert_eq!(SessionName::parse(name.context().as_bytes()), Some(name));
+        assert_eq!(SessionName::parse(b"flexnbd:session:000102030405060708090A0B0C0D0EFF"), Some(name));
+        for ill_formed in ["", "00", "+00102030405060708090a0b0c0d0eff", "000102030405060708090a0b0c0d0eff0", "g"] {
+            assert_eq!(SessionName::parse(format!("flexnbd:session:{ill_formed:0>32}0").as_bytes()), None);
+            assert_eq!(SessionName::parse(format!("flexnbd:session:{ill_formed}").as_bytes()), None, "{ill_formed}");
+        }
+        assert_eq!(SessionName::parse(b"flexnbd:session:00010203040506070809\xffa0b0c0d0eff"), None);
     }
 }

@@ -82,6 +82,8 @@ pub mod option_reply {
     pub const ERROR: u32 = 1 << 31;
     /// The option is not known.
     pub const ERR_UNSUP: u32 = ERROR | 1;
+    /// The server does not allow it.
+    pub const ERR_POLICY: u32 = ERROR | 2;
     /// The option is malformed, or not now.
     pub const ERR_INVALID: u32 = ERROR | 3;
     /// There is no such export.
@@ -127,8 +129,12 @@ pub mod chunk {
     pub const OFFSET_HOLE: u16 = 2;
     /// Extents.
     pub const BLOCK_STATUS: u16 = 5;
+    /// The bit of every type that is an error.
+    pub const IS_ERROR: u16 = 1 << 15;
     /// An error.
-    pub const ERROR: u16 = (1 << 15) + 1;
+    pub const ERROR: u16 = IS_ERROR + 1;
+    /// An error at an offset.
+    pub const ERROR_OFFSET: u16 = IS_ERROR + 2;
 }
 
 /// Flags of an extent in `base:allocation` ("`base:allocation` metadata context").
@@ -378,6 +384,11 @@ impl ChunkHead {
             .put(&self.kind.to_be_bytes())
             .put(&self.cookie.to_be_bytes())
             .put(&self.length.to_be_bytes())
+    }
+
+    /// Reads what follows the magic.
+    pub fn parse(fields: &mut Fields) -> Option<Self> {
+        Some(Self { flags: fields.u16()?, kind: fields.u16()?, cookie: fields.u64()?, length: fields.u32()? })
     }
 }
 

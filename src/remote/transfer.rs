@@ -176,7 +176,8 @@ impl Connection {
         let server = self.server.clone();
         while self.session.unanswered() > 0 {
             self.events(|event| match event {
-                Event::Reply { error: 0, .. } | Event::Export(_) => Ok(()),
+                // Holes and extents were not wished for.
+                Event::Reply { error: 0, .. } | Event::Export(_) | Event::Hole { .. } | Event::Extents { .. } => Ok(()),
                 Event::Reply { note: head, error } => {
                     Err(Error(format!("{server}: the server refused {head}: {} ({error})", Errno::name(error))))
                 }

@@ -271,7 +271,7 @@ impl Mirror {
                 Some(Event::Export(offer)) => self.greeted(offer, key, sh)?,
                 Some(Event::Reply { note, error }) => note.answered(error, &self.settings.destination, sh)?,
                 // Nothing is read from the destination.
-                Some(Event::Data { .. }) => {}
+                Some(Event::Data { .. } | Event::Hole { .. } | Event::Extents { .. }) => {}
             }
         }
     }

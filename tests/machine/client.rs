@@ -4,9 +4,9 @@
 use crate::disk::Faulty;
 use crate::oracles::drive::{self, hear, Act, Can, Client, Schedule, Server};
 use flexnbd::buffer::{Pool, SLICE};
-use flexnbd::proto::client::{ClientSession, Event};
+use flexnbd::proto::client::{ClientSession, Descriptor, Event, Wishes};
 use flexnbd::proto::error::{Errno, Violation};
-use flexnbd::proto::export::{Agreed, Export, Offer, Style};
+use flexnbd::proto::export::{Agreed, Export, Offer, SessionName, Style};
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::{End, ServerSession};
 use flexnbd::proto::wire::{command, kind, transmission, RequestHead};
@@ -22,7 +22,7 @@ const CAP: usize = 4 * SLICE;
 type Wish = (u16, u16, u64, u32, &'static [&'static [u8]]);
 
 /// Everything it may want, with payloads in one and in two pieces.
-const COMMANDS: [Wish; 9] = [
+const COMMANDS: [Wish; 10] = [
     (kind::WRITE, 0, 100, 11, &[b"hello ", b"world"]),
     (kind::READ, 0, 98, 15, &[]),
     (kind::WRITE, command::FUA, 4090, 6, &[b"at end"]),
@@ -32,6 +32,7 @@ const COMMANDS: [Wish; 9] = [
     (kind::FLUSH, 0, 0, 0, &[]),
     (kind::READ, 0, 99, 8, &[]),
     (kind::READ, 0, 0, 0, &[]),
+    (kind::BLOCK_STATUS, 0, 96, 1000, &[]),
 ];
 
 /// How many bytes may go one way at once: so many the first time, so many from then on.
@@ -76,10 +77,21 @@ impl Schedule for Turns {
 struct Heard {
     offer: Option<Offer>,
     replies: Vec<(usize, u32)>,
-    data: Vec<(usize, Vec<u8>)>,
+    /// The READs, and what they brought where.
+    data: Vec<(usize, u64, Vec<u8>)>,
+    extents: Vec<(usize, Vec<Descriptor>)>,
     /// Bytes that went each way.
     sent: usize,
     received: usize,
+}
+
+impl Heard {
+    fn bring(&mut self, note: usize, offset: u64, bytes: &[u8]) {
+        match self.data.last_mut() {
+            Some((of, start, data)) if *of == note && *start + data.len() as u64 == offset => data.extend(bytes),
+            _ => self.data.push((note, offset, bytes.to_vec())),
+        }
+    }
 }
 
 /// A client that gives its commands when it may, and leaves when they are answered.
@@ -128,10 +140,9 @@ impl Client for Speaker {
                 assert_eq!(heard.offer.replace(offer), None);
                 entered = true;
             }
-            Event::Data { note, bytes } => match heard.data.last_mut() {
-                Some((of, data)) if of == note => data.extend(bytes),
-                _ => heard.data.push((*note, bytes.to_vec())),
-            },
+            Event::Data { note, offset, bytes } => heard.bring(*note, offset, bytes),
+            Event::Hole { note, offset, length } => heard.bring(*note, offset, &vec![0; length as usize]),
+            Event::Extents { note, descriptors } => heard.extents.push((*note, descriptors)),
             Event::Reply { note, error } => heard.replies.push((note, error)),
         });
         self.violation = understood.err();
@@ -145,8 +156,11 @@ impl Client for Speaker {
 }
 
 /// Holds the conversation. A client that hears what it must not hangs up.
-fn converse(begin: fn(Export, u64) -> ServerSession, name: &str, mut turns: Turns) -> Result<Heard, Violation> {
-    let session = ClientSession::new(name.into());
+fn converse(
+    begin: fn(Export, u64) -> ServerSession,
+    session: ClientSession<usize>,
+    mut turns: Turns,
+) -> Result<Heard, Violation> {
     let mut client = Speaker { session, pool: Pool::new(CAP), heard: Heard::default(), left: false, violation: None };
     let heads = (1..)
         .zip(COMMANDS)
@@ -169,22 +183,42 @@ fn converse(begin: fn(Export, u64) -> ServerSession, name: &str, mut turns: Turn
 fn check(style: Style, heard: &Heard) {
     let beyond = if style == Style::Oldstyle { Errno::NoSpc } else { Errno::Inval };
     let export = Export { size: SIZE as u64, read_only: false };
-    assert_eq!(heard.offer, Some(Offer { size: export.size, flags: export.flags(style) }));
+    let agreed = if let Style::Newstyle(agreed) = style { agreed } else { Agreed::default() };
+    assert_eq!(heard.offer, Some(Offer { size: export.size, flags: export.flags(style), agreed }));
     assert!(heard.offer.is_some_and(|offer| offer.has(transmission::SEND_FLUSH)));
     let mut replies = heard.replies.clone();
     replies.sort_unstable();
     let errors: Vec<u32> = replies.iter().map(|(_, error)| *error).collect();
-    assert_eq!(errors, [0, 0, 0, beyond.to_wire(), 0, 0, 0, 0, 0]);
-    let data = [(1, b"\x62\x63hello world\x6f\x70".to_vec()), (7, b"\x63\0\0\0\0\0\0w".to_vec())];
+    let status = if style.allocation() { 0 } else { Errno::Inval.to_wire() };
+    assert_eq!(errors, [0, 0, 0, beyond.to_wire(), 0, 0, 0, 0, 0, status]);
+    let data = [(1, 98, b"\x62\x63hello world\x6f\x70".to_vec()), (7, 99, b"\x63\0\0\0\0\0\0w".to_vec())];
     assert_eq!(heard.data, data);
+    if style.allocation() {
+        assert_eq!(heard.extents, [(9, vec![Descriptor { length: 1000, flags: 0 }])]);
+    } else {
+        assert_eq!(heard.extents, []);
+    }
 }
 
 #[test]
 fn both_sides_understand_each_other_wherever_they_are_cut() {
     type Begin = fn(Export, u64) -> ServerSession;
-    let newstyle = Style::Newstyle(Agreed::default());
-    for (style, begin) in [(Style::Oldstyle, ServerSession::oldstyle as Begin), (newstyle, ServerSession::newstyle)] {
-        let run = |out, back| converse(begin, "", Turns { out, back }).unwrap();
+    let structured = Agreed { structured: true, allocation: true, session: None };
+    let nothing = Wishes::default();
+    for (style, wishes, begin) in [
+        (Style::Oldstyle, nothing, ServerSession::oldstyle as Begin),
+        (Style::Newstyle(Agreed::default()), nothing, ServerSession::newstyle),
+        (Style::Oldstyle, Wishes { structured: true, ..nothing }, ServerSession::oldstyle),
+        (Style::Newstyle(structured), Wishes { structured: true, session: None }, ServerSession::newstyle),
+        // No such context is known.
+        (
+            Style::Newstyle(structured),
+            Wishes { session: Some(SessionName([7; 16])), ..nothing },
+            ServerSession::newstyle,
+        ),
+    ] {
+        let session = || ClientSession::with_wishes(String::new(), wishes);
+        let run = |out, back| converse(begin, session(), Turns { out, back }).unwrap();
         let whole = run(WHOLE, WHOLE);
         check(style, &whole);
         for first in 1..whole.sent {
@@ -206,7 +240,8 @@ fn both_sides_understand_each_other_wherever_they_are_cut() {
 fn a_name_that_is_not_there_is_refused_wherever_it_is_cut() {
     for then in 1..200 {
         let cut = Cut { first: then, then };
-        let converse = |begin| converse(begin, "other", Turns { out: cut, back: cut });
+        let session = || ClientSession::new("other".into());
+        let converse = |begin| converse(begin, session(), Turns { out: cut, back: cut });
         assert_eq!(converse(ServerSession::oldstyle), Err(Violation::NoExportNames));
         assert_eq!(converse(ServerSession::newstyle), Err(Violation::OptionRefused(0x8000_0006)));
     }

@@ -5,7 +5,7 @@ use crate::oracles::drive::{converse, hear, Client, Schedule, Server};
 use crate::plan::Plan;
 use flexnbd::proto::client::{ClientSession, Event};
 use flexnbd::proto::error::Violation;
-use flexnbd::proto::export::{Export, Offer, Style};
+use flexnbd::proto::export::{Agreed, Export, Offer, Style};
 use flexnbd::proto::server::request::Refusal;
 use flexnbd::proto::server::{End, ServerSession, Tally, IN_FLIGHT_MAX};
 use flexnbd::proto::wire::{GREETING_LEN, REQUEST_LEN};
@@ -66,11 +66,13 @@ impl Client for Listener<'_> {
         let heard = hear(&mut self.session, bytes, |event| match event {
             Event::Export(offer) => {
                 let export = Export { size: self.plan.before.len() as u64, read_only: false };
-                assert_eq!(offer, Offer { size: export.size, flags: export.flags(Style::Oldstyle) });
+                let (flags, agreed) = (export.flags(Style::Oldstyle), Agreed::default());
+                assert_eq!(offer, Offer { size: export.size, flags, agreed });
             }
-            Event::Data { note: &cookie, bytes } => {
+            Event::Data { note: &cookie, bytes, .. } => {
                 self.replies[index(cookie)].get_or_insert_default().1.extend_from_slice(bytes);
             }
+            Event::Hole { .. } | Event::Extents { .. } => unreachable!("nobody wished for it"),
             Event::Reply { note: cookie, error } => {
                 let reply = self.replies[index(cookie)].get_or_insert_default();
                 assert!(reply.1.is_empty() || error == 0, "data of a READ that failed");

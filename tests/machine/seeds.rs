@@ -8,7 +8,7 @@ use crate::oracles::{acl, client, control, haggling, newstyle_session, session, 
 use crate::plan::{head, Plan};
 use crate::scripts::short;
 use flexnbd::buffer::SLICE;
-use flexnbd::proto::wire::{kind, option as opt, Greeting, SimpleReply};
+use flexnbd::proto::wire::{kind, option as opt, ChunkHead, Greeting, SimpleReply, CHUNK_LEN};
 use std::fs;
 use std::path::PathBuf;
 
@@ -89,7 +89,63 @@ fn clients() -> Vec<Vec<u8>> {
     named[CHOICES - 1] = 0xFF;
     let newstyle =
         negotiations().into_iter().flat_map(|stream| [choices, named].map(|choices| input(choices, &stream)));
-    oldstyle.chain([garbage]).chain(newstyle).chain([input(named, &greeting)]).collect()
+    oldstyle.chain([garbage]).chain(newstyle).chain([input(named, &greeting)]).chain(structured()).collect()
+}
+
+/// What newstyle servers say to a client that wishes for all there is, and the chunks that they answer with then.
+fn structured() -> Vec<Vec<u8>> {
+    // READs of 33 bytes and of none, a BLOCK_STATUS of 33, a WRITE, a FLUSH, and a READ of 11; the rest asks for nothing.
+    let mut choices = [2; CHOICES];
+    choices[..6].copy_from_slice(&[3 << 3, 0, 3 << 3 | 7, 1, 3, 1 << 3]);
+    choices[CHOICES - 1] = 0xFE;
+    let export = option_reply(opt::GO, 3, &[&[0, 0], &4096_u64.to_be_bytes()[..], &[0, 13]].concat());
+    let ack = |option| option_reply(option, 1, &[]);
+    let context = |id: u32, name: &[u8]| option_reply(opt::SET_META_CONTEXT, 4, &[&id.to_be_bytes(), name].concat());
+    let session = ["flexnbd:session:", &"fe".repeat(16)].concat();
+    let contexts = [context(9, b"base:allocation"), context(4, session.as_bytes()), context(5, b"qemu:other")].concat();
+    let enter = |selected: &[u8]| {
+        let greeting = [b"NBDMAGICIHAVEOPT", &3_u16.to_be_bytes()[..]].concat();
+        [&greeting, &ack(opt::STRUCTURED_REPLY), selected, &export, &ack(opt::GO)].concat()
+    };
+    let all = enter(&[contexts.as_slice(), &ack(opt::SET_META_CONTEXT)].concat());
+    let refused = enter(&option_reply(opt::SET_META_CONTEXT, 0x8000_0001, b"what?"));
+    let not_yet = enter(&option_reply(opt::SET_META_CONTEXT, 0x8000_0002, b"not yet"));
+    let chunk = |flags, kind, cookie, payload: &[u8]| {
+        let length = payload.len() as u32;
+        let head = ChunkHead { flags, kind, cookie, length }.encode::<CHUNK_LEN>();
+        [head.filled(), payload].concat()
+    };
+    let data = |flags, offset: u64, bytes: &[u8]| chunk(flags, 1, 1, &[&offset.to_be_bytes(), bytes].concat());
+    let hole = chunk(0, 2, 1, &[&1020_u64.to_be_bytes()[..], &5_u32.to_be_bytes()].concat());
+    let simple = |error, cookie| SimpleReply { error, cookie }.encode().to_vec();
+    let status = |id: u32| [id, 20, 3, 30, 0].iter().flat_map(|field| field.to_be_bytes()).collect::<Vec<u8>>();
+    let error = [&5_u32.to_be_bytes()[..], &[0, 3], b"bad"].concat();
+    let error_offset = [error.as_slice(), &1002_u64.to_be_bytes()].concat();
+    let good = [
+        data(0, 1025, b"12345678"),
+        chunk(1, 0, 2, &[]),
+        data(0, 1000, &[b'a'; 20]),
+        simple(0, 4),
+        hole.clone(),
+        chunk(1, 5, 3, &status(9)),
+        chunk(1, 0, 5, &[]),
+        chunk(1, 0, 1, &[]),
+        chunk(0, 0x8002, 6, &error_offset),
+        chunk(1, 0x8009, 6, &error),
+    ];
+    let bad = [
+        simple(0, 1),
+        data(1, 1000, &[b'a'; 20]),
+        data(0, 1000, &[b'a'; 34]),
+        [data(0, 1000, b"aaaa"), data(0, 1003, b"aaaa")].concat(),
+        chunk(1, 5, 3, &status(4)),
+        chunk(1, 0x8001, 3, &[0; 6]),
+        chunk(1, 7, 1, &[]),
+        [hole, simple(5, 1)].concat(),
+    ];
+    let answers = [good.concat()].into_iter().chain(bad);
+    let said = answers.map(|answer| [all.as_slice(), &answer].concat()).chain([refused, not_yet]);
+    said.map(|said| input(choices, &said)).collect()
 }
 
 fn controls() -> Vec<Vec<u8>> {

@@ -4,28 +4,41 @@
 //! Owns what was received and not understood yet, what waits to be sent, and the commands that are not answered. Never
 //! sees a socket, a file or a clock.
 //!
-//! The greeting tells oldstyle from newstyle. Structured replies are never asked for, so every reply is a simple one.
+//! The greeting tells oldstyle from newstyle. Every reply is a simple one unless its caller wishes for more
+//! ([`Wishes`]) and gets it; then those to READ and `BLOCK_STATUS` come in chunks, and each chunk is held against what was
+//! asked before its caller hears of it.
 //!
-//! Specification: "Oldstyle negotiation", "Newstyle negotiation", "Request message", "Simple reply message".
+//! Specification: "Oldstyle negotiation", "Newstyle negotiation", "Request message", "Simple reply message", "Structured
+//! reply chunk message".
 
+mod account;
+mod chunk;
 mod cookies;
 mod handshake;
+#[cfg(test)]
+mod structured_tests;
 #[cfg(test)]
 mod tests;
 mod unanswered;
 
+pub use chunk::{Descriptor, DESCRIPTORS_MAX};
 pub use cookies::Cookies;
+pub use handshake::Wishes;
 
 use crate::buffer::{Buffer, Pool};
 use crate::proto::error::Violation;
-use crate::proto::export::Offer;
+use crate::proto::export::{Agreed, Offer};
 use crate::proto::outbox::{Outbox, PIECES_MAX};
 use crate::proto::wire::{
     kind, Fields, RequestHead, SimpleReply, GREETING_LEN, IHAVEOPT, NBDMAGIC, NEWSTYLE_GREETING_LEN, OLDSTYLE_MAGIC,
-    SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC,
+    SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
+use account::Asked;
+use chunk::{Chunk, Parsed};
 use handshake::{Haggle, Haggled};
 use std::io::IoSlice;
+use std::ops::Range;
+use std::rc::Rc;
 use unanswered::Unanswered;
 
 /// How much is received at once, in bytes: thousands of replies, or a piece of data.
@@ -39,14 +52,34 @@ const AGELESS: u64 = 0;
 pub enum Event<'a, T> {
     /// What the export is. It comes once and first; from now on commands may be given.
     Export(Offer),
-    /// The next bytes that a READ brings, in their order.
+    /// Bytes that a READ brings. Simple replies bring them in their order, structured ones in any; none comes twice. Until
+    /// the reply has come, it may still fail.
     Data {
         /// What was noted with the READ.
         note: &'a T,
+        /// Where in the export they are.
+        offset: u64,
         /// What was read.
         bytes: &'a [u8],
     },
-    /// A command is answered, and its data has come.
+    /// Zeroes that a READ brings.
+    Hole {
+        /// What was noted with the READ.
+        note: &'a T,
+        /// Where in the export they are.
+        offset: u64,
+        /// How many there are.
+        length: u32,
+    },
+    /// What a `BLOCK_STATUS` brings about `base:allocation`, from its beginning on: at most [`DESCRIPTORS_MAX`] extents. The
+    /// last one may go beyond what was asked, and all of them may end before that.
+    Extents {
+        /// What was noted with the command.
+        note: &'a T,
+        /// The extents, one behind the other, none of them empty.
+        descriptors: Vec<Descriptor>,
+    },
+    /// A command is answered, and all of its data has come unless there is an error.
     Reply {
         /// What was noted with the command.
         note: T,
@@ -61,10 +94,19 @@ enum State {
     Greeting(String),
     Handshake(Haggle),
     Reply,
-    /// Data of the READ with this cookie.
+    /// Data of the READ with this cookie, and where in the export it is.
     Payload {
         cookie: u64,
+        offset: u64,
         left: u32,
+        /// The reply ends with it.
+        is_last: bool,
+    },
+    /// The rest of a chunk, which nobody needs.
+    Skip {
+        cookie: u64,
+        left: u32,
+        is_last: bool,
     },
 }
 
@@ -72,6 +114,9 @@ enum State {
 #[derive(Debug)]
 pub struct ClientSession<T> {
     state: State,
+    wishes: Wishes,
+    structured: bool,
+    allocation_id: Option<u32>,
     inbox: Buffer,
     unanswered: Unanswered<T>,
     outbox: Outbox,
@@ -90,11 +135,19 @@ impl<T> ClientSession<T> {
     pub fn with_cookies(export: String, cookies: Cookies) -> Self {
         Self {
             state: State::Greeting(export),
+            wishes: Wishes::default(),
+            structured: false,
+            allocation_id: None,
             inbox: Buffer::with_capacity(RECEIVE),
             unanswered: Unanswered::new(cookies),
             outbox: Outbox::default(),
             buffered: 0,
         }
+    }
+
+    /// The same, which asks a newstyle server for more.
+    pub fn with_wishes(export: String, wishes: Wishes) -> Self {
+        Self { wishes, ..Self::new(export) }
     }
 
     /// Where to receive into. It is not empty when [`ClientSession::next_event`] has nothing more to say.
@@ -121,36 +174,60 @@ impl<T> ClientSession<T> {
                 State::Handshake(haggle) => {
                     let mut said = Vec::new();
                     let Some((used, haggled)) = haggle.step(self.inbox.filled(), &mut said)? else { return Ok(None) };
+                    let allocation_id = haggle.allocation_id();
                     self.inbox.consume(used);
                     self.say(said);
                     if let Haggled::Transmission(offer) = haggled {
+                        self.structured = offer.agreed.structured;
+                        self.allocation_id = allocation_id;
                         self.state = State::Reply;
                         return Ok(Some(Event::Export(offer)));
                     }
                 }
                 State::Reply => {
                     let Some(bytes) = self.inbox.filled().first_chunk::<SIMPLE_REPLY_LEN>() else { return Ok(None) };
-                    let (magic, SimpleReply { error, cookie }) = SimpleReply::parse(bytes);
-                    if magic != SIMPLE_REPLY_MAGIC {
-                        return Err(Violation::BadReplyMagic(magic));
+                    match SimpleReply::parse(bytes) {
+                        (SIMPLE_REPLY_MAGIC, reply) => {
+                            if let Some((note, error)) = self.take_simple(reply)? {
+                                return Ok(Some(Event::Reply { note, error }));
+                            }
+                        }
+                        (STRUCTURED_REPLY_MAGIC, _) if self.structured => {
+                            let Some((cookie, chunk)) = self.take_chunk()? else { return Ok(None) };
+                            match chunk {
+                                Chunk::Hole { offset, length } => {
+                                    let note = self.unanswered.note(cookie)?;
+                                    return Ok(Some(Event::Hole { note, offset, length }));
+                                }
+                                Chunk::Extents { descriptors, .. } => {
+                                    let note = self.unanswered.note(cookie)?;
+                                    return Ok(Some(Event::Extents { note, descriptors }));
+                                }
+                                Chunk::Nothing | Chunk::Data { .. } | Chunk::Error { .. } => {}
+                            }
+                        }
+                        (magic, _) => return Err(Violation::BadReplyMagic(magic)),
                     }
-                    self.inbox.consume(SIMPLE_REPLY_LEN);
-                    let (left, _) = self.unanswered.get(cookie).ok_or(Violation::UnknownCookie(cookie))?;
-                    if error != 0 || left == 0 {
-                        return self.answered(cookie, error).map(Some);
-                    }
-                    self.state = State::Payload { cookie, left };
                 }
-                &mut State::Payload { cookie, left: 0 } => {
+                &mut (State::Payload { cookie, left: 0, is_last, .. } | State::Skip { cookie, left: 0, is_last }) => {
                     self.state = State::Reply;
-                    return self.answered(cookie, 0).map(Some);
+                    if is_last {
+                        let (note, error) = self.unanswered.finish(cookie)?;
+                        return Ok(Some(Event::Reply { note, error }));
+                    }
                 }
-                State::Payload { .. } if self.inbox.is_empty() => return Ok(None),
-                State::Payload { cookie, left } => {
-                    let (_, note) = self.unanswered.get(*cookie).ok_or(Violation::UnknownCookie(*cookie))?;
+                State::Payload { .. } | State::Skip { .. } if self.inbox.is_empty() => return Ok(None),
+                State::Payload { cookie, offset, left, .. } => {
+                    let note = self.unanswered.note(*cookie)?;
                     let bytes = self.inbox.take(*left as usize);
-                    *left = left.saturating_sub(u32::try_from(bytes.len()).unwrap_or(u32::MAX));
-                    return Ok(Some(Event::Data { note, bytes }));
+                    let taken = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+                    *left = left.saturating_sub(taken);
+                    let behind = offset.saturating_add(taken.into());
+                    return Ok(Some(Event::Data { note, offset: std::mem::replace(offset, behind), bytes }));
+                }
+                State::Skip { left, .. } => {
+                    let taken = u32::try_from(self.inbox.take(*left as usize).len()).unwrap_or(u32::MAX);
+                    *left = left.saturating_sub(taken);
                 }
             }
         }
@@ -158,7 +235,7 @@ impl<T> ClientSession<T> {
 
     /// Queues a command. The payload of a WRITE has to follow before the next one ([`ClientSession::push_payload`]).
     pub fn command(&mut self, kind: u16, flags: u16, offset: u64, length: u32, note: T) {
-        let cookie = self.unanswered.push(if kind == kind::READ { length } else { 0 }, note);
+        let cookie = self.unanswered.push(Asked { kind, offset, length }, note);
         self.outbox.push_head(&RequestHead { flags, kind, cookie, offset, length }.encode(), AGELESS);
     }
 
@@ -166,6 +243,12 @@ impl<T> ClientSession<T> {
     pub fn push_payload(&mut self, payload: Buffer) {
         self.buffered += payload.capacity();
         self.outbox.push_payload(payload, AGELESS);
+    }
+
+    /// The same with this part of bytes that the caller keeps as well, until they are answered. It is let go of when it has
+    /// left; its memory is the caller's, not the pool's, and counts for nothing here.
+    pub fn push_shared(&mut self, bytes: Rc<[u8]>, range: Range<usize>) {
+        self.outbox.push_shared(bytes, range, AGELESS);
     }
 
     /// Queues DISC. A server does not answer that, it closes the connection.
@@ -221,7 +304,7 @@ impl<T> ClientSession<T> {
                 "closed the connection when asked for the export, as a server does that has none of this name"
             }
             State::Handshake(_) => "closed the connection in the middle of the negotiation",
-            State::Reply | State::Payload { .. } => "closed the connection half-way",
+            State::Reply | State::Payload { .. } | State::Skip { .. } => "closed the connection half-way",
         }
     }
 
@@ -249,12 +332,12 @@ impl<T> ClientSession<T> {
                 }
                 self.inbox.consume(GREETING_LEN);
                 self.state = State::Reply;
-                Ok(Greeted::Oldstyle(Offer { size, flags }))
+                Ok(Greeted::Oldstyle(Offer { size, flags, agreed: Agreed::default() }))
             }
             Some((NBDMAGIC, IHAVEOPT)) => {
                 let Some(offered) = fields.u16() else { return Ok(Greeted::NeedBytes) };
                 self.inbox.consume(NEWSTYLE_GREETING_LEN);
-                let (haggle, said) = Haggle::begin(std::mem::take(export), offered);
+                let (haggle, said) = Haggle::begin(std::mem::take(export), self.wishes, offered);
                 self.state = State::Handshake(haggle);
                 self.say(said);
                 Ok(Greeted::Newstyle)
@@ -270,9 +353,29 @@ impl<T> ClientSession<T> {
         }
     }
 
-    fn answered(&mut self, cookie: u64, error: u32) -> Result<Event<'_, T>, Violation> {
-        let note = self.unanswered.take(cookie).ok_or(Violation::UnknownCookie(cookie))?;
-        Ok(Event::Reply { note, error })
+    /// Takes the simple reply that was received: the answer, unless data follows first.
+    fn take_simple(&mut self, SimpleReply { error, cookie }: SimpleReply) -> Result<Option<(T, u32)>, Violation> {
+        self.inbox.consume(SIMPLE_REPLY_LEN);
+        let Asked { kind, offset, length } = self.unanswered.take_simple(cookie, error, self.structured)?;
+        if error == 0 && kind == kind::READ && length > 0 {
+            self.state = State::Payload { cookie, offset, left: length, is_last: true };
+            return Ok(None);
+        }
+        let (note, _) = self.unanswered.finish(cookie)?;
+        Ok(Some((note, error)))
+    }
+
+    /// Takes a chunk, once enough of it was received, and goes on to the rest of its payload.
+    fn take_chunk(&mut self) -> Result<Option<(u64, Chunk)>, Violation> {
+        let parsed = chunk::parse(self.inbox.filled())?;
+        let Some(Parsed { cookie, is_last, chunk, used, left }) = parsed else { return Ok(None) };
+        self.unanswered.take_chunk(cookie, &chunk, self.allocation_id)?;
+        self.inbox.consume(used);
+        self.state = match chunk {
+            Chunk::Data { offset, .. } => State::Payload { cookie, offset, left, is_last },
+            _ => State::Skip { cookie, left, is_last },
+        };
+        Ok(Some((cookie, chunk)))
     }
 }
 

@@ -44,10 +44,11 @@ fn talk(session: &mut ClientSession<u64>, stream: &[u8], step: usize) -> Result<
                         assert_eq!(said.export.replace(offer), None);
                         entered = true;
                     }
-                    Event::Data { note, bytes } => match said.data.last_mut() {
+                    Event::Data { note, bytes, .. } => match said.data.last_mut() {
                         Some((of, data)) if of == note => data.extend(bytes),
                         _ => said.data.push((*note, bytes.to_vec())),
                     },
+                    Event::Hole { .. } | Event::Extents { .. } => unreachable!("nobody wished for it"),
                     Event::Reply { note, error } => said.replies.push((note, error)),
                 }
                 if std::mem::take(&mut entered) && session.unanswered() == 0 {
@@ -160,7 +161,8 @@ fn garbage_ends_the_conversation() {
 
 const FIXED: u16 = handshake_flag::FIXED_NEWSTYLE;
 const NO_ZEROES: u16 = handshake_flag::NO_ZEROES;
-const EXPORT: Offer = Offer { size: 1 << 40, flags: 0x16d };
+const NOTHING: Agreed = Agreed { structured: false, allocation: false, session: None };
+const EXPORT: Offer = Offer { size: 1 << 40, flags: 0x16d, agreed: NOTHING };
 
 fn greeting(flags: u16) -> Vec<u8> {
     [&NBDMAGIC.to_be_bytes()[..], &IHAVEOPT.to_be_bytes(), &flags.to_be_bytes()].concat()

@@ -6,7 +6,7 @@
 //! Specification: "Newstyle negotiation", "Fixed newstyle negotiation", "Option types", "Option reply types".
 
 use crate::proto::error::Violation;
-use crate::proto::export::{Agreed, Export, Style, ALLOCATION_ID};
+use crate::proto::export::{Agreed, Export, Style, ALLOCATION, ALLOCATION_ID};
 use crate::proto::wire::{
     handshake_flag, info, option, option_reply, Fields, EXPORT_NAME_ZEROES, IHAVEOPT, NBDMAGIC, OPTION_HEAD_LEN,
     OPTION_REPLY_MAGIC, STRING_MAX,
@@ -20,8 +20,6 @@ const DRAIN_MAX: u32 = 64 << 10;
 const OPTIONS_MAX: u32 = 64;
 /// The block sizes that are announced, in bytes: minimum, preferred, maximum.
 const BLOCK_SIZES: [u32; 3] = [1, 4096, 32 << 20];
-/// The only metadata context.
-const ALLOCATION: &[u8] = b"base:allocation";
 
 /// What a step of a negotiation led to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
