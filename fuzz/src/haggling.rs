@@ -34,7 +34,10 @@ pub(super) fn haggle(input: &[u8], mut piece: impl FnMut(usize) -> usize) -> Neg
                 assert!(used > 0 && used <= window.len(), "it takes what is there, and something");
                 assert!(haggled.said.len() - before <= MOST_SAID, "an answer without a limit");
                 haggled.used += used;
-                if progress != Haggled::More {
+                if progress == Haggled::Named {
+                    assert_eq!(before, haggled.said.len(), "an answer before the session is the client's");
+                    haggle.go_on(&mut haggled.said);
+                } else if progress != Haggled::More {
                     haggled.end = Ok(Some(progress));
                     return haggled;
                 }

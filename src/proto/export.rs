@@ -54,6 +54,9 @@ pub const ALLOCATION: &[u8] = b"base:allocation";
 /// The id of `base:allocation` in the replies of this server.
 pub const ALLOCATION_ID: u32 = 1;
 
+/// The id of the context that names a session. Nothing is ever said of it.
+pub const SESSION_ID: u32 = 2;
+
 /// What the metadata context starts with that names a session.
 const SESSION: &str = "flexnbd:session:";
 
@@ -104,6 +107,14 @@ impl Style {
     /// True when READs get structured replies.
     pub fn structured(self) -> bool {
         matches!(self, Self::Newstyle(Agreed { structured: true, .. }))
+    }
+
+    /// What the client has named its session.
+    pub fn session(self) -> Option<SessionName> {
+        match self {
+            Self::Newstyle(agreed) => agreed.session,
+            Self::Oldstyle => None,
+        }
     }
 
     /// True when `BLOCK_STATUS` is answered.

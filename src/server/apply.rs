@@ -33,6 +33,7 @@ impl Reactor {
                     self.answer(key, &answer);
                 }
             }
+            Effect::Named(key) => self.give_place(key),
             Effect::CameBack => {
                 if let Some((key, next)) = self.met_itself(Mirror::sends) {
                     self.settle(key, Some(next));
@@ -54,6 +55,26 @@ impl Reactor {
             Effect::Fail(why) => return Err(Fatal(why)),
         }
         Ok(())
+    }
+
+    /// A client has named its session: an older connection of that name ends, and what the kernel has in hand for those that
+    /// are gone is waited for.
+    fn give_place(&mut self, key: Key) {
+        let Some(Slot::Client(client)) = self.slots.get_mut(key) else { return };
+        if self.shared.life.awaits_image() {
+            client.refuse();
+            return self.run.push(key);
+        }
+        let Some(name) = client.session_name() else { return };
+        let has_name = |slot: &Slot| matches!(slot, Slot::Client(client) if client.session_name() == Some(name));
+        for older in self.keys_of(has_name).into_iter().filter(|&older| older != key) {
+            self.settle(older, Some(Next::Close(Reason::WentOn)));
+        }
+        let owners = self.ghosts.iter().filter(|(of, _)| *of == name).map(|(_, owner)| *owner).collect();
+        if let Some(Slot::Client(client)) = self.slots.get_mut(key) {
+            client.await_disk(owners);
+        }
+        self.run.push(key);
     }
 
     /// The fdatasync of a received image has ended.

@@ -12,7 +12,7 @@ use super::watch::Watch;
 use crate::disk::Access;
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
-use crate::proto::export::{Agreed, Export, Style};
+use crate::proto::export::{Agreed, Export, SessionName, Style};
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
 use crate::proto::server::{Completed, End, Failed, ServerSession, Step, Tally};
@@ -34,6 +34,17 @@ const MEMORY_WAIT_MS: u64 = 30_000;
 /// How far ahead the wheel may hold an entry of a client, in milliseconds.
 const ARM_MS: u64 = 1_000;
 
+/// What a client that has named its session waits for.
+#[derive(Debug)]
+enum Wait {
+    /// For nothing; it may not even have named one.
+    Over,
+    /// For the end of this turn, when older connections of the name go.
+    Turn,
+    /// Until the kernel has in hand no operation of these owners, who are gone.
+    Disk(Vec<u64>),
+}
+
 /// A connected client.
 #[derive(Debug)]
 pub(super) struct Client {
@@ -48,6 +59,7 @@ pub(super) struct Client {
     kept_since_ms: Option<u64>,
     /// How long the gate has kept requests of this client altogether, in milliseconds.
     kept_ms: u64,
+    wait: Wait,
     watch: Watch,
     alarm: Alarm,
     /// When one of its requests was last complained of.
@@ -71,6 +83,7 @@ impl Client {
             stalled: false,
             kept_since_ms: None,
             kept_ms: 0,
+            wait: Wait::Over,
             watch: Watch::default(),
             alarm: Alarm::default(),
             warned_ms: None,
@@ -164,6 +177,11 @@ impl Client {
                     sh.gate.keep(key);
                     return Next::Idle;
                 }
+                Step::Named => {
+                    if let Some(next) = self.wait_for_place(key, sh) {
+                        return next;
+                    }
+                }
                 Step::NeedBytes if !self.socket.readable() => {
                     self.session.park(&mut sh.pool);
                     return Next::Idle;
@@ -178,6 +196,40 @@ impl Client {
             }
         }
         Next::WaitDisk
+    }
+
+    /// It has named its session, and is answered when nothing of an older connection of that name can happen any more. `None`:
+    /// it goes on.
+    fn wait_for_place(&mut self, key: Key, sh: &mut Shared) -> Option<Next> {
+        match &self.wait {
+            Wait::Over => {
+                sh.effects.push_back(Effect::Named(key));
+                self.wait = Wait::Turn;
+                Some(Next::Idle)
+            }
+            Wait::Turn => Some(Next::Idle),
+            Wait::Disk(owners) if sh.disk.flying().iter().any(|owner| owners.contains(owner)) => Some(Next::WaitDisk),
+            Wait::Disk(_) => {
+                self.wait = Wait::Over;
+                self.session.go_on();
+                None
+            }
+        }
+    }
+
+    /// Older connections of its session have gone, and these owners of operations with them.
+    pub(super) fn await_disk(&mut self, owners: Vec<u64>) {
+        self.wait = Wait::Disk(owners);
+    }
+
+    /// It has named its session, and there is nothing to serve yet.
+    pub(super) fn refuse(&mut self) {
+        self.session.refuse();
+    }
+
+    /// What it has named its session.
+    pub(super) fn session_name(&self) -> Option<SessionName> {
+        self.session.name()
     }
 
     /// Notes that the gate keeps the next request of this client from now on.
@@ -385,7 +437,8 @@ impl Client {
         } else if sh.admission.complaints.may_log(Complaint::BadEnd, sh.now_ms) {
             warn!("{self}: closed: {reason}, {did}");
         }
-        if let Life::Receiving { incoming, .. } = &sh.life {
+        let is_sender = !matches!(reason, Reason::End(End::NotYet));
+        if let (Life::Receiving { incoming, .. }, true) = (&sh.life, is_sender) {
             sh.gate.sender_left();
             let what = format!("this was no complete migration: {}; waiting for a sender", incoming.describe());
             if !incoming.has_begun() {

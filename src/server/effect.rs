@@ -16,6 +16,8 @@ pub(super) enum Effect {
     Answer(Key, Answer),
     /// The migration has ended: the answer for every control connection that waits for that.
     AnswerWaiters(Answer),
+    /// This client has named its session and waits for the answer.
+    Named(Key),
     /// A client brings a request of this server's own migration.
     CameBack,
     /// Clients are paused from now on.

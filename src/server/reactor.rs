@@ -7,6 +7,7 @@ use super::shared::Shared;
 use super::slot::Slot;
 use crate::event::run_queue::RunQueue;
 use crate::event::slots::{Key, Slots};
+use crate::proto::export::SessionName;
 use crate::sys;
 use log::warn;
 use mio::Poll;
@@ -23,6 +24,8 @@ pub(super) struct Reactor {
     pub out: RunQueue,
     /// Slots that can go on when the disk has done something.
     pub wait_disk: RunQueue,
+    /// Connections that are gone and for which the kernel had an operation in hand then, by the names of their sessions.
+    pub(super) ghosts: Vec<(SessionName, u64)>,
     /// Says whether deadlines are judged.
     pub(super) grace: Grace,
     /// What every slot is lent.
@@ -49,8 +52,21 @@ impl Reactor {
                     // The listener may have stopped accepting for want of room.
                     self.run.extend(self.control_listener);
                 }
+                if let Slot::Client(client) = &slot {
+                    if let Some(name) = client.session_name() {
+                        self.note_ghost(name, key.to_u64());
+                    }
+                }
                 slot.closed(&reason, &mut self.shared);
             }
+        }
+    }
+
+    fn note_ghost(&mut self, name: SessionName, owner: u64) {
+        let flying = self.shared.disk.flying();
+        self.ghosts.retain(|(_, owner)| flying.contains(owner));
+        if flying.contains(&owner) {
+            self.ghosts.push((name, owner));
         }
     }
 

@@ -47,6 +47,8 @@ pub(super) enum Reason {
     Silent,
     /// The access control list has changed.
     AclChanged,
+    /// Its session goes on over a newer connection.
+    WentOn,
     /// A control connection took too long.
     Deadline,
     /// A control connection has its answer.
@@ -66,7 +68,13 @@ pub(super) enum Reason {
 impl Reason {
     /// True when nobody did anything wrong.
     pub(super) fn is_orderly(&self) -> bool {
-        matches!(self, Self::End(End::Disconnect | End::Abort | End::EndOfStream) | Self::AclChanged | Self::Received)
+        matches!(
+            self,
+            Self::End(End::Disconnect | End::Abort | End::EndOfStream | End::NotYet)
+                | Self::AclChanged
+                | Self::WentOn
+                | Self::Received
+        )
     }
 }
 
@@ -75,6 +83,7 @@ impl fmt::Display for Reason {
         match self {
             Self::End(End::Disconnect) => f.write_str("peer sent DISC"),
             Self::End(End::Abort) => f.write_str("peer ended the negotiation"),
+            Self::End(End::NotYet) => f.write_str("it wants to be served, and there is no image yet"),
             Self::End(End::EndOfStream) => f.write_str("peer hung up between requests"),
             Self::End(End::Violation(violation)) | Self::Violation(violation) => violation.fmt(f),
             Self::Socket(error) => error.fmt(f),
@@ -89,6 +98,7 @@ impl fmt::Display for Reason {
             }
             Self::Silent => f.write_str("it was silent and kept other senders out"),
             Self::AclChanged => f.write_str("the access control list does not allow it any more"),
+            Self::WentOn => f.write_str("its session goes on over a new connection"),
             Self::Deadline => f.write_str("it took too long"),
             Self::Answered => f.write_str("answered"),
             Self::HungUp => f.write_str("it does not wait for its answer"),

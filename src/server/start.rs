@@ -96,6 +96,7 @@ impl Reactor {
             run: RunQueue::default(),
             out: RunQueue::default(),
             wait_disk: RunQueue::default(),
+            ghosts: Vec::new(),
             grace: Grace::default(),
             shared: Shared {
                 now_ms,

@@ -24,6 +24,7 @@ mod power_failure;
 mod protocol;
 mod read_only;
 mod slow_changes;
+mod reconnect;
 mod sockets;
 mod sparse;
 mod spec;

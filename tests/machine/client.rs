@@ -210,9 +210,8 @@ fn both_sides_understand_each_other_wherever_they_are_cut() {
         (Style::Newstyle(Agreed::default()), nothing, ServerSession::newstyle),
         (Style::Oldstyle, Wishes { structured: true, ..nothing }, ServerSession::oldstyle),
         (Style::Newstyle(structured), Wishes { structured: true, session: None }, ServerSession::newstyle),
-        // No such context is known.
         (
-            Style::Newstyle(structured),
+            Style::Newstyle(Agreed { session: Some(SessionName([7; 16])), ..structured }),
             Wishes { session: Some(SessionName([7; 16])), ..nothing },
             ServerSession::newstyle,
         ),

@@ -187,6 +187,7 @@ fn acls() -> Vec<Vec<u8>> {
 fn hagglings() -> Vec<Vec<u8>> {
     let flags = 3_u32.to_be_bytes().to_vec();
     let long_name = [&4097_u32.to_be_bytes(), [b'x'; 4097].as_slice(), &[0, 0]].concat();
+    let session = ["flexnbd:session:", &"0f".repeat(16)].concat();
     let lying = b"\xFF\xFF\xFF\xFF\0\0";
     let mut huge = option(opt::LIST, &[]);
     huge[12..].copy_from_slice(&u32::MAX.to_be_bytes());
@@ -203,6 +204,9 @@ fn hagglings() -> Vec<Vec<u8>> {
         option(opt::STRUCTURED_REPLY, &[]).repeat(2),
         [option(opt::STRUCTURED_REPLY, &[]), option(opt::SET_META_CONTEXT, &contexts(&["base:", ""]))].concat(),
         [option(opt::STRUCTURED_REPLY, &[]), option(opt::LIST_META_CONTEXT, lying)].concat(),
+        [option(opt::STRUCTURED_REPLY, &[]), option(opt::SET_META_CONTEXT, &contexts(&[&session, "base:allocation"]))]
+            .concat(),
+        [option(opt::STRUCTURED_REPLY, &[]), option(opt::SET_META_CONTEXT, &contexts(&[&session])).repeat(2)].concat(),
         option(99, &[]).repeat(65),
         option(99, &[0; 9000]),
         huge,

@@ -1,12 +1,13 @@
 //! Newstyle negotiation from the server's side: options in, replies out, until the client enters transmission or leaves.
 //!
-//! There is one export, and its name is empty. Every length here is hostile: an option is looked at only when it is whole
+//! There is one export, and its name is empty. A client may name its session, and waits then until its caller has ended an
+//! older connection of that name. Every length here is hostile: an option is looked at only when it is whole
 //! and at most [`OPTION_MAX`] bytes long, and a longer one is drained or ends the connection.
 //!
 //! Specification: "Newstyle negotiation", "Fixed newstyle negotiation", "Option types", "Option reply types".
 
 use crate::proto::error::Violation;
-use crate::proto::export::{Agreed, Export, Style, ALLOCATION, ALLOCATION_ID};
+use crate::proto::export::{Agreed, Export, SessionName, Style, ALLOCATION, ALLOCATION_ID, NOT_YET, SESSION_ID};
 use crate::proto::wire::{
     handshake_flag, info, option, option_reply, Fields, EXPORT_NAME_ZEROES, IHAVEOPT, NBDMAGIC, OPTION_HEAD_LEN,
     OPTION_REPLY_MAGIC, STRING_MAX,
@@ -26,6 +27,8 @@ const BLOCK_SIZES: [u32; 3] = [1, 4096, 32 << 20];
 pub enum Haggled {
     /// It goes on.
     More,
+    /// The client has named its session. Nothing of it is looked at before [`Haggle::go_on`] or [`Haggle::refuse`].
+    Named,
     /// What comes next is a request.
     Transmission(Agreed),
     /// The client ends it.
@@ -47,6 +50,8 @@ pub struct Haggle {
     no_zeroes: bool,
     agreed: Agreed,
     options: u32,
+    /// The replies to a client that has named its session, until they may be given.
+    held: Option<Vec<u8>>,
 }
 
 impl Haggle {
@@ -57,7 +62,7 @@ impl Haggle {
         greeting.extend(IHAVEOPT.to_be_bytes());
         greeting.extend((handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES).to_be_bytes());
         let agreed = Agreed::default();
-        (Self { export, state: State::ClientFlags, no_zeroes: false, agreed, options: 0 }, greeting)
+        (Self { export, state: State::ClientFlags, no_zeroes: false, agreed, options: 0, held: None }, greeting)
     }
 
     /// Looks at what was received: how many bytes it took, and where that leads; `None` when it needs more. Replies are
@@ -110,8 +115,35 @@ impl Haggle {
         }
         let Some(data) = fields.0.get(..length as usize) else { return Ok(None) };
         self.options += 1;
-        let haggled = self.answer(kind, data, out)?;
+        let before = out.len();
+        let mut haggled = self.answer(kind, data, out)?;
+        if kind == option::SET_META_CONTEXT && self.agreed.session.is_some() {
+            self.held = Some(out.split_off(before));
+            haggled = Haggled::Named;
+        }
         Ok(Some((OPTION_HEAD_LEN + data.len(), haggled)))
+    }
+
+    /// What the client has named its session.
+    pub fn session(&self) -> Option<SessionName> {
+        self.agreed.session
+    }
+
+    /// True while a client that has named its session waits for the answer.
+    pub fn is_held(&self) -> bool {
+        self.held.is_some()
+    }
+
+    /// The session is the client's: answers it.
+    pub fn go_on(&mut self, out: &mut Vec<u8>) {
+        out.append(&mut self.held.take().unwrap_or_default());
+    }
+
+    /// There is nothing to serve yet: refuses the client that has named its session.
+    pub fn refuse(&mut self, out: &mut Vec<u8>) {
+        self.held = None;
+        self.unselect(option::SET_META_CONTEXT);
+        reply(out, option::SET_META_CONTEXT, option_reply::ERR_POLICY, NOT_YET);
     }
 
     fn answer(&mut self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<Haggled, Violation> {
@@ -189,7 +221,7 @@ impl Haggle {
     /// A SET replaces what was selected before, also when it fails.
     fn unselect(&mut self, kind: u32) {
         if kind == option::SET_META_CONTEXT {
-            self.agreed.allocation = false;
+            (self.agreed.allocation, self.agreed.session) = (false, None);
         }
     }
 
@@ -203,10 +235,13 @@ impl Haggle {
         let mut fields = Fields(data);
         let (name, count) = string(&mut fields).zip(fields.u32()).ok_or(option_reply::ERR_INVALID)?;
         let mut found = count == 0 && !set;
+        let mut session = None;
         for _ in 0..count {
             // Each query takes at least four bytes, so a false count ends with the data.
             let query = string(&mut fields).ok_or(option_reply::ERR_INVALID)?;
             found |= query == ALLOCATION || (!set && query == b"base:");
+            // Others cannot be told of a name that they do not know.
+            session = session.or(SessionName::parse(query).filter(|_| set).zip(Some(query)));
         }
         if !fields.0.is_empty() {
             return Err(option_reply::ERR_INVALID);
@@ -216,6 +251,10 @@ impl Haggle {
             let mut context = ALLOCATION_ID.to_be_bytes().to_vec();
             context.extend(ALLOCATION);
             reply(out, kind, option_reply::META_CONTEXT, &context);
+        }
+        if let Some((session, query)) = session {
+            reply(out, kind, option_reply::META_CONTEXT, &[&SESSION_ID.to_be_bytes(), query].concat());
+            self.agreed.session = Some(session);
         }
         self.agreed.allocation |= set && found;
         Ok(())

@@ -14,6 +14,7 @@
 pub mod handshake;
 mod inbox;
 mod memory;
+mod negotiation;
 mod read;
 mod reply;
 pub mod request;
@@ -32,7 +33,7 @@ use crate::proto::export::{Agreed, Export, Style};
 use crate::proto::outbox::{Outbox, PIECES_MAX};
 use crate::proto::wire::{kind, Greeting, RequestHead, OPTION_HEAD_LEN, REQUEST_LEN, REQUEST_MAGIC};
 use crate::work::{Action, Done};
-use handshake::{Haggle, Haggled, OPTION_MAX};
+use handshake::{Haggle, OPTION_MAX};
 use inbox::Inbox;
 use memory::Memory;
 use read::{LongRead, Slice};
@@ -298,32 +299,6 @@ impl ServerSession {
     /// Requests that are not answered yet.
     pub fn in_flight(&self) -> usize {
         self.unanswered.len() + self.outbox.heads()
-    }
-
-    /// One step of the negotiation. `None`: look again.
-    fn negotiate(&mut self) -> Option<Step> {
-        let State::Handshake(haggle) = &mut self.state else { return None };
-        let mut replies = Vec::new();
-        let found = haggle.step(self.inbox.filled(), &mut replies);
-        if !replies.is_empty() {
-            self.outbox.push_text(replies, self.inbox.received_ms());
-        }
-        match found {
-            Err(violation) => self.state = State::Closing(End::Violation(violation)),
-            Ok(None) => return Some(Step::NeedBytes),
-            Ok(Some((used, haggled))) => {
-                self.inbox.take_message(used);
-                match haggled {
-                    Haggled::More => {}
-                    Haggled::Leave => self.state = State::Closing(End::Abort),
-                    Haggled::Transmission(agreed) => {
-                        self.style = Style::Newstyle(agreed);
-                        self.state = State::Request;
-                    }
-                }
-            }
-        }
-        None
     }
 
     /// Takes one request head from the inbox. `None`: look again, the state has changed.

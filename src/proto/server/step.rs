@@ -13,6 +13,8 @@ pub enum End {
     Disconnect,
     /// The client ended the negotiation.
     Abort,
+    /// The client wants to be served, and there is nothing to serve yet.
+    NotYet,
     /// The client closed its side between two requests.
     EndOfStream,
     /// The client broke the protocol; it has been answered where that is owed.
@@ -39,6 +41,9 @@ pub enum Step {
     NeedBytes,
     /// Nothing to do before something of this session is completed or sent or, if memory has run out, some comes back.
     NeedRoom,
+    /// The client has named its session. Nothing more of it is looked at before [`go_on`](super::ServerSession::go_on) or
+    /// [`refuse`](super::ServerSession::refuse).
+    Named,
     /// The next request, or the payload that is being received, may not pass now.
     Kept,
 }
