@@ -22,7 +22,7 @@ declare -A folders=(
     [migrate]="mod plan flush pace pause pass changes holes incoming bucket meter"
     [proto]="mod client server outbox export error wire"
     [proto/client]="mod handshake unanswered account chunk cookies"
-    [proto/server]="negotiation mod handshake write read reply step request unanswered inbox memory tally"
+    [proto/server]="negotiation parting mod handshake write read reply step request unanswered inbox memory tally"
     [remote]="mod transfer progress connect"
     [server]="mod start apply commands status reactor slot client control mirror listener signals attempt trials dial \
         shared gate grace admit complaints life inbound effect reason watch socket bind config"

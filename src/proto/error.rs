@@ -22,6 +22,8 @@ pub enum Errno {
     Overflow = 75,
     /// Not supported.
     NotSup = 95,
+    /// The server ends.
+    Shutdown = 108,
 }
 
 impl Errno {

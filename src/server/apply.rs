@@ -77,6 +77,26 @@ impl Reactor {
         self.run.push(key);
     }
 
+    /// The server ends: clients that have named their session, and ask again elsewhere, hear what was not executed. What has
+    /// been is answered as ever.
+    pub(super) fn part(&mut self) {
+        while let Some(done) = self.shared.disk.pop_done() {
+            if let Some(Slot::Client(client)) = self.slots.get_mut(Key::from_u64(done.owner)) {
+                // It is closed anyway.
+                let _ = client.disk_done(done, &mut self.shared);
+            }
+        }
+        for key in self.keys_of(|slot| matches!(slot, Slot::Client(_))) {
+            self.shared.disk.forget(key.to_u64());
+        }
+        let in_work = self.shared.disk.flying();
+        for key in self.keys_of(|slot| matches!(slot, Slot::Client(_))) {
+            if let Some(Slot::Client(client)) = self.slots.get_mut(key) {
+                client.part(in_work.contains(&key.to_u64()));
+            }
+        }
+    }
+
     /// The fdatasync of a received image has ended.
     pub(super) fn sealed(&mut self, result: io::Result<()>) -> Result<(), Fatal> {
         result.map_err(|error| Fatal(format!("cannot make the migrated image durable: {error}")))?;

@@ -232,6 +232,19 @@ impl Client {
         self.session.name()
     }
 
+    /// The server ends, and a client that has named its session asks again elsewhere: it is told what was not executed, as far
+    /// as that goes without waiting. `in_work`: the disk has requests of it in hand.
+    pub(super) fn part(&mut self, in_work: bool) {
+        if self.session.name().is_none() {
+            return;
+        }
+        self.session.part(in_work);
+        let mut slices = [IoSlice::new(&[]); PIECES_MAX];
+        let pieces = self.session.to_send(&mut slices);
+        // Nobody is left to whom an error would matter.
+        let _ = self.socket.send(slices.get(..pieces).unwrap_or_default());
+    }
+
     /// Notes that the gate keeps the next request of this client from now on.
     pub(super) fn keep(&mut self, now_ms: u64) {
         self.kept_since_ms = self.kept_since_ms.or(Some(now_ms));

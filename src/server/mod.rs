@@ -101,6 +101,7 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
             Err(fatal) => break Err(fatal),
         }
     };
+    server.part();
     server.shared.admission.complaints.tell();
     // A disk that hangs must not keep the process from ending.
     server.shared.disk.leak();

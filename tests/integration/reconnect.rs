@@ -1,16 +1,17 @@
 //! Clients that hide the absence of a server from others: they name their session, so that a new connection takes the place
-//! of the old one.
+//! of the old one, and hear from a server that ends what they have to ask for again.
 
 use crate::support::fuse::{Disk, Op};
 use crate::support::newstyle::{
     allocation_context, context_data, opt, option, rep, serve, Haggler, Structured, BLOCK_STATUS, PORT,
 };
-use crate::support::peers::{listen, send_image};
-use crate::support::{errno, flag, has, kind, pattern, request, wait_for, Need, Server, SOON};
+use crate::support::peers::{expect_exit, expect_migrated, listen, send_image, start_mirror};
+use crate::support::{errno, flag, has, kind, pattern, request, wait_for, Client, Need, Server, SOON};
 use std::fs;
 use std::time::{Duration, Instant};
 
 const SIZE: u64 = 1 << 20;
+const ESHUTDOWN: u32 = 108;
 const A_MOMENT: Duration = Duration::from_millis(100);
 
 fn name(n: u8) -> String {
@@ -177,4 +178,44 @@ fn a_listener_serves_nobody_before_it_has_its_image() {
     assert_eq!(client.read(0, 0, SIZE as u32).unwrap().0, image);
     drop(client);
     server.expect_healthy();
+}
+
+/// A client that has asked for what is not done: half a WRITE, and a read behind it that cannot be parsed yet.
+fn half_asks(client: &mut Client) {
+    client.send_request(kind::WRITE, 0, 77, 0, 8192, &[5; 4096]);
+}
+
+#[test]
+fn a_server_that_ends_says_what_is_not_executed_to_those_that_named_their_session() {
+    let mut server = serve(SIZE);
+    let (mut client, mut plain, mut idle) = (named(&server, 3), server.connect(), named(&server, 4));
+    half_asks(&mut client.client);
+    half_asks(&mut plain);
+    wait_for("both of them", SOON, || {
+        let status = server.control("status json clients\n\n");
+        (status.matches("\"in_flight\":1").count() == 2).then_some(())
+    });
+    assert_eq!(server.stop().code(), Some(0));
+    assert_eq!(client.client.read_reply(), (ESHUTDOWN, 77));
+    assert_eq!(client.client.read_to_close(), b"");
+    assert_eq!((plain.read_to_close(), idle.client.read_to_close()), (vec![], vec![]));
+}
+
+#[test]
+fn a_migration_ends_with_the_same_word() {
+    let mut source = Server::serve().content(&pattern(1, SIZE as usize)).arg(PORT).start();
+    let mut destination = listen(0).size(SIZE).start();
+    let (mut client, mut plain) = (named(&source, 3), source.connect());
+    half_asks(&mut client.client);
+    half_asks(&mut plain);
+    wait_for("both of them", SOON, || {
+        let status = source.control("status json clients\n\n");
+        (status.matches("\"in_flight\":1").count() == 2).then_some(())
+    });
+    start_mirror(&source, destination.address(), "");
+    expect_migrated(&mut source, &mut destination);
+    assert_eq!(client.client.read_reply(), (ESHUTDOWN, 77));
+    assert_eq!(client.client.read_to_close(), b"");
+    assert_eq!(plain.read_to_close(), b"");
+    expect_exit(&mut source, 0);
 }

@@ -15,6 +15,7 @@ pub mod handshake;
 mod inbox;
 mod memory;
 mod negotiation;
+mod parting;
 mod read;
 mod reply;
 pub mod request;

@@ -46,6 +46,10 @@ impl Unanswered {
         self.0.try_remove(place(tag))
     }
 
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Pending> {
+        self.0.iter().map(|(_, pending)| pending)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.0.len()
     }
