@@ -195,6 +195,7 @@ pub(crate) enum Engine {
 /// Options of `serve`, and of `listen` with more.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
+#[allow(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 pub(crate) struct ServeArgs {
     /// Address to listen on: IPv4, IPv6 (also as [IPv6]), 0 for all IPv4
     /// addresses, or the path of a UNIX socket, which begins with '/'.
@@ -240,6 +241,11 @@ pub(crate) struct ServeArgs {
     /// be open in other servers, one of which may write it.
     #[arg(long, conflicts_with = "shared_image", verbatim_doc_comment)]
     pub read_only: bool,
+    /// Answer no write, zeroing or trim before it is on stable storage, as
+    /// if its client had set the FUA flag. For clients that reconnect by
+    /// themselves and forget which of their writes were not flushed.
+    #[arg(long, verbatim_doc_comment)]
+    pub sync: bool,
     /// Control socket to open, for modes such as status. It appears once
     /// the server is ready and is removed when it stops. [default: none]
     #[arg(short, long, verbatim_doc_comment)]

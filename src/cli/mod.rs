@@ -163,6 +163,7 @@ fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
         acl: Acl::new(args.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, args.default_deny),
         killswitch_ms: args.killswitch_ms,
         max_clients: args.max_clients,
+        sync: args.sync,
         role,
         request_limit_ms: request_limit_ms(env::var_os(REQUEST_LIMIT).as_deref())?,
     }))

@@ -70,10 +70,14 @@ impl Client {
     /// A client that has just been accepted.
     pub(super) fn new(id: u64, socket: Socket, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
         let export = Export { size: sh.disk.size(), read_only: sh.disk.access() == Access::ReadOnly };
-        let session = match dialect {
+        let mut session = match dialect {
             Dialect::Newstyle => ServerSession::newstyle(export, sh.now_ms),
             Dialect::Oldstyle => ServerSession::oldstyle(export, sh.now_ms),
         };
+        // A sender asks for durability when it needs it.
+        if sh.limits.sync && !sh.life.awaits_image() {
+            session.make_durable();
+        }
         let client = Self {
             id,
             peer,

@@ -27,6 +27,8 @@ pub struct Config {
     pub killswitch_ms: Option<u64>,
     /// How many clients may be connected at once.
     pub max_clients: usize,
+    /// No change is answered before it is on stable storage.
+    pub sync: bool,
     /// What the server is there for.
     pub role: Role,
     /// How long a request of a migration may go without progress, in milliseconds.

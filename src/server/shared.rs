@@ -26,6 +26,8 @@ pub(super) struct Limits {
     pub killswitch_ms: Option<u64>,
     /// How long a request of a migration may go without progress, in milliseconds.
     pub request_limit_ms: u64,
+    /// No change is answered before it is on stable storage, once there is an image to serve.
+    pub sync: bool,
 }
 
 /// What all slots share.

@@ -104,7 +104,11 @@ impl Reactor {
                 pool: Pool::with_source(POOL_BYTES, sys::memory::zeroed),
                 disk,
                 wheel: Wheel::new(now_ms),
-                limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms: config.request_limit_ms },
+                limits: Limits {
+                    killswitch_ms: config.killswitch_ms,
+                    request_limit_ms: config.request_limit_ms,
+                    sync: config.sync,
+                },
                 admission: Admission::new(config.acl, places),
                 life,
                 gate: Gate::new(Cookies::starting_at(sys::random())),

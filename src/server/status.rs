@@ -111,6 +111,7 @@ fn of_server(server: &Reactor) -> Facts {
         };
         put(name, Value::Text(address.clone()));
     }
+    put("sync", Value::Flag(sh.limits.sync));
     facts
 }
 

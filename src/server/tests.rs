@@ -56,6 +56,7 @@ impl House {
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
             max_clients: 10,
+            sync: false,
             role,
             request_limit_ms: 60_000,
         };

@@ -1,5 +1,6 @@
 //! FLUSH and FUA: on stable storage before the reply, one fdatasync for all that ask in one turn, errors told.
 
+use crate::support::newstyle::{simple, PORT};
 use crate::support::{errno, flag, kind, request, wait_for, Builder, Client, Mount, Server, SOON, UNCACHED};
 use std::fs;
 use std::path::PathBuf;
@@ -64,6 +65,38 @@ fn a_long_write_is_one_call_of_the_disk() {
     let whole = format!(", {LENGTH}, ");
     assert_eq!(text.lines().filter(|line| line.contains(&whole)).count(), 8, "{text}");
     server.expect_healthy();
+}
+
+#[test]
+fn with_sync_every_change_is_durable_before_the_reply() {
+    for style in ["oldstyle", "newstyle"] {
+        let builder = Server::serve().size(1 << 20).arg("--sync").arg(PORT);
+        let (server, trace) = traced(builder, &["trace=fdatasync,fsync,write,writev,sendto,sendmsg,pwrite64"]);
+        assert_eq!(server.status().get("sync"), "true");
+        let mut client = if style == "oldstyle" { server.connect() } else { simple(&server) };
+        let mut expected = 0;
+        for (what, kind, flags, length, wanted) in [
+            ("a write", kind::WRITE, 0, 600, 1),
+            ("a long write", kind::WRITE, 0, 900_000, 1),
+            ("a write with FUA", kind::WRITE, flag::FUA, 600, 1),
+            ("zeroes", kind::WRITE_ZEROES, 0, 4096, 1),
+            ("a trim", kind::TRIM, 0, 4096, 1),
+            ("a read", kind::READ, 0, 0, 0),
+            ("a flush", kind::FLUSH, 0, 0, 1),
+        ] {
+            let payload = if kind == kind::WRITE { vec![1; length as usize] } else { vec![] };
+            assert_eq!(client.ask(kind, flags, 0, length, &payload), 0, "{what}");
+            expected += wanted;
+            wait_for(what, SOON, || (syncs(&trace) >= expected).then_some(()));
+            assert_eq!(syncs(&trace), expected, "{what}");
+        }
+        let text = fs::read_to_string(&trace).unwrap();
+        let lines: Vec<_> = text.lines().map(|line| line.split_once(' ').unwrap().1.trim_start()).collect();
+        let sync = lines.iter().position(|line| line.starts_with("fdatasync")).unwrap();
+        assert!(lines[sync - 1].starts_with("pwrite64"), "first the write: {lines:?}");
+        assert!(lines[sync + 1].contains("gDf\\230"), "then the reply: {lines:?}");
+        server.expect_healthy();
+    }
 }
 
 #[test]

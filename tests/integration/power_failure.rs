@@ -95,6 +95,25 @@ fn a_server_keeps_what_it_promised() {
     server.expect_healthy();
 }
 
+/// Also when its clients ask for nothing: each answer is a promise with `--sync`.
+#[test]
+fn a_server_with_sync_has_what_it_answered() {
+    let Some(disk) = Disk::mount(4 * SIZE) else { return };
+    let server = Server::serve().file(disk.furnish("image", &vec![0; SIZE as usize])).arg("--sync").start();
+    let mut client = server.connect();
+    for n in 0..20_u8 {
+        let at = u64::from(n) * 4096;
+        assert_eq!(client.write(at, &[n + 1; 4096]), 0);
+        assert_eq!(client.ask(kind::WRITE_ZEROES, 0, at + 512, 512, &[]), 0);
+        for remains in disk.power_failures(n.into()) {
+            let image = remains.content("image").expect("the file is there");
+            let kept = &image[at as usize..][..4096];
+            assert!(kept[..512] == [n + 1; 512] && kept[512..1024] == [0; 512] && kept[1024..] == [n + 1; 3072]);
+        }
+    }
+    server.expect_healthy();
+}
+
 /// The end of the connection after DISC is the promise of a listener that it has the image.
 #[test]
 fn a_listener_is_done_when_all_is_durable() {

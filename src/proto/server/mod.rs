@@ -32,7 +32,7 @@ use crate::buffer::Pool;
 use crate::proto::error::{Errno, Violation};
 use crate::proto::export::{Agreed, Export, Style};
 use crate::proto::outbox::{Outbox, PIECES_MAX};
-use crate::proto::wire::{kind, Greeting, RequestHead, OPTION_HEAD_LEN, REQUEST_LEN, REQUEST_MAGIC};
+use crate::proto::wire::{command, kind, Greeting, RequestHead, OPTION_HEAD_LEN, REQUEST_LEN, REQUEST_MAGIC};
 use crate::work::{Action, Done};
 use handshake::{Haggle, OPTION_MAX};
 use inbox::Inbox;
@@ -70,6 +70,8 @@ pub struct ServerSession {
     tally: Tally,
     /// When something came last of a WRITE or `WRITE_ZEROES` that was not refused.
     wrote_ms: Option<u64>,
+    /// Every change is done as if FUA were set.
+    durable: bool,
 }
 
 impl ServerSession {
@@ -101,7 +103,13 @@ impl ServerSession {
             outbox,
             tally: Tally::default(),
             wrote_ms: None,
+            durable: false,
         }
+    }
+
+    /// From now on no change is answered before it is on stable storage, whether its FUA flag is set or not.
+    pub fn make_durable(&mut self) {
+        self.durable = true;
     }
 
     /// Where to receive into, in this order: the rest of the payload's slice, then what follows it. Both are empty after
@@ -308,7 +316,7 @@ impl ServerSession {
         if self.in_flight() >= IN_FLIGHT_MAX {
             return Some(Step::NeedRoom);
         }
-        let (magic, head) = RequestHead::parse(bytes);
+        let (magic, mut head) = RequestHead::parse(bytes);
         if magic != REQUEST_MAGIC {
             if self.style == Style::Oldstyle {
                 let reply = reply::failed(&head, Errno::Inval, self.style);
@@ -323,6 +331,9 @@ impl ServerSession {
             return None;
         }
         let refusal = refuse(&head, self.export, self.style);
+        if self.durable && head.changes_export() {
+            head.flags |= command::FUA;
+        }
         if allowed == Allowed::Reads && refusal.is_none() && head.changes_export() {
             return Some(Step::Kept);
         }
