@@ -14,6 +14,7 @@
 //!  server    the loop: sockets, disk, protocol and clock meet here      remote   the modes that only talk to a server
 //!  proto     NBD, bytes <-> meaning          command   control lines    acl      who may connect
 //!  migrate   what a migration sends next     event     parts of a loop  logging  lines on stderr
+//!  upstream  what another server owes
 //!  disk      the image
 //!  work      what may be asked of an image
 //!  sys       libc and io_uring, the only unsafe code
@@ -73,4 +74,5 @@ pub mod proto;
 pub mod remote;
 pub mod server;
 pub mod sys;
+pub mod upstream;
 pub mod work;

@@ -26,10 +26,11 @@ declare -A folders=(
     [remote]="mod transfer progress connect"
     [server]="mod start apply commands status reactor slot client control mirror listener signals attempt trials dial \
         shared gate grace admit complaints life inbound effect reason watch socket bind config"
+    [upstream]="mod task dirty command"
     [sys]="ring pages memory file net mod"
 )
 
-pure="acl bitmap command migrate proto work"
+pure="acl bitmap command migrate proto upstream work"
 impure='std::(fs|time|thread|process|env|os)\b|\b(Tcp|Udp|Unix)(Stream|Listener|Socket|Datagram)\b|\bInstant\b|\bSystemTime\b|\bmio\b|\blibc\b|\bcrate::sys\b'
 CODE_MAX=400
 SHARED_MAX=10

@@ -15,4 +15,5 @@ mod faults;
 mod pace;
 mod random;
 mod seeds;
+mod upstream;
 mod world;
