@@ -12,13 +12,16 @@ pub struct Export {
     pub size: u64,
     /// Nobody may change it.
     pub read_only: bool,
+    /// What is asked to be durable can be made so: FLUSH and FUA are offered.
+    pub flushes: bool,
 }
 
 impl Export {
     /// The transmission flags of everything a client of this style may ask for.
     pub fn flags(&self, style: Style) -> u16 {
         use transmission as t;
-        let changes = t::SEND_FLUSH | t::SEND_FUA | t::SEND_TRIM | t::SEND_WRITE_ZEROES;
+        let durable = if self.flushes { t::SEND_FLUSH | t::SEND_FUA } else { 0 };
+        let changes = durable | t::SEND_TRIM | t::SEND_WRITE_ZEROES;
         let (always, negotiated) =
             if self.read_only { (t::READ_ONLY, t::SEND_CACHE) } else { (changes, t::SEND_CACHE | t::SEND_FAST_ZERO) };
         let always = always | t::HAS_FLAGS | t::CAN_MULTI_CONN;

@@ -4,7 +4,6 @@
 use crate::buffer::{Buffer, Pool};
 use std::collections::VecDeque;
 use std::io::IoSlice;
-use std::ops::Range;
 use std::rc::Rc;
 
 /// The longest head of a message, in bytes: that of a chunk of data or of an error, or of a request.
@@ -18,7 +17,7 @@ enum Piece {
     Head { bytes: [u8; HEAD_MAX], start: usize, end: usize },
     Text { bytes: Vec<u8>, start: usize },
     Payload(Buffer),
-    Shared { bytes: Rc<[u8]>, range: Range<usize> },
+    Shared { buffer: Rc<Buffer>, start: usize },
 }
 
 impl Piece {
@@ -27,15 +26,14 @@ impl Piece {
             Self::Head { bytes, start, end } => bytes.get(*start..*end).unwrap_or_default(),
             Self::Text { bytes, start } => bytes.get(*start..).unwrap_or_default(),
             Self::Payload(buffer) => buffer.filled(),
-            Self::Shared { bytes, range } => bytes.get(range.clone()).unwrap_or_default(),
+            Self::Shared { buffer, start } => buffer.filled().get(*start..).unwrap_or_default(),
         }
     }
 
     fn consume(&mut self, n: usize) {
         match self {
-            Self::Head { start, .. } | Self::Text { start, .. } => *start += n,
+            Self::Head { start, .. } | Self::Text { start, .. } | Self::Shared { start, .. } => *start += n,
             Self::Payload(buffer) => buffer.consume(n),
-            Self::Shared { range, .. } => range.start += n,
         }
     }
 }
@@ -70,10 +68,9 @@ impl Outbox {
         self.pieces.push_back((since_ms, Piece::Payload(payload)));
     }
 
-    /// The same with bytes that others keep as well. They are none of the pool's: what has gone is let go of.
-    pub fn push_shared(&mut self, bytes: Rc<[u8]>, range: Range<usize>, since_ms: u64) {
-        debug_assert!(range.start <= range.end && range.end <= bytes.len(), "a part of the bytes");
-        self.pieces.push_back((since_ms, Piece::Shared { bytes, range }));
+    /// The same with bytes that others keep as well. They do not go to the pool: what has gone is let go of.
+    pub fn push_shared(&mut self, buffer: Rc<Buffer>, since_ms: u64) {
+        self.pieces.push_back((since_ms, Piece::Shared { buffer, start: 0 }));
     }
 
     /// True when nothing waits.
@@ -169,25 +166,30 @@ mod tests {
 
     #[test]
     fn shared_bytes_are_let_go_of_when_they_have_gone() {
-        let bytes: Rc<[u8]> = Rc::from(b"payload".as_slice());
+        let shared = |text: &[u8]| {
+            let mut buffer = Buffer::with_capacity(text.len());
+            buffer.append(text);
+            Rc::new(buffer)
+        };
+        let (load, pay) = (shared(b"load"), shared(b"pay"));
         for step in 1..=8 {
             let (mut outbox, mut pool) = (Outbox::default(), Pool::new(0));
             outbox.push_head(b"head", 0);
-            outbox.push_shared(bytes.clone(), 3..7, 0);
-            outbox.push_shared(bytes.clone(), 0..3, 0);
+            outbox.push_shared(load.clone(), 0);
+            outbox.push_shared(pay.clone(), 0);
             let mut seen = Vec::new();
             while !outbox.is_empty() {
-                let keepers = 1 + usize::from(seen.len() < 8) + usize::from(seen.len() < 11);
-                assert_eq!(Rc::strong_count(&bytes), keepers);
+                let keepers = (1 + usize::from(seen.len() < 8), 1 + usize::from(seen.len() < 11));
+                assert_eq!((Rc::strong_count(&load), Rc::strong_count(&pay)), keepers);
                 let next = written(&outbox);
                 let n = step.min(next.len());
                 seen.extend_from_slice(&next[..n]);
                 assert_eq!(outbox.sent(n, &mut pool), 0);
             }
-            assert_eq!((seen.as_slice(), Rc::strong_count(&bytes)), (b"headloadpay".as_slice(), 1));
-            outbox.push_shared(bytes.clone(), 0..7, 0);
+            assert_eq!((seen.as_slice(), Rc::strong_count(&pay)), (b"headloadpay".as_slice(), 1));
+            outbox.push_shared(pay.clone(), 0);
             outbox.release(&mut pool);
-            assert_eq!((outbox.is_empty(), Rc::strong_count(&bytes)), (true, 1));
+            assert_eq!((outbox.is_empty(), Rc::strong_count(&pay)), (true, 1));
         }
     }
 

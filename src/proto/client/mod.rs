@@ -37,7 +37,6 @@ use account::Asked;
 use chunk::{Chunk, Parsed};
 use handshake::{Haggle, Haggled};
 use std::io::IoSlice;
-use std::ops::Range;
 use std::rc::Rc;
 use unanswered::Unanswered;
 
@@ -115,6 +114,7 @@ enum State {
 pub struct ClientSession<T> {
     state: State,
     wishes: Wishes,
+    is_newstyle: bool,
     structured: bool,
     allocation_id: Option<u32>,
     inbox: Buffer,
@@ -136,6 +136,7 @@ impl<T> ClientSession<T> {
         Self {
             state: State::Greeting(export),
             wishes: Wishes::default(),
+            is_newstyle: false,
             structured: false,
             allocation_id: None,
             inbox: Buffer::with_capacity(RECEIVE),
@@ -245,10 +246,10 @@ impl<T> ClientSession<T> {
         self.outbox.push_payload(payload, AGELESS);
     }
 
-    /// The same with this part of bytes that the caller keeps as well, until they are answered. It is let go of when it has
-    /// left; its memory is the caller's, not the pool's, and counts for nothing here.
-    pub fn push_shared(&mut self, bytes: Rc<[u8]>, range: Range<usize>) {
-        self.outbox.push_shared(bytes, range, AGELESS);
+    /// The same with bytes that the caller keeps as well, until they are answered. They are let go of when they have left;
+    /// their memory is the caller's, not the pool's, and counts for nothing here.
+    pub fn push_shared(&mut self, payload: Rc<Buffer>) {
+        self.outbox.push_shared(payload, AGELESS);
     }
 
     /// Queues DISC. A server does not answer that, it closes the connection.
@@ -265,6 +266,11 @@ impl<T> ClientSession<T> {
     /// The socket has taken the first `n` of those bytes.
     pub fn sent(&mut self, n: usize, pool: &mut Pool) {
         self.buffered -= self.outbox.sent(n, pool);
+    }
+
+    /// True when the server negotiates.
+    pub fn is_newstyle(&self) -> bool {
+        self.is_newstyle
     }
 
     /// True while there are bytes to write.
@@ -337,6 +343,7 @@ impl<T> ClientSession<T> {
             Some((NBDMAGIC, IHAVEOPT)) => {
                 let Some(offered) = fields.u16() else { return Ok(Greeted::NeedBytes) };
                 self.inbox.consume(NEWSTYLE_GREETING_LEN);
+                self.is_newstyle = true;
                 let (haggle, said) = Haggle::begin(std::mem::take(export), self.wishes, offered);
                 self.state = State::Handshake(haggle);
                 self.say(said);

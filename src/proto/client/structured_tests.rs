@@ -408,9 +408,11 @@ fn hostile_chunks_end_the_conversation() {
 fn shared_payloads_leave_in_order_and_are_let_go_of() {
     let mut pool = Pool::new(4096);
     let mut session = ClientSession::new(String::new());
-    let bytes: Rc<[u8]> = Rc::from(b"0123456789".as_slice());
+    let mut bytes = Buffer::with_capacity(4);
+    bytes.append(b"2345");
+    let bytes = Rc::new(bytes);
     session.command(kind::WRITE, 0, 0, 8, 'w');
-    session.push_shared(bytes.clone(), 2..6);
+    session.push_shared(bytes.clone());
     let mut own = pool.take(4).unwrap();
     own.append(b"own!");
     session.push_payload(own);
