@@ -11,11 +11,11 @@ use clap::CommandFactory;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
-#[path = "cli/args.rs"]
+#[path = "cli/args/mod.rs"]
 mod args;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    for source in ["src/build.rs", "src/cli/args.rs"] {
+    for source in ["src/build.rs", "src/cli/args"] {
         println!("cargo::rerun-if-changed={source}");
     }
     let out = PathBuf::from(std::env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);

@@ -42,6 +42,8 @@ pub enum Command {
     MirrorMaxBps(Option<u64>),
     /// `break`: stop the running migration.
     Break,
+    /// `upstream ADDR PORT [now|when-lost]`: change a proxy to another server, at once or when its connection has ended.
+    Upstream(Switch),
     /// `wait`: answer when the running migration ends or, if there is none, when the next one does.
     Wait,
 }
@@ -73,6 +75,17 @@ pub struct Mirror {
     pub max_pause_ms: Option<u64>,
     /// The name of the export at the destination; empty for the default one.
     pub export: String,
+}
+
+/// Where a proxy is to connect to, and when.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Switch {
+    /// The server's address as it was written, not checked yet; or the path of its UNIX socket, which begins with '/'.
+    pub addr: String,
+    /// The server's port, never 0; of no meaning beside a path.
+    pub port: u16,
+    /// When the connection has ended, instead of now.
+    pub when_lost: bool,
 }
 
 /// What the source does once the destination has everything.
@@ -234,6 +247,7 @@ fn parse_command(text: &[u8]) -> Result<Command, Answer> {
         b"mirror" => Command::Mirror(parse_mirror(&mut arguments)?),
         b"mirror_max_bps" => Command::MirrorMaxBps(parse_speed(&arguments.next().unwrap_or_default())?),
         b"break" => Command::Break,
+        b"upstream" => Command::Upstream(parse_switch(&mut arguments)?),
         b"wait" => Command::Wait,
         _ => return Err(Answer::unknown_command()),
     };
@@ -287,6 +301,20 @@ fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, 
         }
     }
     Ok(mirror)
+}
+
+/// Takes the arguments of `upstream`.
+fn parse_switch(arguments: &mut impl Iterator<Item = String>) -> Result<Switch, Answer> {
+    let addr = arguments.next().ok_or_else(|| Answer::failed("bad IP address"))?;
+    let port = arguments.next().and_then(|port| parse_number(&port));
+    let port = port.filter(|&port| port != 0 || addr.starts_with('/'));
+    let port = port.ok_or_else(|| Answer::failed("bad IP port number"))?;
+    let when_lost = match arguments.next().as_deref() {
+        None | Some("now") => false,
+        Some("when-lost") => true,
+        Some(other) => return Err(Answer::bad_argument(other)),
+    };
+    Ok(Switch { addr, port, when_lost })
 }
 
 fn parse_pause(text: &str) -> Option<u64> {

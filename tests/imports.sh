@@ -17,6 +17,7 @@ cd "$tree/src"
 # file names only what stands below it; what it takes from `super` itself stands in mod.rs.
 declare -A folders=(
     [cli]="mod args"
+    [cli/args]="mod proxy common values"
     [disk]="mod engine ring changes kernel verify hint zero pace sparse reads commit queue open image"
     [event]="mod alarm ready run_queue wheel slots"
     [migrate]="mod plan flush pace pause pass changes holes incoming bucket meter"
@@ -24,8 +25,8 @@ declare -A folders=(
     [proto/client]="mod handshake unanswered account chunk cookies"
     [proto/server]="negotiation parting mod handshake write read reply step request unanswered inbox memory tally"
     [remote]="mod transfer progress connect"
-    [server]="mod start apply commands status reactor slot client control mirror listener signals attempt trials dial \
-        shared gate grace admit complaints life inbound effect reason watch socket bind config"
+    [server]="mod start apply commands status reactor slot client control mirror upstream listener signals attempt trials offer dial outage \
+        shared backend gate grace admit complaints life inbound effect reason watch socket bind config"
     [upstream]="mod task dirty command"
     [sys]="ring pages memory file net mod"
 )

@@ -11,11 +11,12 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::io::{self, IsTerminal};
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
+use log::warn;
 
 use crate::acl::{self, Acl};
 use crate::command;
@@ -25,9 +26,13 @@ use crate::logging::{self, fatal, Verbosity};
 use crate::proto::wire;
 use crate::remote::{self, ProgressForm, Target};
 use crate::server;
+use crate::upstream::Replay;
+use args::common::{AccessArgs, DoorArgs, LogFlags};
+use args::proxy::{ProxyArgs, ReplayKind, SwitchArgs};
+use args::values;
 use args::{
-    AclArgs, CommandLine, HelpArgs, ListenArgs, LogFlags, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs, SockArgs,
-    StatusArgs, TransferArgs,
+    AclArgs, CommandLine, HelpArgs, ListenArgs, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs, SockArgs, StatusArgs,
+    TransferArgs,
 };
 
 /// Fills the place of the program's name in a command line that is made here; help shows the one in [`args`].
@@ -36,16 +41,24 @@ const PROGRAM: &str = "flexnbd";
 const REQUEST_LIMIT: &str = "FLEXNBD_MS_REQUEST_LIMIT_SECS";
 /// The default of [`REQUEST_LIMIT`], in milliseconds: that of the predecessor.
 const REQUEST_LIMIT_MS: u64 = 60_000;
+/// The environment variable with the longest time a proxy's server may be silent, in whole seconds.
+const UPSTREAM_LIMIT: &str = "FLEXNBD_UPSTREAM_TIMEOUT";
+/// The default of [`UPSTREAM_LIMIT`], in milliseconds: that of the predecessor.
+const UPSTREAM_LIMIT_MS: u64 = 30_000;
+/// The program of this name is its mode `proxy`.
+const PROXY_PROGRAM: &str = "flexnbd-proxy";
 
 // `args` imports nothing of the project, because the build script includes it.
-const _: () = assert!(args::EXPORT_MAX == wire::STRING_MAX, "the longest name of an export");
-const _: () = assert!(args::PAUSE_MAX_MS == command::PAUSE_MAX_MS, "the longest pause a server accepts");
+const _: () = assert!(values::EXPORT_MAX == wire::STRING_MAX, "the longest name of an export");
+const _: () = assert!(values::PAUSE_MAX_MS == command::PAUSE_MAX_MS, "the longest pause a server accepts");
 const _: () = assert!(command::LINE_MAX <= wire::STRING_MAX, "a name that fits a command's line is not too long");
 
 /// What a command line asks for, checked.
 #[derive(Debug)]
 enum Job {
     Serve(server::Config),
+    Proxy { config: server::Config, reads_ahead: bool },
+    Switch { sock: PathBuf, words: Vec<String>, wait_for: Option<String> },
     Read(Target),
     Write(Target),
     Control { sock: PathBuf, words: Vec<String> },
@@ -56,7 +69,7 @@ enum Job {
 /// Does what the arguments ask for, the first of which is the program's name, and returns the exit code: 0 for a clean
 /// stop, 1 for an abnormal end, 2 for wrong usage; in a control mode, the code of the server's answer.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    match parse(args) {
+    match parse(with_mode(args.into_iter().collect())) {
         Ok((verbosity, job)) => {
             logging::init(verbosity);
             perform(job, verbosity)
@@ -69,9 +82,27 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// The same arguments with the mode that the program's name stands for.
+fn with_mode(mut args: Vec<OsString>) -> Vec<OsString> {
+    let name = args.first().and_then(|program| Path::new(program).file_name());
+    if name.is_some_and(|name| name == PROXY_PROGRAM) {
+        args.insert(1, "proxy".into());
+    }
+    args
+}
+
 fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
     match job {
-        Job::Serve(config) => ended(server::serve(config).map(|()| 0)),
+        Job::Serve(config) => ended(server::serve(&config).map(|()| 0)),
+        Job::Proxy { config, reads_ahead } => {
+            if reads_ahead {
+                warn!("--cache does nothing: requests are sent to the server while others wait for its answers");
+            }
+            ended(server::serve(&config).map(|()| 0))
+        }
+        Job::Switch { sock, words, wait_for } => {
+            ended(remote::switch(&sock, &words, wait_for.as_deref(), &mut io::stdout(), &mut io::stderr()))
+        }
         Job::Read(target) => ended(remote::read(&target, &mut io::stdout()).map(|()| 0)),
         Job::Write(target) => ended(remote::write(&target).map(|()| 0)),
         Job::Control { sock, words } => ended(remote::control(&sock, &words, &mut io::stdout(), &mut io::stderr())),
@@ -118,6 +149,8 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
             Ok(Job::Control { sock, words: vec!["mirror_max_bps".into(), max_speed.to_string()] }),
         ),
         Mode::Break(SockArgs { sock, log }) => ("break", log, Ok(Job::Control { sock, words: vec!["break".into()] })),
+        Mode::Proxy(args) => ("proxy", args.log, proxy(args)),
+        Mode::Switch(args) => ("switch", args.log, switch(args)),
         Mode::Acl(args) => ("acl", args.log, replace_acl(args)),
         Mode::Status(StatusArgs { sock, json, clients, log }) => {
             ("status", log, Ok(Job::Status { sock, json, clients }))
@@ -141,17 +174,13 @@ fn verbosity(before: LogFlags, after: LogFlags) -> Verbosity {
 }
 
 fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
-    let listen = endpoint(args.addr, args.port)?;
-    Ok(Job::Serve(server::Config {
-        newstyle: newstyle(&listen, args.newstyle_port, args.newstyle_sock)?,
-        listen,
+    let image = server::Image {
         file: args.file,
         disk_engine: match args.disk_engine {
             args::Engine::Auto => EngineChoice::Auto,
             args::Engine::Sync => EngineChoice::Sync,
             args::Engine::Ring => EngineChoice::Ring,
         },
-        control: args.sock,
         access: match (args.read_only, args.shared_image) {
             (true, _) if role != server::Role::Serve => {
                 return Err("--read-only does not go with listen, which writes the image; leave it out".into());
@@ -160,13 +189,85 @@ fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
             (false, true) => Access::Shared,
             (false, false) => Access::Alone,
         },
-        acl: Acl::new(args.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, args.default_deny),
-        killswitch_ms: args.killswitch_ms,
-        max_clients: args.max_clients,
         sync: args.sync,
         role,
         request_limit_ms: request_limit_ms(env::var_os(REQUEST_LIMIT).as_deref())?,
-    }))
+    };
+    config(args.doors, args.access, args.max_clients, server::Backing::Image(image)).map(Job::Serve)
+}
+
+fn proxy(args: ProxyArgs) -> Result<Job, String> {
+    let server = server_endpoint(args.conn_addr, args.conn_port)?;
+    let upstream = server::Upstream {
+        bind: bind_for(&server, args.bind.as_deref(), "--conn-addr")?,
+        server,
+        export: args.export.unwrap_or_default(),
+        replay: match args.replay {
+            ReplayKind::Dirty => Replay::Dirty,
+            ReplayKind::Inflight => Replay::Unanswered,
+            ReplayKind::None => Replay::Nothing,
+        },
+        replay_limit: args.replay_limit,
+        limit_ms: upstream_limit_ms(env::var_os(UPSTREAM_LIMIT).as_deref())?,
+        give_up_ms: Some(args.give_up_ms).filter(|&ms| ms > 0),
+        start_timeout_ms: args.start_timeout_ms,
+    };
+    let reads_ahead = args.cache.is_some_and(|bytes| bytes > 0);
+    let config = config(args.doors, args.access, args.max_clients, server::Backing::Upstream(upstream))?;
+    Ok(Job::Proxy { config, reads_ahead })
+}
+
+/// What servers of both kinds are told.
+fn config(
+    doors: DoorArgs,
+    access: AccessArgs,
+    max_clients: usize,
+    backing: server::Backing,
+) -> Result<server::Config, String> {
+    let listen = endpoint(doors.addr, doors.port)?;
+    Ok(server::Config {
+        newstyle: newstyle(&listen, doors.newstyle_port, doors.newstyle_sock)?,
+        listen,
+        control: access.sock,
+        acl: Acl::new(access.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, access.default_deny),
+        killswitch_ms: access.killswitch_ms,
+        max_clients,
+        backing,
+    })
+}
+
+/// The server that a proxy connects to.
+fn server_endpoint(addr: String, port: Option<u16>) -> Result<Endpoint, String> {
+    if addr.starts_with('/') {
+        return Ok(Endpoint::Unix(addr.into()));
+    }
+    let ip = ip("--conn-addr <CONN_ADDR>", &addr)?;
+    let port =
+        port.ok_or("--conn-port <CONN_PORT> is required, unless --conn-addr <CONN_ADDR> is the path of a UNIX socket")?;
+    Ok(Endpoint::Tcp(SocketAddr::new(ip, port)))
+}
+
+/// The whole seconds of [`UPSTREAM_LIMIT`], in milliseconds.
+fn upstream_limit_ms(value: Option<&OsStr>) -> Result<u64, String> {
+    value.map_or(Ok(UPSTREAM_LIMIT_MS), |value| {
+        let text = value.to_string_lossy();
+        if text.contains('.') {
+            return Err(invalid(UPSTREAM_LIMIT, &text, "expected whole seconds above 0"));
+        }
+        values::seconds_to_ms(&text).map_err(|why| invalid(UPSTREAM_LIMIT, &text, why))
+    })
+}
+
+fn switch(args: SwitchArgs) -> Result<Job, String> {
+    let port = args.conn_port.unwrap_or_default().to_string();
+    let server = server_endpoint(args.conn_addr, args.conn_port)?;
+    let addr = match &server {
+        Endpoint::Tcp(to) => to.ip().to_string(),
+        Endpoint::Unix(path) => path.display().to_string(),
+    };
+    let when = if args.when_lost { "when-lost" } else { "now" };
+    let words = vec!["upstream".into(), addr, port, when.into()];
+    Ok(Job::Switch { sock: args.sock, words, wait_for: args.wait.then(|| server.to_string()) })
 }
 
 /// Where newstyle clients connect, beside the main `listen`.
@@ -189,14 +290,14 @@ fn newstyle(listen: &Endpoint, port: Option<u16>, sock: Option<PathBuf>) -> Resu
 fn request_limit_ms(value: Option<&OsStr>) -> Result<u64, String> {
     value.map_or(Ok(REQUEST_LIMIT_MS), |value| {
         let text = value.to_string_lossy();
-        args::seconds_to_ms(&text).map_err(|why| invalid(REQUEST_LIMIT, &text, why))
+        values::seconds_to_ms(&text).map_err(|why| invalid(REQUEST_LIMIT, &text, why))
     })
 }
 
 fn mirror(args: MirrorArgs) -> Result<Job, String> {
     let addr = ip("--addr <ADDR>", &args.addr)?;
     let bind = local_address(args.bind.as_deref())?;
-    bind.map_or(Ok(()), |bind| check_reach(bind, addr))?;
+    bind.map_or(Ok(()), |bind| check_reach(bind, "--addr", addr))?;
     let max_speed = args.max_speed.filter(|&speed| speed != 0);
     let action = if args.unlink { "unlink" } else { "exit" };
     let mut words = vec!["mirror".into(), addr.to_string(), args.port.to_string(), action.into()];
@@ -223,26 +324,29 @@ fn export_keyword(name: &str) -> Result<String, String> {
 
 fn transfer(args: TransferArgs) -> Result<Target, String> {
     let server = endpoint(args.addr, args.port)?;
-    let bind = local_address(args.bind.as_deref())?;
-    match (&server, bind) {
-        (Endpoint::Unix(_), Some(_)) => {
-            return Err("--bind <BIND_ADDR> does not go with a UNIX socket; leave it out".into());
-        }
-        (Endpoint::Tcp(remote), Some(bind)) => check_reach(bind, remote.ip())?,
-        (_, None) => {}
-    }
+    let bind = bind_for(&server, args.bind.as_deref(), "--addr")?;
     Ok(Target { server, bind, export: args.export.unwrap_or_default(), offset: args.from, length: args.size })
+}
+
+/// The local address to connect to a server from.
+fn bind_for(server: &Endpoint, bind: Option<&str>, option: &str) -> Result<Option<IpAddr>, String> {
+    let bind = local_address(bind)?;
+    match (server, bind) {
+        (Endpoint::Unix(_), Some(_)) => Err("--bind <BIND_ADDR> does not go with a UNIX socket; leave it out".into()),
+        (Endpoint::Tcp(remote), Some(local)) => check_reach(local, option, remote.ip()).map(|()| bind),
+        (_, None) => Ok(None),
+    }
 }
 
 fn local_address(bind: Option<&str>) -> Result<Option<IpAddr>, String> {
     bind.map(|text| ip("--bind <BIND_ADDR>", text)).transpose()
 }
 
-fn check_reach(local: IpAddr, remote: IpAddr) -> Result<(), String> {
+fn check_reach(local: IpAddr, option: &str, remote: IpAddr) -> Result<(), String> {
     if local.is_ipv4() == remote.is_ipv4() {
         return Ok(());
     }
-    Err(format!("--bind {local} cannot reach --addr {remote}; both must be IPv4 or both IPv6"))
+    Err(format!("--bind {local} cannot reach {option} {remote}; both must be IPv4 or both IPv6"))
 }
 
 fn replace_acl(args: AclArgs) -> Result<Job, String> {

@@ -17,6 +17,14 @@ fn job(line: &str) -> Job {
     parsed(line).unwrap_or_else(|error| panic!("{line}: {error}")).1
 }
 
+/// What a server with an image is told.
+fn image(config: &server::Config) -> &server::Image {
+    match &config.backing {
+        server::Backing::Image(image) => image,
+        server::Backing::Upstream(upstream) => panic!("no image: {upstream:?}"),
+    }
+}
+
 fn config(line: &str) -> server::Config {
     let Job::Serve(config) = job(line) else { panic!("{line}: no server") };
     config
@@ -71,9 +79,13 @@ fn serve_takes_every_option_in_any_order() {
             let line = line.replacen("serve", mode, 1);
             let config = config(&line);
             assert_eq!(config.listen, Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777))), "{line}");
-            assert_eq!((config.file, config.control), ("disk".into(), Some("ctl".into())), "{line}");
+            assert_eq!(
+                (&*image(&config).file, config.control.as_deref()),
+                (Path::new("disk"), Some(Path::new("ctl"))),
+                "{line}"
+            );
             assert_eq!((config.killswitch_ms, config.max_clients), (Some(120_000), 7), "{line}");
-            assert_eq!(config.role, role, "{line}");
+            assert_eq!(image(&config).role, role, "{line}");
         }
     }
 }
@@ -83,7 +95,7 @@ fn listen_may_go_on_as_a_server() {
     for line in
         [format!("{LISTEN} --serve"), LISTEN.replace("listen", "listen --serve"), format!("{LISTEN} --serve ::1")]
     {
-        assert_eq!(config(&line).role, server::Role::Listen { then_serve: true }, "{line}");
+        assert_eq!(image(&config(&line)).role, server::Role::Listen { then_serve: true }, "{line}");
     }
     assert!(refused(&format!("{SERVE} --serve")).contains("--serve"));
 }
@@ -104,15 +116,15 @@ fn the_request_limit_comes_from_the_environment() {
 #[test]
 fn serve_has_defaults() {
     let config = config(SERVE);
-    assert_eq!((config.control, config.killswitch_ms, config.max_clients), (None, None, 100));
-    assert_eq!(config.disk_engine, EngineChoice::Auto);
+    assert_eq!((config.control.clone(), config.killswitch_ms, config.max_clients), (None, None, 100));
+    assert_eq!(image(&config).disk_engine, EngineChoice::Auto);
 }
 
 #[test]
 fn the_disk_engine_is_one_of_three() {
     for (name, choice) in [("auto", EngineChoice::Auto), ("sync", EngineChoice::Sync), ("ring", EngineChoice::Ring)] {
         for mode in [SERVE, LISTEN] {
-            assert_eq!(config(&format!("{mode} --disk-engine {name}")).disk_engine, choice);
+            assert_eq!(image(&config(&format!("{mode} --disk-engine {name}"))).disk_engine, choice);
         }
     }
     for name in ["", "uring", "Ring", "ring,sync"] {

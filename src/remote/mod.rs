@@ -22,6 +22,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::thread;
 use std::time::Duration;
 
 /// How long the answer to a control command may take: that to `mirror` comes after a connection and a greeting.
@@ -74,6 +75,29 @@ pub fn mirror(
         return Err(Error(format!("{}: {why}", path.display())));
     }
     print_answer(&ended, "Migration completed", out, err)
+}
+
+/// Changes a proxy to another server by way of a control socket; with `wait_for`, the address of that server, waits until the
+/// proxy is connected to it. Prints what was done to `out`, a refusal to `err`; returns the code of the answer.
+pub fn switch(
+    path: &Path,
+    words: &[String],
+    wait_for: Option<&str>,
+    out: &mut impl Write,
+    err: &mut impl Write,
+) -> Result<u8, Error> {
+    let answer = ask(path, words)?;
+    let Some(server) = wait_for.filter(|_| answer.code == 0) else {
+        return print_answer(&answer, &answer.text, out, err);
+    };
+    let is_there = |status: &str| {
+        status.split(' ').any(|fact| fact.strip_prefix("upstream=") == Some(server))
+            && status.split(' ').any(|fact| fact == "upstream_state=connected")
+    };
+    while !is_there(&ask(path, &["status"])?.text) {
+        thread::sleep(Duration::from_millis(LOOK_EVERY_MS));
+    }
+    print_answer(&answer, "switched", out, err)
 }
 
 /// Waits for the answer to `wait` and shows the status meanwhile.

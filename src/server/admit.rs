@@ -37,6 +37,8 @@ pub(super) struct Admission {
     /// The access control list.
     pub acl: Acl,
     places: Places,
+    /// Who has no place waits for one, instead of being refused.
+    queues_clients: bool,
     clients: usize,
     controls: usize,
     /// What was done for clients that are gone.
@@ -47,9 +49,14 @@ pub(super) struct Admission {
 
 impl Admission {
     /// Nobody is connected yet.
-    pub(super) fn new(acl: Acl, places: Places) -> Self {
+    pub(super) fn new(acl: Acl, places: Places, queues_clients: bool) -> Self {
         let (closed, complaints) = (Tally::default(), Complaints::default());
-        Self { acl, places, clients: 0, controls: 0, closed, complaints }
+        Self { acl, places, queues_clients, clients: 0, controls: 0, closed, complaints }
+    }
+
+    /// True when who has no place waits in the backlog of the listener, without a greeting.
+    pub(super) fn queues_clients(&self) -> bool {
+        self.queues_clients
     }
 
     /// Counts a client in, or says why not. A listener that awaits an image takes one sender at a time.

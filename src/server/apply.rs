@@ -51,6 +51,11 @@ impl Reactor {
                 let clients = self.keys_of(|slot| matches!(slot, Slot::Client(_)));
                 self.run.extend(clients);
             }
+            Effect::CutClients => {
+                for key in self.keys_of(|slot| matches!(slot, Slot::Client(_))) {
+                    self.settle(key, Some(Next::Close(Reason::UpstreamAway)));
+                }
+            }
             Effect::Run(key) => self.run.push(key),
             Effect::Fail(why) => return Err(Fatal(why)),
         }
@@ -80,16 +85,16 @@ impl Reactor {
     /// The server ends: clients that have named their session, and ask again elsewhere, hear what was not executed. What has
     /// been is answered as ever.
     pub(super) fn part(&mut self) {
-        while let Some(done) = self.shared.disk.pop_done() {
+        while let Some(done) = self.shared.backend.pop_done() {
             if let Some(Slot::Client(client)) = self.slots.get_mut(Key::from_u64(done.owner)) {
                 // It is closed anyway.
                 let _ = client.disk_done(done, &mut self.shared);
             }
         }
         for key in self.keys_of(|slot| matches!(slot, Slot::Client(_))) {
-            self.shared.disk.forget(key.to_u64());
+            self.shared.backend.forget(key.to_u64());
         }
-        let in_work = self.shared.disk.flying();
+        let in_work = self.shared.backend.flying();
         for key in self.keys_of(|slot| matches!(slot, Slot::Client(_))) {
             if let Some(Slot::Client(client)) = self.slots.get_mut(key) {
                 client.part(in_work.contains(&key.to_u64()));
@@ -102,10 +107,10 @@ impl Reactor {
         result.map_err(|error| Fatal(format!("cannot make the migrated image durable: {error}")))?;
         let sh = &mut self.shared;
         let Life::Sealing { sender, then_serve, stop } = sh.life else { return Ok(()) };
-        info!("the migration is complete: {} bytes are here and durable", sh.disk.size());
+        info!("the migration is complete: {} bytes are here and durable", sh.backend.export().size);
         if then_serve {
             sh.share_image();
-            info!("serving {} on {}", sh.disk.path().display(), self.addresses.join(" and "));
+            info!("serving {} on {}", sh.backend.name(), self.addresses.join(" and "));
         }
         sh.life = if then_serve && !stop { Life::Serving } else { Life::Over };
         self.settle(sender, Some(Next::Close(Reason::Received)));
@@ -141,13 +146,21 @@ impl Reactor {
         if !sh.has_memory_for_client() {
             let what = format_args!("refused {peer}: memory has run out");
             self.warn_of(Complaint::RefusedConnection, listener, &what);
-        } else if let Err(why) = sh.admission.admit_client(peer.ip(), awaits_sender) {
+        } else if self.has_given_up() {
+            let what = format_args!("refused {peer}: {}", Reason::UpstreamAway);
+            self.warn_of(Complaint::RefusedConnection, listener, &what);
+        } else if let Err(why) = self.shared.admission.admit_client(peer.ip(), awaits_sender) {
             self.warn_of(Complaint::RefusedConnection, listener, &format_args!("refused {peer}: {why}"));
         } else if let Err(error) = self.add_client(socket, peer, dialect) {
             self.shared.admission.client_left(crate::proto::server::Tally::default());
             let what = format_args!("lost {peer} before it was served: {error}");
             self.warn_of(Complaint::LostConnection, listener, &what);
         }
+    }
+
+    /// True while the server that has the image is away for so long that clients were cut.
+    fn has_given_up(&self) -> bool {
+        matches!(self.link.and_then(|key| self.slots.get(key)), Some(Slot::Upstream(link)) if link.outage().has_given_up())
     }
 
     /// The migration, if it is the one whose destination is this server, and what it wants next.

@@ -112,7 +112,7 @@ impl Attempt {
 
     /// Hands an operation to the disk, which has room for it.
     pub(super) fn submit(&mut self, action: Action, task: Task, tag: u32, key: Key, sh: &mut Shared) {
-        let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
+        let taken = sh.backend.submit(Op { owner: key.to_u64(), tag, action });
         debug_assert!(taken.is_ok(), "it had room");
         self.tasks.push((tag, task));
     }

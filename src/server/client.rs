@@ -8,11 +8,10 @@ use super::life::{Life, SEAL};
 use super::reason::{Next, Reason};
 use super::shared::{Shared, MEMORY_RETRY_MS};
 use super::socket::{Peer, Received, Socket};
-use super::watch::Watch;
-use crate::disk::Access;
+use super::watch::{Watch, GONE_MS};
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
-use crate::proto::export::{Agreed, Export, SessionName, Style};
+use crate::proto::export::{Agreed, SessionName, Style};
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
 use crate::proto::server::{Completed, End, Failed, ServerSession, Step, Tally};
@@ -69,7 +68,7 @@ pub(super) struct Client {
 impl Client {
     /// A client that has just been accepted.
     pub(super) fn new(id: u64, socket: Socket, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
-        let export = Export { size: sh.disk.size(), read_only: sh.disk.access() == Access::ReadOnly };
+        let export = sh.backend.export();
         let mut session = match dialect {
             Dialect::Newstyle => ServerSession::newstyle(export, sh.now_ms),
             Dialect::Oldstyle => ServerSession::oldstyle(export, sh.now_ms),
@@ -142,7 +141,7 @@ impl Client {
         self.kept_since_ms = None;
         self.stalled = false;
         let mut received = false;
-        while sh.disk.has_room() {
+        while sh.backend.has_room() {
             // What is small cannot be refused, so that each client asks for little while memory is short.
             if sys::memory::is_short() && self.session.may_wait() {
                 return self.wait_for_memory(key, sh);
@@ -162,9 +161,9 @@ impl Client {
                         sh.gate.passed(&mut sh.life, &range);
                     }
                     if let Life::Receiving { incoming, .. } = &mut sh.life {
-                        inbound::note_submitted(incoming, &action, sh.disk.in_flight() == 0);
+                        inbound::note_submitted(incoming, &action, sh.backend.in_flight() == 0);
                     }
-                    let taken = sh.disk.submit(Op { owner: key.to_u64(), tag, action });
+                    let taken = sh.backend.submit(Op { owner: key.to_u64(), tag, action });
                     debug_assert!(taken.is_ok(), "it had room");
                 }
                 Step::Refused(Refusal { head, errno, why }) => {
@@ -212,7 +211,7 @@ impl Client {
                 Some(Next::Idle)
             }
             Wait::Turn => Some(Next::Idle),
-            Wait::Disk(owners) if sh.disk.flying().iter().any(|owner| owners.contains(owner)) => Some(Next::WaitDisk),
+            Wait::Disk(owners) if sh.backend.flying().iter().any(|owner| owners.contains(owner)) => Some(Next::WaitDisk),
             Wait::Disk(_) => {
                 self.wait = Wait::Over;
                 self.session.go_on();
@@ -271,7 +270,7 @@ impl Client {
             return Next::Close(Reason::HungUp);
         }
         let is_old = self.session.oldest_ms().is_some_and(|ms| sh.now_ms.saturating_sub(ms) > MEMORY_WAIT_MS);
-        if is_old && sh.disk.in_flight() == 0 {
+        if is_old && sh.backend.in_flight() == 0 {
             return Next::Close(Reason::NoMemory);
         }
         self.stalled = true;
@@ -347,7 +346,7 @@ impl Client {
             (Some(End::Disconnect), Life::Receiving { incoming, .. }) if incoming.is_complete() => {
                 sh.life.seal(key);
                 // The loop takes the completion, because it has to be taken even if this slot is gone by then.
-                let taken = sh.disk.submit(Op { owner: SEAL, tag: 0, action: Action::Flush });
+                let taken = sh.backend.submit(Op { owner: SEAL, tag: 0, action: Action::Flush });
                 debug_assert!(taken.is_ok(), "one sender does not fill the queue");
                 Next::Idle
             }
@@ -400,7 +399,7 @@ impl Client {
     fn look(&mut self, key: Key, sh: &mut Shared) -> Result<(), Reason> {
         if self.watch.due_ms().is_some_and(|due_ms| due_ms <= sh.now_ms) {
             let delivery = self.socket.delivery().unwrap_or_default();
-            if self.watch.is_gone(delivery, sh.now_ms) {
+            if self.watch.is_gone(delivery, GONE_MS, sh.now_ms) {
                 return Err(Reason::Vanished { silent_ms: delivery.acked_ms_ago });
             }
         }

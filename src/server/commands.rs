@@ -9,8 +9,9 @@ use super::reason::Reason;
 use super::slot::Slot;
 use super::status;
 use crate::acl::{parse_ip, Entry};
-use crate::command::{Answer, Command, Ending, StatusForm};
+use crate::command::{Answer, Command, Ending, StatusForm, Switch};
 use crate::disk::Access;
+use crate::endpoint::Endpoint;
 use crate::event::slots::Key;
 use crate::migrate::Plan;
 use log::info;
@@ -42,6 +43,7 @@ impl Reactor {
             },
             Command::MirrorMaxBps(limit) => self.limit_mirror(limit),
             Command::Break => self.break_mirror(),
+            Command::Upstream(wanted) => self.change_upstream(&wanted).map_err(Answer::failed),
             Command::Wait => match self.await_end(from) {
                 Ok(()) => return None,
                 Err(why) => Err(Answer::failed(why)),
@@ -75,7 +77,7 @@ impl Reactor {
     /// The answer to `acl` means that nobody who is out changes the image any more. `None`: it waits for what the kernel has in
     /// hand for clients that are gone.
     fn fenced(&mut self, from: Key) -> Option<Answer> {
-        let mut owners = self.shared.disk.flying();
+        let mut owners = self.shared.backend.flying();
         owners.retain(|&owner| owner != SEAL && self.slots.get(Key::from_u64(owner)).is_none());
         owners.sort_unstable();
         owners.dedup();
@@ -104,12 +106,15 @@ impl Reactor {
         if bind.is_some_and(|bind| bind.is_ipv4() != ip.is_ipv4()) {
             return Err("bad bind address".into());
         }
-        if sh.disk.access() == Access::ReadOnly {
+        let Some(disk) = sh.backend.disk() else {
+            return Err("not mirroring: this is a proxy, and the image is where it is connected to".into());
+        };
+        if disk.access() == Access::ReadOnly {
             return Err(
                 "not mirroring: this server is read-only and does not keep others from writing the image".into()
             );
         }
-        let (size, tail) = (sh.disk.size(), sh.disk.tail());
+        let (size, tail) = (disk.size(), disk.tail());
         if size < mirror::SIZE_MIN {
             return Err(format!("files smaller than {} bytes cannot be mirrored", mirror::SIZE_MIN));
         }
@@ -118,20 +123,24 @@ impl Reactor {
                 "not unlinking: the last {tail} bytes of the file are no whole sector and would be lost"
             ));
         }
-        if wanted.ending == Ending::Unlink && sh.disk.is_device() {
+        if wanted.ending == Ending::Unlink && disk.is_device() {
             return Err("not unlinking: this is a block device".into());
         }
         if wanted.ending == Ending::Unlink {
-            sh.disk.named_path().map_err(|error| format!("not unlinking: {}: {error}", sh.disk.path().display()))?;
+            disk.named_path().map_err(|error| format!("not unlinking: {}: {error}", disk.path().display()))?;
         }
         if !sh.has_memory(Plan::memory_for(size).saturating_add(MIGRATION_BYTES)) {
             return Err("there is no memory for a map of the image".into());
         }
-        sh.disk.lock(true).map_err(|_| {
+        sh.lock_image().map_err(|_| {
             "another server has the image open, and what its clients write would be lost; stop that server first"
         })?;
         let settings = mirror::Settings {
-            destination: Destination { to: SocketAddr::new(ip, wanted.port), bind, export: wanted.export.clone() },
+            destination: Destination {
+                to: Endpoint::Tcp(SocketAddr::new(ip, wanted.port)),
+                bind,
+                export: wanted.export.clone(),
+            },
             ending: wanted.ending,
             request_limit_ms: sh.limits.request_limit_ms,
         };
@@ -166,6 +175,23 @@ impl Reactor {
         // The migration may be waiting for a time that the old limit had set.
         self.run.extend(self.shared.life.mirror());
         Ok("updated".into())
+    }
+
+    /// Changes a proxy to another server.
+    fn change_upstream(&mut self, wanted: &Switch) -> Result<String, &'static str> {
+        let slot = self.link.and_then(|key| self.slots.get_mut(key).map(|slot| (key, slot)));
+        let Some((key, Slot::Upstream(link))) = slot else { return Err("this is no proxy") };
+        let to = if wanted.addr.starts_with('/') {
+            Endpoint::Unix(wanted.addr.clone().into())
+        } else {
+            let ip = parse_ip(&wanted.addr).map_err(|_| "bad IP address")?;
+            Endpoint::Tcp(SocketAddr::new(ip, wanted.port))
+        };
+        let bind = link.server().bind.filter(|bind| matches!(&to, Endpoint::Tcp(to) if to.is_ipv4() == bind.is_ipv4()));
+        let export = link.server().export.clone();
+        link.change(Destination { to, bind, export }, wanted.when_lost, &mut self.shared)?;
+        self.run.push(key);
+        Ok(if wanted.when_lost { "armed".into() } else { "switching".into() })
     }
 
     fn break_mirror(&mut self) -> Result<String, Answer> {

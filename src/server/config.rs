@@ -3,7 +3,9 @@
 use crate::acl::Acl;
 use crate::disk::{Access, EngineChoice};
 use crate::endpoint::Endpoint;
+use crate::upstream::Replay;
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// What to serve, and how.
@@ -13,26 +15,63 @@ pub struct Config {
     pub listen: Endpoint,
     /// Where NBD clients connect that negotiate.
     pub newstyle: Vec<Endpoint>,
-    /// The image: a regular file or a block device.
-    pub file: PathBuf,
-    /// Who waits for the disk that it lies on.
-    pub disk_engine: EngineChoice,
     /// The path of the control socket, if there is one.
     pub control: Option<PathBuf>,
-    /// Whether clients may change the image, and who else may.
-    pub access: Access,
     /// Who may connect.
     pub acl: Acl,
     /// How long a request may take, in milliseconds; `None` is for ever.
     pub killswitch_ms: Option<u64>,
     /// How many clients may be connected at once.
     pub max_clients: usize,
+    /// What stands behind their requests.
+    pub backing: Backing,
+}
+
+/// What stands behind the requests of clients.
+#[derive(Debug)]
+pub enum Backing {
+    /// An image of this machine.
+    Image(Image),
+    /// Another server.
+    Upstream(Upstream),
+}
+
+/// An image, and what it is served for.
+#[derive(Debug)]
+pub struct Image {
+    /// The image: a regular file or a block device.
+    pub file: PathBuf,
+    /// Who waits for the disk that it lies on.
+    pub disk_engine: EngineChoice,
+    /// Whether clients may change the image, and who else may.
+    pub access: Access,
     /// No change is answered before it is on stable storage.
     pub sync: bool,
     /// What the server is there for.
     pub role: Role,
     /// How long a request of a migration may go without progress, in milliseconds.
     pub request_limit_ms: u64,
+}
+
+/// Another server, and how to do without it for a while.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Where it is.
+    pub server: Endpoint,
+    /// The local address to connect from.
+    pub bind: Option<IpAddr>,
+    /// The name of its export; empty for the default one.
+    pub export: String,
+    /// What is kept of what it has answered.
+    pub replay: Replay,
+    /// The bound of that, in bytes.
+    pub replay_limit: usize,
+    /// How long nothing may move before it counts as silent, or its machine as gone, in milliseconds.
+    pub limit_ms: u64,
+    /// How long an outage may take before clients are cut, in milliseconds; `None` is for ever.
+    pub give_up_ms: Option<u64>,
+    /// How long to try at the start, in milliseconds; 0 is once.
+    pub start_timeout_ms: u64,
 }
 
 /// What connections of a listener are for.

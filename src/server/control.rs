@@ -108,7 +108,7 @@ impl Control {
     /// Answers when the kernel has nothing in hand any more of what is awaited, or when that has taken too long.
     fn look_at_disk(&mut self, key: Key, sh: &mut Shared) -> Next {
         let State::AwaitingDisk { owners } = &self.state else { return Next::Idle };
-        let left = sh.disk.flying().iter().filter(|owner| owners.contains(owner)).count();
+        let left = sh.backend.flying().iter().filter(|owner| owners.contains(owner)).count();
         if left == 0 {
             self.answer(&Answer::ok("updated"), key, sh);
         } else if sh.now_ms >= self.deadline_ms {

@@ -8,16 +8,17 @@
 use super::shared::Shared;
 use super::socket::{Received, Socket, Stream};
 use crate::buffer::Pool;
+use crate::endpoint::Endpoint;
 use crate::event::slots::Key;
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::error::Violation;
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::wire::option_reply;
 use crate::sys;
-use mio::net::TcpStream;
+use mio::net::{TcpStream, UnixStream};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 /// How long a connection may take to be made, in milliseconds.
 const CONNECT_MS: u64 = 15_000;
@@ -25,11 +26,11 @@ const CONNECT_MS: u64 = 15_000;
 const GREETING_MS: u64 = 5_000;
 
 /// Where to connect to, and from where.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Destination {
     /// The server.
-    pub to: SocketAddr,
-    /// The local address to connect from.
+    pub to: Endpoint,
+    /// The local address to connect from, where that is a matter of addresses.
     pub bind: Option<IpAddr>,
     /// The name of the export; empty for the default one.
     pub export: String,
@@ -67,6 +68,8 @@ pub(super) enum Failure {
     Closed(&'static str),
     /// The server is this one.
     Itself,
+    /// The server is not what it has to be, as a sentence about it.
+    Unfit(String),
     /// What else went wrong, as a sentence.
     Broken(String),
 }
@@ -78,7 +81,9 @@ impl Failure {
             Self::Connect(_) => "Mirror failed to connect",
             Self::NoGreeting => "Remote server failed to respond",
             Self::Size { .. } => "Remote size does not match local size",
-            Self::NoExport(_) | Self::ReadOnly | Self::Closed(_) | Self::Broken(_) => "Mirror was rejected",
+            Self::NoExport(_) | Self::ReadOnly | Self::Closed(_) | Self::Broken(_) | Self::Unfit(_) => {
+                "Mirror was rejected"
+            }
             Self::Itself => "Mirror was rejected: the destination is this server itself",
         }
     }
@@ -103,7 +108,7 @@ impl fmt::Display for Failure {
             Self::ReadOnly => f.write_str("the export at the destination is read-only"),
             Self::Closed(why) => write!(f, "the destination {why}"),
             Self::Itself => f.write_str("the destination is this server itself"),
-            Self::Broken(why) => f.write_str(why),
+            Self::Broken(why) | Self::Unfit(why) => f.write_str(why),
         }
     }
 }
@@ -128,19 +133,34 @@ pub(super) struct Dial<T> {
 }
 
 impl<T> Dial<T> {
-    /// Begins to connect, as the socket of the slot `key`.
-    pub(super) fn start(destination: &Destination, key: Key, sh: &Shared) -> Result<Self, Failure> {
+    /// Begins to connect, as the socket of the slot `key`, for this conversation.
+    pub(super) fn start(
+        destination: &Destination,
+        session: ClientSession<T>,
+        key: Key,
+        sh: &Shared,
+    ) -> Result<Self, Failure> {
         let failed = |error: io::Error| Failure::Connect(error.to_string());
-        let stream = sys::net::connect_tcp(destination.bind, destination.to).map_err(failed)?;
-        let mut socket = Socket::new(Stream::Tcp(TcpStream::from_std(stream)));
+        let stream = match &destination.to {
+            Endpoint::Tcp(to) => {
+                Stream::Tcp(TcpStream::from_std(sys::net::connect_tcp(destination.bind, *to).map_err(failed)?))
+            }
+            Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path).map_err(failed)?),
+        };
+        let mut socket = Socket::new(stream);
         socket.set_options().map_err(failed)?;
         socket.register(&sh.registry, key.token()).map_err(failed)?;
-        Ok(Self {
-            stage: Stage::Connecting,
-            socket,
-            session: ClientSession::with_cookies(destination.export.clone(), sh.gate.own_cookies()),
-            deadline_ms: sh.now_ms.saturating_add(CONNECT_MS),
-        })
+        Ok(Self { stage: Stage::Connecting, socket, session, deadline_ms: sh.now_ms.saturating_add(CONNECT_MS) })
+    }
+
+    /// True once the server has greeted.
+    pub(super) fn is_open(&self) -> bool {
+        self.stage == Stage::Open
+    }
+
+    /// The socket.
+    pub(super) fn socket(&self) -> &Socket {
+        &self.socket
     }
 
     /// Notes what an event says of the socket.

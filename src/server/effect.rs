@@ -24,6 +24,8 @@ pub(super) enum Effect {
     PauseClients,
     /// Clients that were paused or kept waiting may go on.
     ResumeClients,
+    /// The server that has the image has been away for too long: clients are closed.
+    CutClients,
     /// A slot wants another turn.
     Run(Key),
     /// This process cannot go on; why.

@@ -74,11 +74,12 @@ impl Listener {
         }
         let room = match self.purpose {
             Purpose::Control => sh.admission.controls_left(),
+            Purpose::Nbd(_) if sh.admission.queues_clients() => sh.admission.clients_left(false),
             // A client without a place is accepted, to be refused, but only one in a turn: each takes a descriptor.
             Purpose::Nbd(_) => sh.admission.clients_left(sh.life.awaits_image()).saturating_add(1),
         };
         if room == 0 {
-            // Woken when a control connection has gone.
+            // Woken when a connection has gone.
             return Next::Idle;
         }
         // Of senders that came while this server was busy, the first may have given up: it makes room in the next turn.

@@ -22,7 +22,7 @@ use crate::command::{Answer, Ending};
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
 use crate::migrate::{Abilities, Plan, Progress, Step};
-use crate::proto::client::Event;
+use crate::proto::client::{ClientSession, Event};
 use crate::proto::export::Offer;
 use crate::proto::wire::{kind, transmission};
 use crate::work::{Action, Done, Extent};
@@ -90,7 +90,9 @@ impl Mirror {
 
     fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
         self.trials.begin();
-        self.attempt = Some(Attempt::new(Dial::start(&self.settings.destination, key, sh)?));
+        let to = &self.settings.destination;
+        let session = ClientSession::with_cookies(to.export.clone(), sh.gate.own_cookies());
+        self.attempt = Some(Attempt::new(Dial::start(to, session, key, sh)?));
         self.arm(key, sh);
         Ok(Next::Idle)
     }
@@ -277,7 +279,7 @@ impl Mirror {
     }
 
     fn greeted(&mut self, offer: Offer, key: Key, sh: &mut Shared) -> Result<(), Failure> {
-        let size = sh.disk.size();
+        let size = sh.backend.export().size;
         if offer.size != size {
             return Err(Failure::Size { remote: offer.size, local: size });
         }
@@ -310,13 +312,13 @@ impl Mirror {
         }
         self.wake_ms = None;
         if plan.is_quiescing() {
-            if sh.disk.in_flight() > attempt.in_disk() {
+            if sh.backend.in_flight() > attempt.in_disk() {
                 return Ok(Next::WaitDisk);
             }
             plan.quiesced();
         }
         for _ in 0..STEPS_MAX {
-            if !sh.disk.has_room() {
+            if !sh.backend.has_room() {
                 return Ok(Next::WaitDisk);
             }
             let buffered = attempt.buffered();
@@ -346,7 +348,7 @@ impl Mirror {
             sh.pool.give(buffer);
             match step {
                 Step::Look(offset) => {
-                    let length = sh.disk.size().saturating_sub(offset);
+                    let length = sh.backend.export().size.saturating_sub(offset);
                     let action = Action::Map { offset, length, most: 1 };
                     self.last_tag = self.last_tag.wrapping_add(1);
                     attempt.submit(action, Task::Look(offset), self.last_tag, key, sh);
@@ -381,8 +383,7 @@ impl Mirror {
         attempt.dial.check_quiet()?;
         let unlinked = self.settings.ending == Ending::Unlink;
         if unlinked {
-            let path = sh.disk.path().display();
-            sh.disk.unlink().map_err(|error| Failure::Broken(format!("cannot unlink {path}: {error}")))?;
+            sh.unlink_image().map_err(Failure::Broken)?;
         }
         attempt.dial.session.disconnect();
         attempt.stage = Stage::Committing { unlinked };

@@ -19,10 +19,11 @@
 //! ```text
 //!  mod          the turn                     start, apply, commands, status   opening; effects; what commands do; facts
 //!  reactor      the slots and their queues   slot                             the kinds of slot
-//!  client, control, mirror, listener, signals                                 one kind each
+//!  client, control, mirror, upstream, listener, signals                       one kind each
 //!  attempt      one try of a migration       trials                           all of them, counted
 //!  dial         an outgoing connection
-//!  shared       what every slot is lent
+//!  offer, outage                                what another server is like; when it is away
+//!  shared       what every slot is lent         backend     what stands behind the requests
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
 //!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
 //!  watch, socket, bind, config               is a peer still there; a peer; listening; what to do
@@ -31,6 +32,7 @@
 mod admit;
 mod apply;
 mod attempt;
+mod backend;
 mod bind;
 mod client;
 mod commands;
@@ -45,6 +47,8 @@ mod inbound;
 mod life;
 mod listener;
 mod mirror;
+mod offer;
+mod outage;
 mod reactor;
 mod reason;
 mod shared;
@@ -56,9 +60,10 @@ mod status;
 #[cfg(test)]
 mod tests;
 mod trials;
+mod upstream;
 mod watch;
 
-pub use config::{Config, Dialect, Fatal, Role};
+pub use config::{Backing, Config, Dialect, Fatal, Image, Role, Upstream};
 
 use crate::event::slots::Key;
 use crate::sys;
@@ -87,13 +92,20 @@ enum Flow {
 }
 
 /// Serves until a signal comes. An error is what ended it abnormally.
-pub fn serve(config: Config) -> Result<(), Fatal> {
-    let role = config.role;
-    let Some(mut server) = Reactor::start(config)? else { return stopped_early(role) };
-    let doing = if server.shared.life.awaits_image() { "awaiting a migration to" } else { "serving" };
-    info!("{doing} {} on {}", server.shared.disk.path().display(), server.addresses.join(" and "));
+pub fn serve(config: &Config) -> Result<(), Fatal> {
+    let mut server = Reactor::start(config)?;
     let mut events = Events::with_capacity(EVENTS_MAX);
     let mut batch = Vec::new();
+    if let Backing::Upstream(upstream) = &config.backing {
+        if let Flow::Stop = server.reach_upstream(upstream.start_timeout_ms, &mut events, &mut batch)? {
+            return Ok(());
+        }
+    }
+    if !server.open(config)? {
+        return stopped_early(&config.backing);
+    }
+    let doing = if server.shared.life.awaits_image() { "awaiting a migration to" } else { "serving" };
+    info!("{doing} {} on {}", server.shared.backend.name(), server.addresses.join(" and "));
     let outcome = loop {
         match server.turn(&mut events, &mut batch) {
             Ok(Flow::Continue) => {}
@@ -103,20 +115,47 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
     };
     server.part();
     server.shared.admission.complaints.tell();
+    server.leave_upstream();
     // A disk that hangs must not keep the process from ending.
-    server.shared.disk.leak();
+    server.shared.backend.leak();
     outcome
 }
 
 /// A signal came before anything was served.
-fn stopped_early(role: Role) -> Result<(), Fatal> {
-    match role {
-        Role::Serve => Ok(()),
-        Role::Listen { .. } => Err(Fatal(NOT_MIGRATED.into())),
+fn stopped_early(backing: &Backing) -> Result<(), Fatal> {
+    match backing {
+        Backing::Image(Image { role: Role::Listen { .. }, .. }) => Err(Fatal(NOT_MIGRATED.into())),
+        Backing::Image(Image { role: Role::Serve, .. }) | Backing::Upstream(_) => Ok(()),
     }
 }
 
 impl Reactor {
+    /// Takes turns until the server that has the image has greeted, for so long at the most; 0 is one attempt.
+    fn reach_upstream(&mut self, limit_ms: u64, events: &mut Events, batch: &mut Vec<Key>) -> Result<Flow, Fatal> {
+        let give_up_ms = self.shared.now_ms.saturating_add(limit_ms);
+        loop {
+            if let Flow::Stop = self.turn(events, batch)? {
+                return Ok(Flow::Stop);
+            }
+            let Some(Slot::Upstream(link)) = self.link.and_then(|key| self.slots.get(key)) else { break };
+            match link.outage().last_error() {
+                _ if link.is_open() => break,
+                Some(why) if self.shared.now_ms >= give_up_ms => {
+                    return Err(Fatal(format!("cannot use the server {}: {why}", link.server())));
+                }
+                _ => {}
+            }
+        }
+        Ok(Flow::Continue)
+    }
+
+    /// Says goodbye to the server that has the image.
+    fn leave_upstream(&mut self) {
+        if let Some(Slot::Upstream(link)) = self.link.and_then(|key| self.slots.get_mut(key)) {
+            link.leave(&mut self.shared);
+        }
+    }
+
     /// One pass through the pipe. `batch` is scratch space, empty between turns.
     fn turn(&mut self, events: &mut Events, batch: &mut Vec<Key>) -> Result<Flow, Fatal> {
         self.wait(events)?;
@@ -160,11 +199,13 @@ impl Reactor {
             }
         }
 
-        self.shared.disk.kick();
-        while let Some(done) = self.shared.disk.pop_done() {
+        self.shared.backend.kick();
+        while let Some(done) = self.shared.backend.pop_done() {
             self.finish(done)?;
         }
 
+        // Whatever was submitted in this turn goes to the server that has the image.
+        self.out.extend(self.link);
         self.out.take_batch(batch);
         for key in batch.drain(..) {
             let next = self.slots.get_mut(key).map(|slot| slot.write_step(key, &mut self.shared));
@@ -181,7 +222,7 @@ impl Reactor {
     /// Sleeps until an event, a timer, or not at all when a step would move something. The only place where the process
     /// waits.
     fn wait(&mut self, events: &mut Events) -> Result<(), Fatal> {
-        let timeout = if !self.run.is_empty() || self.shared.disk.has_work() {
+        let timeout = if !self.run.is_empty() || self.shared.backend.has_work() {
             Some(Duration::ZERO)
         } else {
             let sh = &mut self.shared;

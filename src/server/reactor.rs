@@ -30,8 +30,12 @@ pub(super) struct Reactor {
     pub(super) grace: Grace,
     /// What every slot is lent.
     pub shared: Shared,
+    /// The slots that accept clients.
+    pub listeners: Vec<Key>,
     /// The slot that accepts control connections.
     pub control_listener: Option<Key>,
+    /// The connection to the server that has the image, where that is another one.
+    pub link: Option<Key>,
     /// Where clients connect: the oldstyle address, then those that negotiate.
     pub addresses: Vec<String>,
     /// Numbers connections in the order in which they came.
@@ -47,10 +51,16 @@ impl Reactor {
             Some(Next::WaitDisk) => self.wait_disk.push(key),
             Some(Next::Close(reason)) => {
                 let Some(slot) = self.slots.remove(key) else { return };
-                self.shared.disk.forget(key.to_u64());
-                if let Slot::Control(_) = slot {
-                    // The listener may have stopped accepting for want of room.
-                    self.run.extend(self.control_listener);
+                self.shared.backend.forget(key.to_u64());
+                // What was done for it may have to be made durable elsewhere.
+                self.run.extend(self.link);
+                // A listener may have stopped accepting for want of room.
+                match slot {
+                    Slot::Control(_) => self.run.extend(self.control_listener),
+                    Slot::Client(_) if self.shared.admission.queues_clients() => {
+                        self.run.extend(self.listeners.iter().copied());
+                    }
+                    _ => {}
                 }
                 if let Slot::Client(client) = &slot {
                     if let Some(name) = client.session_name() {
@@ -63,7 +73,7 @@ impl Reactor {
     }
 
     fn note_ghost(&mut self, name: SessionName, owner: u64) {
-        let flying = self.shared.disk.flying();
+        let flying = self.shared.backend.flying();
         self.ghosts.retain(|(_, owner)| flying.contains(owner));
         if flying.contains(&owner) {
             self.ghosts.push((name, owner));

@@ -63,6 +63,8 @@ pub(super) enum Reason {
     NotStarted(String),
     /// Somebody asked for the migration to end.
     Stopped,
+    /// The server that has the image is away.
+    UpstreamAway,
 }
 
 impl Reason {
@@ -106,6 +108,7 @@ impl fmt::Display for Reason {
             Self::Migrated => f.write_str("migrated"),
             Self::NotStarted(why) => f.write_str(why),
             Self::Stopped => f.write_str("migration stopped"),
+            Self::UpstreamAway => f.write_str("the server behind this proxy is away"),
         }
     }
 }

@@ -1,11 +1,12 @@
 //! What all slots share. It is lent to one slot at a time.
 
 use super::admit::Admission;
+use super::backend::Backend;
 use super::effect::Effect;
 use super::gate::Gate;
 use super::life::Life;
 use crate::buffer::Pool;
-use crate::disk::{Access, Disk};
+use crate::disk::{Access, Disk, OpenError};
 use crate::event::wheel::Wheel;
 use crate::sys;
 use mio::Registry;
@@ -38,8 +39,8 @@ pub(super) struct Shared {
     pub registry: Registry,
     /// Memory for payloads.
     pub pool: Pool,
-    /// The image.
-    pub disk: Disk,
+    /// What stands behind the requests.
+    pub backend: Backend,
     /// Deadlines.
     pub wheel: Wheel,
     /// What the configuration bounds.
@@ -57,10 +58,21 @@ pub(super) struct Shared {
 impl Shared {
     /// Lets other servers have the image open, too, if that is meant.
     pub(super) fn share_image(&self) {
-        if self.disk.access() == Access::Shared {
+        if let Some(disk) = self.backend.disk().filter(|disk| disk.access() == Access::Shared) {
             // Downgrade the exclusive lock to a shared one; giving rights up cannot fail.
-            let _ = self.disk.lock(false);
+            let _ = disk.lock(false);
         }
+    }
+
+    /// Makes sure that no other server has the image open for writing.
+    pub(super) fn lock_image(&self) -> Result<(), OpenError> {
+        self.backend.disk().map_or(Ok(()), |disk| disk.lock(true))
+    }
+
+    /// Removes the name of the image; an error is a sentence.
+    pub(super) fn unlink_image(&self) -> Result<(), String> {
+        let unlinked = self.backend.disk().map_or(Ok(()), Disk::unlink);
+        unlinked.map_err(|error| format!("cannot unlink {}: {error}", self.backend.name()))
     }
 
     /// True when there is memory for so many bytes more, if need be that of buffers which nobody uses.

@@ -6,6 +6,7 @@ use super::listener::Listener;
 use super::mirror::Mirror;
 use super::reason::{Next, Reason};
 use super::shared::Shared;
+use super::upstream::Link;
 use crate::event::slots::Key;
 use crate::sys::SignalFd;
 use crate::work::Done;
@@ -23,6 +24,8 @@ pub(super) enum Slot {
     Control(Box<Control>),
     /// The outgoing migration.
     Mirror(Box<Mirror>),
+    /// The connection to the server that has the image.
+    Upstream(Box<Link>),
     /// The signals that stop the server.
     Signals(SignalFd),
 }
@@ -35,6 +38,7 @@ impl Slot {
             Self::Client(client) => client.socket().note(event),
             Self::Control(control) => control.socket().note(event),
             Self::Mirror(mirror) => mirror.note(event),
+            Self::Upstream(link) => link.note(event),
             Self::Signals(_) => {}
         }
     }
@@ -46,6 +50,7 @@ impl Slot {
             Self::Client(client) => client.read_step(key, sh),
             Self::Control(control) => control.read_step(key, sh),
             Self::Mirror(mirror) => mirror.read_step(key, sh),
+            Self::Upstream(link) => link.read_step(key, sh),
             Self::Signals(_) => Next::Idle,
         }
     }
@@ -55,7 +60,7 @@ impl Slot {
         match self {
             Self::Client(client) => client.disk_done(done, sh),
             Self::Mirror(mirror) => mirror.disk_done(done, key, sh),
-            Self::Listener(_) | Self::Control(_) | Self::Signals(_) => {
+            Self::Listener(_) | Self::Control(_) | Self::Upstream(_) | Self::Signals(_) => {
                 debug_assert!(false, "only clients and migrations use the disk");
                 Next::Idle
             }
@@ -68,6 +73,7 @@ impl Slot {
             Self::Client(client) => client.write_step(key, sh),
             Self::Control(control) => control.write_step(),
             Self::Mirror(mirror) => mirror.write_step(key, sh),
+            Self::Upstream(link) => link.write_step(key, sh),
             Self::Listener(_) | Self::Signals(_) => Next::Idle,
         }
     }
@@ -78,6 +84,7 @@ impl Slot {
             Self::Client(client) => client.timeout(key, sh),
             Self::Control(control) => control.timeout(key, sh),
             Self::Mirror(mirror) => mirror.timeout(key, sh),
+            Self::Upstream(link) => link.timeout(key, sh),
             // Accepting has rested.
             Self::Listener(_) => Next::Again,
             Self::Signals(_) => Next::Idle,
@@ -90,7 +97,7 @@ impl Slot {
             Self::Client(mut client) => client.closed(reason, sh),
             Self::Control(control) => control.closed(reason, sh),
             Self::Mirror(mut mirror) => mirror.closed(reason, sh),
-            Self::Listener(_) | Self::Signals(_) => {}
+            Self::Listener(_) | Self::Upstream(_) | Self::Signals(_) => {}
         }
     }
 }

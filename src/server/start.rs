@@ -1,9 +1,10 @@
 //! How a server comes to be: everything is opened, in the order in which others may see it.
 
 use super::admit::{Admission, Places, CONTROLS_MAX};
+use super::backend::{Backend, Standby};
 use super::bind;
-use super::config::Dialect;
-use super::config::{Config, Fatal, Role};
+use super::config::{Backing, Config, Dialect, Fatal, Image, Role};
+use super::dial::Destination;
 use super::gate::Gate;
 use super::grace::Grace;
 use super::life::Life;
@@ -11,14 +12,17 @@ use super::listener::Listener;
 use super::reactor::Reactor;
 use super::shared::{Limits, Shared};
 use super::slot::Slot;
+use super::upstream::{self, Link};
 use crate::buffer::Pool;
 use crate::disk::{Access, Disk};
 use crate::event::run_queue::RunQueue;
-use crate::event::slots::Slots;
+use crate::event::slots::{Key, Slots};
 use crate::event::wheel::Wheel;
 use crate::migrate::Incoming;
 use crate::proto::client::Cookies;
+use crate::proto::export::Export;
 use crate::sys::{self, SignalFd};
+use crate::upstream::Upstream;
 use log::warn;
 use mio::unix::SourceFd;
 use mio::{Interest, Poll, Token};
@@ -26,7 +30,6 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
 
 /// Memory for the payloads of all clients together, in bytes.
 const POOL_BYTES: usize = 16 << 20;
@@ -43,53 +46,36 @@ const NO_MEMORY: &str = "there is not enough memory for a server";
 const NOTIFIER: Token = Token(usize::MAX);
 
 impl Reactor {
-    /// Opens everything; what listens for clients listens before the control socket appears, and that of a server that was
-    /// killed goes first of all. `None`: a signal has ended the wait for an address.
-    pub(super) fn start(config: Config) -> Result<Option<Self>, Fatal> {
+    /// Opens what stands behind the requests, and what says that a signal has come. That of the control socket which a
+    /// server that was killed has left goes first of all.
+    pub(super) fn start(config: &Config) -> Result<Self, Fatal> {
         config.control.as_deref().map_or(Ok(()), bind::clear)?;
-        let has_reserve = || sys::memory::keep_reserve().then_some(()).ok_or_else(|| Fatal(NO_MEMORY.into()));
-        has_reserve()?;
+        keep_reserve()?;
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
-        let disk =
-            Disk::open(&config.file, config.access, config.disk_engine).map_err(|error| Fatal(error.to_string()))?;
-        let server = Self::start_with(disk, signals, config)?;
-        // Opening everything may have used the reserve up.
-        has_reserve()?;
-        Ok(server)
+        let backend = match &config.backing {
+            Backing::Image(image) => Backend::Disk(Box::new(
+                Disk::open(&image.file, image.access, image.disk_engine).map_err(|error| Fatal(error.to_string()))?,
+            )),
+            Backing::Upstream(upstream) => Backend::Upstream(Box::new(Standby {
+                core: Upstream::new(upstream.replay, upstream.replay_limit),
+                name: upstream.server.to_string(),
+                export: Export { size: 0, read_only: false, flushes: false },
+            })),
+        };
+        Self::new(backend, signals, config)
     }
 
-    /// The same with an image that is open.
-    pub(super) fn start_with(disk: Disk, signals: SignalFd, config: Config) -> Result<Option<Self>, Fatal> {
-        // A listener overwrites the image, so it is alone with it until it serves it.
-        let alone = config.role != Role::Serve || config.access == Access::Alone;
-        if config.access != Access::ReadOnly {
-            disk.lock(alone).map_err(|error| Fatal(error.to_string()))?;
-        }
-        if disk.tail() > 0 {
-            let (size, tail) = (disk.size(), disk.tail());
-            warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());
-        }
-        let oldstyle = std::iter::once((&config.listen, Dialect::Oldstyle));
-        let newstyle = config.newstyle.iter().map(|endpoint| (endpoint, Dialect::Newstyle));
-        let mut listeners = Vec::new();
-        for (endpoint, dialect) in oldstyle.chain(newstyle) {
-            let Some(listener) = Listener::nbd(endpoint, dialect, &signals)? else { return Ok(None) };
-            listeners.push(listener);
-        }
-        let addresses = listeners.iter().map(Listener::to_string).collect();
-        let poll = Poll::new().map_err(|error| Fatal(format!("cannot wait for events: {error}")))?;
+    /// The same with what stands behind the requests.
+    pub(super) fn new(backend: Backend, signals: SignalFd, config: &Config) -> Result<Self, Fatal> {
+        let poll = Poll::new().map_err(cannot_wait)?;
         let now_ms = sys::monotonic_ms();
-        let failed = |error: io::Error| Fatal(format!("cannot wait for events: {error}"));
-        let registry = poll.registry().try_clone().map_err(failed)?;
-        let places = places(config.max_clients)?;
-        let life = match config.role {
-            Role::Serve => Life::Serving,
-            Role::Listen { .. } if !sys::memory::has_room(Incoming::memory_for(disk.size())) => {
-                return Err(Fatal("there is no memory for the map of what has come of the image".into()));
-            }
-            Role::Listen { then_serve } => Life::Receiving { incoming: Incoming::new(disk.size()), then_serve },
+        let registry = poll.registry().try_clone().map_err(cannot_wait)?;
+        let (life, request_limit_ms, sync) = match &config.backing {
+            Backing::Image(image) => (life_with(&backend, image)?, image.request_limit_ms, image.sync),
+            Backing::Upstream(upstream) => (Life::Serving, upstream.limit_ms, false),
         };
+        let queues_clients = matches!(config.backing, Backing::Upstream(_));
         let mut server = Self {
             poll,
             slots: Slots::default(),
@@ -102,53 +88,119 @@ impl Reactor {
                 now_ms,
                 registry,
                 pool: Pool::with_source(POOL_BYTES, sys::memory::zeroed),
-                disk,
+                backend,
                 wheel: Wheel::new(now_ms),
-                limits: Limits {
-                    killswitch_ms: config.killswitch_ms,
-                    request_limit_ms: config.request_limit_ms,
-                    sync: config.sync,
-                },
-                admission: Admission::new(config.acl, places),
+                limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms, sync },
+                admission: Admission::new(config.acl.clone(), places(config.max_clients)?, queues_clients),
                 life,
                 gate: Gate::new(Cookies::starting_at(sys::random())),
                 effects: VecDeque::new(),
             },
+            listeners: Vec::new(),
             control_listener: None,
-            addresses,
+            link: None,
+            addresses: Vec::new(),
             next_id: 1,
         };
-        server.open_slots(listeners, config.control, signals)?;
-        Ok(Some(server))
+        server.add_first_slots(signals, config)?;
+        Ok(server)
     }
 
-    fn open_slots(&mut self, nbd: Vec<Listener>, control: Option<PathBuf>, signals: SignalFd) -> Result<(), Fatal> {
-        let failed = |error: io::Error| Fatal(format!("cannot wait for events: {error}"));
+    fn add_first_slots(&mut self, signals: SignalFd, config: &Config) -> Result<(), Fatal> {
         let registry = self.poll.registry();
-        if let Some(notifier) = self.shared.disk.notifier() {
-            registry.register(&mut SourceFd(&notifier.as_raw_fd()), NOTIFIER, Interest::READABLE).map_err(failed)?;
+        if let Some(notifier) = self.shared.backend.notifier() {
+            registry
+                .register(&mut SourceFd(&notifier.as_raw_fd()), NOTIFIER, Interest::READABLE)
+                .map_err(cannot_wait)?;
         }
-        let add = |slots: &mut Slots<Slot>, mut listener: Listener| {
-            slots.try_insert_with(|key| {
-                listener.register(registry, key.token())?;
-                Ok(Slot::Listener(listener))
-            })
-        };
         self.slots
             .try_insert_with(|key| {
                 let fd = signals.as_fd().as_raw_fd();
                 registry.register(&mut SourceFd(&fd), key.token(), Interest::READABLE)?;
                 Ok(Slot::Signals(signals))
             })
-            .map_err(failed)?;
-        for listener in nbd {
-            add(&mut self.slots, listener).map_err(failed)?;
-        }
-        if let Some(path) = control {
-            self.control_listener = Some(add(&mut self.slots, Listener::control(&path)?).map_err(failed)?);
+            .map_err(cannot_wait)?;
+        if let Backing::Upstream(wanted) = &config.backing {
+            let settings = upstream::Settings {
+                server: Destination { to: wanted.server.clone(), bind: wanted.bind, export: wanted.export.clone() },
+                limit_ms: wanted.limit_ms,
+                give_up_ms: wanted.give_up_ms,
+            };
+            let link = Box::new(Link::new(settings, self.shared.now_ms));
+            let key = self.slots.try_insert_with(|_| Ok(Slot::Upstream(link))).map_err(cannot_wait)?;
+            self.link = Some(key);
+            self.run.push(key);
         }
         Ok(())
     }
+
+    /// Lets clients in, then commands: that the control socket is there says that the server is ready. False: a signal has
+    /// ended the wait for an address.
+    pub(super) fn open(&mut self, config: &Config) -> Result<bool, Fatal> {
+        let oldstyle = std::iter::once((&config.listen, Dialect::Oldstyle));
+        let newstyle = config.newstyle.iter().map(|endpoint| (endpoint, Dialect::Newstyle));
+        for (endpoint, dialect) in oldstyle.chain(newstyle) {
+            let Some(signals) = self.signals() else { return Ok(false) };
+            let Some(listener) = Listener::nbd(endpoint, dialect, signals)? else { return Ok(false) };
+            self.addresses.push(listener.to_string());
+            let key = self.add_listener(listener)?;
+            self.listeners.push(key);
+        }
+        if let Some(path) = &config.control {
+            self.control_listener = Some(self.add_listener(Listener::control(path)?)?);
+        }
+        // Opening everything may have used the reserve up.
+        keep_reserve()?;
+        Ok(true)
+    }
+
+    fn signals(&self) -> Option<&SignalFd> {
+        self.slots.iter().find_map(|(_, slot)| match slot {
+            Slot::Signals(signals) => Some(signals),
+            _ => None,
+        })
+    }
+
+    fn add_listener(&mut self, mut listener: Listener) -> Result<Key, Fatal> {
+        let registry = self.poll.registry();
+        let added = self.slots.try_insert_with(|key| {
+            listener.register(registry, key.token())?;
+            Ok(Slot::Listener(listener))
+        });
+        added.map_err(cannot_wait)
+    }
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "as `map_err` calls it")]
+fn cannot_wait(error: io::Error) -> Fatal {
+    Fatal(format!("cannot wait for events: {error}"))
+}
+
+fn keep_reserve() -> Result<(), Fatal> {
+    sys::memory::keep_reserve().then_some(()).ok_or_else(|| Fatal(NO_MEMORY.into()))
+}
+
+/// What a server with an image begins with. It says to others that the image is open here.
+fn life_with(backend: &Backend, image: &Image) -> Result<Life, Fatal> {
+    let size = backend.export().size;
+    if let Some(disk) = backend.disk() {
+        // A listener overwrites the image, so it is alone with it until it serves it.
+        let alone = image.role != Role::Serve || image.access == Access::Alone;
+        if image.access != Access::ReadOnly {
+            disk.lock(alone).map_err(|error| Fatal(error.to_string()))?;
+        }
+        if disk.tail() > 0 {
+            let tail = disk.tail();
+            warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());
+        }
+    }
+    Ok(match image.role {
+        Role::Serve => Life::Serving,
+        Role::Listen { .. } if !sys::memory::has_room(Incoming::memory_for(size)) => {
+            return Err(Fatal("there is no memory for the map of what has come of the image".into()));
+        }
+        Role::Listen { then_serve } => Life::Receiving { incoming: Incoming::new(size), then_serve },
+    })
 }
 
 /// How many connections there are descriptors for, besides those that are open, once their limit is as high as it may be.

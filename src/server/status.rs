@@ -2,13 +2,15 @@
 //!
 //! The facts are listed once, in [`of_server`] and [`of_client`]; both forms show the same list.
 
+use super::backend::{Backend, Standby};
 use super::client::Client;
 use super::life::Life;
 use super::mirror::Mirror;
 use super::reactor::Reactor;
 use super::slot::Slot;
+use super::upstream::Link;
 use crate::command::StatusForm;
-use crate::disk::Access;
+use crate::disk::Disk;
 use crate::migrate::{Plan, Progress};
 use crate::printable;
 use std::fmt::{self, Write};
@@ -65,7 +67,7 @@ fn of_server(server: &Reactor) -> Facts {
     put("pid", Value::Number(std::process::id().into()));
     put("is_mirroring", Value::Flag(matches!(sh.life, Life::Sending { .. })));
     put("has_control", Value::Flag(!sh.life.awaits_image()));
-    put("size", Value::Number(sh.disk.size()));
+    put("size", Value::Number(sh.backend.export().size));
     put("clients_allowed", Value::Flag(sh.admission.has_room(sh.life.awaits_image())));
     put("num_clients", Value::Number(sh.admission.clients() as u64));
     if let Some((mirror, plan)) = migration(server) {
@@ -93,12 +95,32 @@ fn of_server(server: &Reactor) -> Facts {
             put("migration_last_error", Value::Text(error.into()));
         }
     }
+    if let Some((link, standby)) = upstream(server) {
+        let outage = link.outage();
+        let since = outage.connected_ms().map_or(0, |ms| unix_seconds(ms, sh.now_ms));
+        let counts = standby.core.counts();
+        put("upstream", Value::Text(link.server().to_string()));
+        put("upstream_style", Value::Text(link.style().into()));
+        put("upstream_state", Value::Text(link.state(standby).into()));
+        put("upstream_since", Value::Number(since));
+        put("reconnects", Value::Number(outage.reconnects()));
+        put("outage_ms", Value::Number(outage.on_for_ms(sh.now_ms)));
+        put("last_outage_ms", Value::Number(outage.last_ms()));
+        put("replay_bytes", Value::Number(standby.core.dirty_bytes() as u64));
+        put("replay_limit", Value::Number(standby.core.limit() as u64));
+        put("in_flight", Value::Number(standby.core.len() as u64));
+        put("own_flushes", Value::Number(counts.own_flushes));
+        put("replayed_bytes", Value::Number(counts.replayed_bytes));
+        put("last_error", Value::Text(outage.last_error().unwrap_or("none").into()));
+    }
     put("reads", Value::Number(tally.reads));
     put("writes", Value::Number(tally.writes));
     put("trims", Value::Number(tally.trims));
-    put("read_only", Value::Flag(sh.disk.access() == Access::ReadOnly));
-    put("disk_engine", Value::Text(sh.disk.engine().into()));
-    put("syncs", Value::Number(sh.disk.syncs()));
+    put("read_only", Value::Flag(sh.backend.export().read_only));
+    if let Some(disk) = sh.backend.disk() {
+        put("disk_engine", Value::Text(disk.engine().into()));
+        put("syncs", Value::Number(disk.syncs()));
+    }
     put("flushes", Value::Number(tally.flushes));
     put("read_bytes", Value::Number(tally.read_bytes));
     put("written_bytes", Value::Number(tally.written_bytes));
@@ -113,6 +135,19 @@ fn of_server(server: &Reactor) -> Facts {
     }
     put("sync", Value::Flag(sh.limits.sync));
     facts
+}
+
+fn upstream(server: &Reactor) -> Option<(&Link, &Standby)> {
+    match (server.slots.get(server.link?)?, &server.shared.backend) {
+        (Slot::Upstream(link), Backend::Upstream(standby)) => Some((link, standby)),
+        _ => None,
+    }
+}
+
+/// A time of the server's clock, in seconds since 1970.
+fn unix_seconds(at_ms: u64, now_ms: u64) -> u64 {
+    let unix_now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    unix_now.saturating_sub(Duration::from_millis(now_ms.saturating_sub(at_ms))).as_secs()
 }
 
 fn migration(server: &Reactor) -> Option<(&Mirror, &Plan)> {
@@ -187,7 +222,7 @@ fn json_member((name, value): &(&str, Value)) -> String {
 /// where the destination can make holes itself.
 fn data_left(server: &Reactor, plan: &Plan, progress: &Progress) -> u64 {
     if progress.pass == 1 && plan.can().zero {
-        let data = server.shared.disk.allocated().saturating_sub(progress.sent_bytes);
+        let data = server.shared.backend.disk().map_or(0, Disk::allocated).saturating_sub(progress.sent_bytes);
         return progress.left_bytes.min(data);
     }
     progress.left_bytes

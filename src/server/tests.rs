@@ -4,6 +4,8 @@
 #![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 
 use super::admit::CONTROLS_MAX;
+use super::backend::Backend;
+use super::config::{Backing, Image};
 use super::life::Life;
 use super::reactor::Reactor;
 use super::reason::Next;
@@ -49,19 +51,22 @@ impl House {
         let config = Config {
             listen: Endpoint::Tcp("127.0.0.1:0".parse().unwrap()),
             newstyle: Vec::new(),
-            file: path.clone(),
             control: Some(path.with_extension("control")),
-            disk_engine: EngineChoice::Sync,
-            access: Access::Alone,
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
             max_clients: 10,
-            sync: false,
-            role,
-            request_limit_ms: 60_000,
+            backing: Backing::Image(Image {
+                file: path.clone(),
+                disk_engine: EngineChoice::Sync,
+                access: Access::Alone,
+                sync: false,
+                role,
+                request_limit_ms: 60_000,
+            }),
         };
-        let disk = Disk::open_slow(&path, delay);
-        let server = Reactor::start_with(disk, SignalFd::new().unwrap(), config).unwrap().unwrap();
+        let disk = Backend::Disk(Box::new(Disk::open_slow(&path, delay)));
+        let mut server = Reactor::new(disk, SignalFd::new().unwrap(), &config).unwrap();
+        assert!(server.open(&config).unwrap());
         Self { path, server }
     }
 
@@ -106,14 +111,14 @@ impl House {
         let mut came = false;
         self.turns_until(|shared| {
             came |= shared.admission.clients() > 0;
-            came && shared.admission.clients() == 0 && shared.disk.in_flight() == 0
+            came && shared.admission.clients() == 0 && shared.backend.in_flight() == 0
         })
     }
 
     /// A sender that asks for something, which the disk has then, and is gone.
     fn lose_sender(&mut self, request: Vec<u8>) {
         let lost = self.client(move |mut stream| stream.write_all(&request).unwrap());
-        self.turns_until(|shared| shared.disk.in_flight() == 1);
+        self.turns_until(|shared| shared.backend.in_flight() == 1);
         lost.join().unwrap();
         self.turns_until(|shared| shared.admission.clients() == 0);
     }
@@ -197,11 +202,11 @@ fn an_access_list_is_answered_when_the_kernel_is_done_with_what_it_refuses() {
     // Longer than it takes a busy machine to hand over 32 operations.
     let mut house = House::new("fenced", DELAY * 10);
     let client = writer(&house);
-    house.turns_until(|shared| shared.disk.flying().len() == 32);
+    house.turns_until(|shared| shared.backend.flying().len() == 32);
     let acl = house.acl("127.0.0.2");
     house.turns_until(|shared| shared.admission.clients() == 0);
     let turns = house.turns_until(|shared| shared.admission.controls_left() == CONTROLS_MAX);
-    assert!(house.server.shared.disk.flying().is_empty());
+    assert!(house.server.shared.backend.flying().is_empty());
     assert_eq!(acl.join().unwrap(), "0: updated\n");
     assert!(turns < 1000, "{turns} turns");
     client.join().unwrap();
@@ -211,7 +216,7 @@ fn an_access_list_is_answered_when_the_kernel_is_done_with_what_it_refuses() {
 fn an_access_list_is_answered_also_while_the_disk_hangs() {
     let mut house = House::new("hangs", LIMIT * 10);
     let client = writer(&house);
-    house.turns_until(|shared| shared.disk.flying().len() == 32);
+    house.turns_until(|shared| shared.backend.flying().len() == 32);
     let acl = house.acl("127.0.0.2");
     house.turns_until(|shared| shared.admission.clients() == 0);
     house.turns_until(|shared| shared.admission.controls_left() == CONTROLS_MAX);
@@ -224,7 +229,7 @@ fn a_killswitch_fires_while_the_kernel_has_the_requests() {
     let mut house = House::new("killed", LIMIT * 10);
     house.server.shared.limits.killswitch_ms = Some(100);
     let client = writer(&house);
-    house.turns_until(|shared| shared.disk.flying().len() == 32);
+    house.turns_until(|shared| shared.backend.flying().len() == 32);
     let turns = house.turns_until(|shared| shared.admission.clients() == 0);
     assert!(turns < 100, "{turns} turns");
     client.join().unwrap();
@@ -237,7 +242,7 @@ fn what_may_change_the_image_is_counted_while_it_flies() {
         stream.write_all(&[write(1), head(kind::FLUSH, 2, 0), head(kind::READ, 3, 512), write(4)].concat()).unwrap();
         stream.read_exact(&mut [0; 4 * SIMPLE_REPLY_LEN + 512]).unwrap();
     });
-    house.turns_until(|shared| shared.disk.in_flight() == 4);
+    house.turns_until(|shared| shared.backend.in_flight() == 4);
     assert_eq!(house.server.shared.gate.changing(), 2, "a migration that began now would wait for the writes");
     house.turns_until_alone();
     client.join().unwrap();
@@ -256,10 +261,10 @@ fn a_listener_greets_while_its_disk_works_for_a_sender_that_is_gone() {
             let _ = stream.read(&mut [0]);
         });
         if joins {
-            house.turns_until(|shared| shared.disk.in_flight() == 3);
+            house.turns_until(|shared| shared.backend.in_flight() == 3);
         } else {
             house.turns_until(|shared| shared.gate.keeps_somebody());
-            assert_eq!(house.server.shared.disk.in_flight(), 1, "what the next one writes might be overwritten");
+            assert_eq!(house.server.shared.backend.in_flight(), 1, "what the next one writes might be overwritten");
         }
         drop(house);
         sender.join().unwrap();
@@ -323,12 +328,12 @@ fn the_reads_of_a_migration_are_several_and_behind_those_of_clients() {
     source.write_all(&Greeting { size: 1 << 20, flags: transmission::HAS_FLAGS.into() }.encode()).unwrap();
 
     // The first question is whether there is data. Then it has something to do in the next turn, whatever comes.
-    house.turns_until(|shared| shared.disk.in_flight() == 1);
-    house.turns_until(|shared| shared.disk.in_flight() == 0);
+    house.turns_until(|shared| shared.backend.in_flight() == 1);
+    house.turns_until(|shared| shared.backend.in_flight() == 0);
     let reads: Vec<u8> = (0..8).flat_map(|cookie| head(kind::READ, cookie, 4096)).collect();
     client.write_all(&reads).unwrap();
-    house.turns_until(|shared| shared.disk.in_flight() > 0);
+    house.turns_until(|shared| shared.backend.in_flight() > 0);
     let migration_key = house.server.shared.life.mirror().unwrap();
     let expected = [vec![client_key.to_u64(); 8], vec![migration_key.to_u64(); 4]].concat();
-    assert_eq!(house.server.shared.disk.flying(), expected);
+    assert_eq!(house.server.shared.backend.flying(), expected);
 }

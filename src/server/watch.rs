@@ -9,8 +9,8 @@ use crate::sys::net::Delivery;
 
 /// How often to look at a peer to which something is on its way, in milliseconds.
 const LOOK_MS: u64 = 5_000;
-/// A peer that has acknowledged nothing for so long, in milliseconds, and does not answer, is gone.
-const GONE_MS: u64 = 45_000;
+/// A client that has acknowledged nothing for so long, in milliseconds, and does not answer, is gone.
+pub(super) const GONE_MS: u64 = 45_000;
 /// When two looks date the last acknowledgement less than this apart, in milliseconds, they mean the same one: a turn
 /// may be so late. The intervals at which the kernel tries again soon are longer than this.
 const SAME_MS: u64 = 1_000;
@@ -45,8 +45,8 @@ impl Watch {
     }
 
     /// Judges what the kernel says now. True: the peer is gone. A try at the moment of the look is not answered yet, so it
-    /// takes two looks.
-    pub(super) fn is_gone(&mut self, delivery: Delivery, now_ms: u64) -> bool {
+    /// takes two looks. `gone_ms` is how long it may acknowledge nothing, in milliseconds.
+    pub(super) fn is_gone(&mut self, delivery: Delivery, gone_ms: u64, now_ms: u64) -> bool {
         if delivery.pending_bytes == 0 {
             *self = Self::default();
             return false;
@@ -58,7 +58,7 @@ impl Watch {
         let was_unanswered = silence.unanswered;
         silence.unanswered = delivery.probes > 0 || delivery.tries > silence.tries;
         self.silence = Some(silence);
-        was_unanswered && silence.unanswered && delivery.acked_ms_ago >= GONE_MS
+        was_unanswered && silence.unanswered && delivery.acked_ms_ago >= gone_ms
     }
 }
 
@@ -74,7 +74,7 @@ mod tests {
         looks.iter().find_map(|&(at_s, acked_ms_ago, tries, probes)| {
             assert_eq!(watch.due_ms(), Some(at_s * 1_000));
             let delivery = Delivery { pending_bytes: 100, acked_ms_ago, tries, probes };
-            watch.is_gone(delivery, at_s * 1_000).then_some(at_s)
+            watch.is_gone(delivery, GONE_MS, at_s * 1_000).then_some(at_s)
         })
     }
 
@@ -134,14 +134,14 @@ mod tests {
         watch.note_sent(4_000);
         assert_eq!(watch.due_ms(), Some(6_000));
         let mut delivery = Delivery { pending_bytes: 1, acked_ms_ago: 44_000, tries: 3, probes: 1 };
-        assert!(!watch.is_gone(delivery, 6_000));
+        assert!(!watch.is_gone(delivery, GONE_MS, 6_000));
         assert_eq!(watch.due_ms(), Some(11_000));
         delivery.pending_bytes = 0;
-        assert!(!watch.is_gone(delivery, 11_000));
+        assert!(!watch.is_gone(delivery, GONE_MS, 11_000));
         assert_eq!(watch.due_ms(), None);
         delivery = Delivery { pending_bytes: 1, acked_ms_ago: 80_000, ..delivery };
-        assert!(!watch.is_gone(delivery, 100_000), "one look is not enough");
+        assert!(!watch.is_gone(delivery, GONE_MS, 100_000), "one look is not enough");
         delivery.acked_ms_ago = 85_000;
-        assert!(watch.is_gone(delivery, 105_000));
+        assert!(watch.is_gone(delivery, GONE_MS, 105_000));
     }
 }

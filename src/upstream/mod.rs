@@ -444,6 +444,16 @@ impl Upstream {
         }
     }
 
+    /// How many operations were submitted and not popped.
+    pub fn len(&self) -> usize {
+        self.tasks.len() + self.done.len()
+    }
+
+    /// True when none was.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// The owners of what the server has in hand, one for each operation.
     pub fn flying(&self) -> Vec<u64> {
         self.tasks.values().filter(|task| task.is_begun).map(|task| task.owner).collect()

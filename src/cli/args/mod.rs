@@ -10,27 +10,21 @@
 )]
 #![allow(clippy::doc_markdown, reason = "most comments here are help texts, where backticks would show")]
 
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// The most bytes one query reads or writes; the manual says so.
-const SIZE_MAX: u64 = 1 << 30;
-/// The largest offset; the manual says so. With it, offset plus size fits a signed 64-bit file offset.
-const FROM_MAX: u64 = 1 << 62;
-/// More clients than a process may have descriptors: a larger number is a typing error.
-const CLIENTS_MAX: u64 = 1_000_000;
-/// A year: a longer time limit would limit nothing.
-const LIMIT_MAX_S: u64 = 365 * 24 * 60 * 60;
-/// The longest name of an export, in bytes: that of any string ("Conventions" in the NBD specification).
-pub(crate) const EXPORT_MAX: usize = 4096;
-/// The longest pause that a server accepts, in milliseconds.
-pub(crate) const PAUSE_MAX_MS: u64 = 60_000;
+pub(crate) mod common;
+pub(crate) mod proxy;
+pub(crate) mod values;
+
+use common::{AccessArgs, DoorArgs, LogFlags};
+use proxy::{ProxyArgs, SwitchArgs};
+use values::{client_count, export, offset, pause, remote_port, size, speed};
 
 /// What `help` can explain: the names of all [`Mode`]s.
-pub(crate) const MODES: [&str; 10] =
-    ["serve", "listen", "mirror", "mirror-speed", "break", "acl", "status", "read", "write", "help"];
+pub(crate) const MODES: [&str; 12] =
+    ["serve", "listen", "mirror", "mirror-speed", "break", "proxy", "switch", "acl", "status", "read", "write", "help"];
 
 /// A fast NBD server.
 #[derive(Debug, Parser)]
@@ -49,7 +43,7 @@ Exit codes:
   1   anything that ended the program abnormally; one line on stderr says what
   2   wrong usage; nothing was started
   The modes that take --sock SOCK of a running server (mirror, mirror-speed,
-  break, acl, status) exit with the code of its answer: 0 done, 1 refused,
+  break, switch, acl, status) exit with the code of its answer: 0 done, 1 refused,
   9 missing command, 10 unknown command. mirror --wait exits with 0 when the
   migration is completed, with 1 when it ends otherwise.
 
@@ -135,6 +129,36 @@ Example: at most 100 MB/s from now on, then as fast as possible:
 Example:
   flexnbd break --sock /run/disk.sock")]
     Break(SockArgs),
+    /// Stand between clients and a server, and hide that it is away.
+    #[command(after_help = "\
+The proxy connects to the server first and listens when that has greeted; it
+exits with 1 when that fails. From then on clients do not notice when the server
+goes away: they wait, and nothing that was answered is lost, even when the
+server's machine has crashed, as long as the proxy lives. It never asks the
+server again only because an answer takes long. Called as flexnbd-proxy, the
+program is this mode.
+
+Environment:
+  FLEXNBD_UPSTREAM_TIMEOUT  Seconds without progress, a whole number above 0,
+          after which the server counts as silent, and its machine as gone when
+          nothing is acknowledged either. [default: 30]
+
+Example: one client on a UNIX socket, the server on another host:
+  flexnbd proxy --addr /run/disk.nbd --conn-addr 192.0.2.8 --conn-port 4777 \\
+      --sock /run/proxy.sock")]
+    Proxy(ProxyArgs),
+    /// Change a running proxy to another server that has the image now.
+    #[command(after_help = "\
+The image must be the same, as after a migration; that is not checked but for
+its size. What is asked of the present server is finished and flushed first,
+unless that makes no progress for 10 s, which ends the attempt.
+
+Example: go over to the server to which the image was migrated:
+  flexnbd switch --sock /run/proxy.sock --conn-addr 192.0.2.9 --conn-port 4777
+Example: before a migration, so that the proxy follows it by itself:
+  flexnbd switch --sock /run/proxy.sock --conn-addr 192.0.2.9 \\
+      --conn-port 4777 --when-lost")]
+    Switch(SwitchArgs),
     /// Replace the access control list of a running server.
     #[command(after_help = "\
 Connected clients that the new list refuses are disconnected, and what they
@@ -173,17 +197,6 @@ Example:
     Help(HelpArgs),
 }
 
-/// How much to log; given before the mode, after it, or both.
-#[derive(Debug, Clone, Copy, Args)]
-pub(crate) struct LogFlags {
-    /// Log all there is to stderr, not only what goes wrong.
-    #[arg(short, long, overrides_with_all = ["verbose", "quiet"], help_heading = "Global options")]
-    pub verbose: bool,
-    /// Log nothing to stderr but what ends the program abnormally.
-    #[arg(short, long, overrides_with_all = ["verbose", "quiet"], help_heading = "Global options")]
-    pub quiet: bool,
-}
-
 /// The values of `--disk-engine`; comments of their own would show in its help.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub(crate) enum Engine {
@@ -197,27 +210,13 @@ pub(crate) enum Engine {
 #[command(next_line_help = true)]
 #[allow(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 pub(crate) struct ServeArgs {
-    /// Address to listen on: IPv4, IPv6 (also as [IPv6]), 0 for all IPv4
-    /// addresses, or the path of a UNIX socket, which begins with '/'.
-    #[arg(short = 'l', long, verbatim_doc_comment)]
-    pub addr: String,
-    /// TCP port to listen on, 0 to 65535; 0 picks a free one, which status
-    /// shows. Required, unless ADDR is a path, where it is ignored.
-    #[arg(short, long, value_parser = listen_port, allow_hyphen_values = true, verbatim_doc_comment)]
-    pub port: Option<u16>,
     /// File or block device with the image. It must exist, be writable and
     /// hold at least 512 bytes; a tail of less than 512 bytes is left out.
     #[arg(short, long, verbatim_doc_comment)]
     pub file: PathBuf,
-    /// TCP port for newstyle clients, which most of today are (nbd-client,
-    /// qemu, libnbd), at ADDR, 0 to 65535; 0 picks a free one, which status
-    /// shows. They find the same image under the same rules; its export has
-    /// no name. PORT above is for oldstyle clients. [default: none]
-    #[arg(long, value_name = "PORT", value_parser = listen_port, allow_hyphen_values = true, verbatim_doc_comment)]
-    pub newstyle_port: Option<u16>,
-    /// UNIX socket to open for newstyle clients. [default: none]
-    #[arg(long, value_name = "PATH")]
-    pub newstyle_sock: Option<PathBuf>,
+    /// Where clients connect.
+    #[command(flatten)]
+    pub doors: DoorArgs,
     /// Who waits for the disk: with ring the kernel (io_uring), so that no
     /// client waits for what another has asked of the disk; with sync the
     /// server; with auto the kernel where it can. ring fails where it cannot.
@@ -246,35 +245,12 @@ pub(crate) struct ServeArgs {
     /// themselves and forget which of their writes were not flushed.
     #[arg(long, verbatim_doc_comment)]
     pub sync: bool,
-    /// Control socket to open, for modes such as status. It appears once
-    /// the server is ready and is removed when it stops. [default: none]
-    #[arg(short, long, verbatim_doc_comment)]
-    pub sock: Option<PathBuf>,
-    /// Let an empty access control list admit no client; without this option
-    /// it admits every client.
-    #[arg(short, long, verbatim_doc_comment)]
-    pub default_deny: bool,
-    /// Disconnect a client whose request takes longer than SECONDS, from its
-    /// first byte to the last byte of the reply. A decimal above 0, such as
-    /// 0.5, behind '='; 120 if left out. Idle clients stay. [default: none]
-    #[arg(
-        short,
-        long = "killswitch",
-        value_name = "SECONDS",
-        value_parser = seconds_to_ms,
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "120",
-        verbatim_doc_comment
-    )]
-    pub killswitch_ms: Option<u64>,
+    /// Who may connect.
+    #[command(flatten)]
+    pub access: AccessArgs,
     /// Clients served at the same time, 1 to 1000000.
     #[arg(long, value_name = "N", default_value = "100", value_parser = client_count, allow_hyphen_values = true)]
     pub max_clients: usize,
-    /// Clients to admit: IP addresses or networks such as 10.0.0.0/8 and
-    /// 2001:db8::/32. Without any, see --default-deny.
-    #[arg(value_name = "ACL_ENTRY", verbatim_doc_comment)]
-    pub acl: Vec<String>,
     /// Verbosity given after the mode.
     #[command(flatten)]
     pub log: LogFlags,
@@ -456,63 +432,4 @@ pub(crate) struct HelpArgs {
     /// Verbosity given after the mode.
     #[command(flatten)]
     pub log: LogFlags,
-}
-
-fn listen_port(text: &str) -> Result<u16, String> {
-    whole(text, 0..=u64::from(u16::MAX))
-}
-
-fn remote_port(text: &str) -> Result<u16, String> {
-    whole(text, 1..=u64::from(u16::MAX))
-}
-
-fn client_count(text: &str) -> Result<usize, String> {
-    whole(text, 1..=CLIENTS_MAX)
-}
-
-fn offset(text: &str) -> Result<u64, String> {
-    whole(text, 0..=FROM_MAX)
-}
-
-fn size(text: &str) -> Result<u32, String> {
-    whole(text, 0..=SIZE_MAX)
-}
-
-fn speed(text: &str) -> Result<u64, String> {
-    whole(text, 0..=u64::MAX)
-}
-
-fn export(text: &str) -> Result<String, String> {
-    if text.len() <= EXPORT_MAX && !text.contains('\0') {
-        return Ok(text.into());
-    }
-    Err(format!("expected at most {EXPORT_MAX} bytes, none of them NUL"))
-}
-
-fn pause(text: &str) -> Result<u64, String> {
-    whole(text, 0..=PAUSE_MAX_MS)
-}
-
-/// Parses decimal digits and nothing else: unlike `str::parse`, no `+`.
-fn whole<T: TryFrom<u64>>(text: &str, range: RangeInclusive<u64>) -> Result<T, String> {
-    digits(text)
-        .filter(|number| range.contains(number))
-        .and_then(|number| T::try_from(number).ok())
-        .ok_or_else(|| format!("expected a whole decimal number from {} to {}", range.start(), range.end()))
-}
-
-fn digits(text: &str) -> Option<u64> {
-    text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten()
-}
-
-/// Parses seconds with up to three decimal places, above zero, into milliseconds.
-pub(crate) fn seconds_to_ms(text: &str) -> Result<u64, String> {
-    let parse = || {
-        let (seconds, fraction) = text.split_once('.').unwrap_or((text, "0"));
-        let fraction_ms = digits(&format!("{fraction:0<3}")).filter(|_| (1..=3).contains(&fraction.len()))?;
-        digits(seconds)?.checked_mul(1000)?.checked_add(fraction_ms)
-    };
-    parse().filter(|ms| (1..=LIMIT_MAX_S * 1000).contains(ms)).ok_or_else(|| {
-        format!("expected decimal seconds from 0.001 to {LIMIT_MAX_S}, with at most 3 places after the point")
-    })
 }

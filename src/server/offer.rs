@@ -1,0 +1,110 @@
+//! What another server offers: whether it is the one that clients know, what it can be asked and how.
+
+use super::dial::Failure;
+use crate::proto::client::ClientSession;
+use crate::proto::error::Errno;
+use crate::proto::export::{Export, Offer};
+use crate::proto::wire::{command, kind, transmission};
+use crate::upstream::{Abilities, Asked, Command, Fault, What};
+use std::fmt;
+
+/// The longest range of one command, in bytes, for a server that cannot say what it takes.
+const LENGTH_MAX: u32 = 32 << 20;
+
+/// What clients are told of a server that offers this.
+pub(super) fn export(offer: Offer) -> Export {
+    Export {
+        size: offer.size,
+        read_only: offer.has(transmission::READ_ONLY),
+        flushes: offer.has(transmission::SEND_FLUSH),
+    }
+}
+
+/// Fails unless clients who were `told` something else can go on with this export.
+pub(super) fn check(export: Export, told: Export) -> Result<(), Failure> {
+    if export.size != told.size {
+        Err(Failure::Size { remote: export.size, local: told.size })
+    } else if export.read_only && !told.read_only {
+        Err(Failure::ReadOnly)
+    } else if told.flushes && !export.flushes {
+        Err(Failure::Unfit("it offers no FLUSH any more, which clients were told it does".into()))
+    } else {
+        Ok(())
+    }
+}
+
+/// What the server can be asked.
+pub(super) fn abilities(offer: Offer) -> Abilities {
+    let has = |flag| offer.has(flag);
+    Abilities {
+        flush: has(transmission::SEND_FLUSH),
+        fua: has(transmission::SEND_FUA),
+        trim: has(transmission::SEND_TRIM),
+        zero: has(transmission::SEND_WRITE_ZEROES),
+        fast_zero: has(transmission::SEND_FAST_ZERO),
+        cache: has(transmission::SEND_CACHE),
+        map: offer.agreed.allocation,
+        length_max: LENGTH_MAX,
+    }
+}
+
+/// Gives a command to the conversation.
+pub(super) fn ask(session: &mut ClientSession<Asked>, asked: Command) {
+    let Command { asked: note, what, fua, offset, length, payload } = asked;
+    let (kind, flags) = match what {
+        What::Read => (kind::READ, 0),
+        What::Write => (kind::WRITE, 0),
+        What::Trim => (kind::TRIM, 0),
+        What::Flush => (kind::FLUSH, 0),
+        What::Cache => (kind::CACHE, 0),
+        What::Map { one } => (kind::BLOCK_STATUS, if one { command::REQ_ONE } else { 0 }),
+        What::Zero { no_hole, fast } => {
+            let flag = |is_set, flag| if is_set { flag } else { 0 };
+            (kind::WRITE_ZEROES, flag(no_hole, command::NO_HOLE) | flag(fast, command::FAST_ZERO))
+        }
+    };
+    session.command(kind, flags | if fua { command::FUA } else { 0 }, offset, length, note);
+    if let Some(payload) = payload {
+        session.push_shared(payload);
+    }
+}
+
+/// Why a connection is of no use, for people.
+pub(super) struct Why {
+    /// What is wrong, as a sentence about the server.
+    pub text: String,
+    /// A server is there, and is not the one that clients know.
+    pub is_refusal: bool,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+/// Says why a connection to the server is of no use.
+pub(super) fn describe(failure: &Failure) -> Why {
+    let (text, is_refusal) = match failure {
+        Failure::Connect(why) => (format!("cannot connect: {why}"), false),
+        Failure::NoGreeting => ("it did not greet in time".into(), false),
+        Failure::Size { remote, local } => (format!("it has {remote} bytes, and clients were told {local}"), true),
+        Failure::NoExport(why) => (why.to_string(), true),
+        Failure::ReadOnly => ("it is read-only, and clients were told that they may write".into(), true),
+        Failure::Closed(why) => (format!("it {why}"), false),
+        Failure::Itself => ("it is this server itself".into(), true),
+        Failure::Broken(why) => (why.clone(), false),
+        Failure::Unfit(why) => (why.clone(), true),
+    };
+    Why { text, is_refusal }
+}
+
+/// What a fault means to the connection.
+pub(super) fn broken(fault: Fault) -> Failure {
+    match fault {
+        Fault::Replay(error) => {
+            Failure::Unfit(format!("it answered what has to be written again with {} ({error})", Errno::name(error)))
+        }
+        Fault::Leaves | Fault::Early => Failure::Broken(fault.to_string()),
+    }
+}

@@ -1,0 +1,470 @@
+//! The connection to another server that has the image: one more slot of the loop. It is made, lost and made again, while
+//! what that server owes stays in the backend ([`Standby`]); that decides what is asked, this file sends it, takes the
+//! answers, judges greetings and keeps the deadlines.
+//!
+//! ```text
+//!              accepted
+//!  Dialling ────────────> in use ──> lost, or given up for another server
+//!     ^                                │
+//!     └──── 0, 0.1, 0.2 ... 3 s ───────┘
+//! ```
+
+use super::backend::Standby;
+use super::dial::{Destination, Dial, Failure};
+use super::effect::Effect;
+use super::offer;
+use super::outage::Outage;
+use super::reason::Next;
+use super::shared::Shared;
+use super::watch::Watch;
+use crate::event::alarm::Alarm;
+use crate::event::slots::Key;
+use crate::proto::client::{ClientSession, Event, Wishes};
+use crate::proto::export::{Offer, SessionName};
+use crate::proto::wire::extent;
+use crate::sys;
+use crate::upstream::{Asked, Replay};
+use log::{error, info, warn};
+use std::fmt;
+
+/// How often what the server sends is received in one turn: clients come first.
+const RECEIVES_PER_TURN: usize = 16;
+/// How long unanswered requests may go without progress when the server is changed, in milliseconds.
+const SETTLE_MS: u64 = 10_000;
+
+/// Which server has the image, and how patient to be with it.
+#[derive(Debug, Clone)]
+pub(super) struct Settings {
+    /// The server.
+    pub server: Destination,
+    /// How long nothing may move, in milliseconds, before the server counts as silent, or as gone where its kernel is.
+    pub limit_ms: u64,
+    /// After how long an outage clients are cut, in milliseconds; `None` is never.
+    pub give_up_ms: Option<u64>,
+}
+
+/// A change to another server.
+#[derive(Debug)]
+enum Change {
+    /// At once: what is unanswered ends, what is dirty is flushed. It fails when nothing has moved until `give_up_ms`.
+    Now { to: Destination, give_up_ms: u64 },
+    /// When the connection has ended: whichever of the two serves first.
+    WhenLost { to: Destination },
+}
+
+/// The connection, and what is known of the server.
+#[derive(Debug)]
+pub(super) struct Link {
+    settings: Settings,
+    /// By this name a server knows that a new connection takes the place of an older one.
+    session: SessionName,
+    /// `None` between two attempts.
+    dial: Option<Dial<Asked>>,
+    /// Where the attempt goes that is under way, or the connection that is in use.
+    current: Destination,
+    /// What was agreed on in this connection.
+    style: &'static str,
+    /// The server ends an older connection of this session before it greets a new one.
+    is_fenced: bool,
+    /// When the next attempt begins.
+    retry_ms: u64,
+    /// When anything has moved last while something was awaited.
+    progress_ms: u64,
+    is_silent: bool,
+    outage: Outage,
+    change: Option<Change>,
+    watch: Watch,
+    alarm: Alarm,
+}
+
+impl Link {
+    /// The first attempt begins with the next turn.
+    pub(super) fn new(settings: Settings, now_ms: u64) -> Self {
+        let random = (u128::from(sys::random()) << 64) | u128::from(sys::random());
+        Self {
+            current: settings.server.clone(),
+            settings,
+            session: SessionName(random.to_be_bytes()),
+            dial: None,
+            style: "unknown",
+            is_fenced: false,
+            retry_ms: now_ms,
+            progress_ms: now_ms,
+            is_silent: false,
+            outage: Outage::begin(now_ms),
+            change: None,
+            watch: Watch::default(),
+            alarm: Alarm::default(),
+        }
+    }
+
+    /// Notes what an event says of its socket.
+    pub(super) fn note(&mut self, event: &mio::event::Event) {
+        if let Some(dial) = &mut self.dial {
+            dial.note(event);
+        }
+    }
+
+    /// True while the connection is in use.
+    pub(super) fn is_open(&self) -> bool {
+        self.dial.as_ref().is_some_and(Dial::is_open)
+    }
+
+    /// The server, or the one that is being tried.
+    pub(super) fn server(&self) -> &Destination {
+        &self.current
+    }
+
+    /// How the server speaks, for people.
+    pub(super) fn style(&self) -> &'static str {
+        self.style
+    }
+
+    /// When the server was there, and when it was not.
+    pub(super) fn outage(&self) -> &Outage {
+        &self.outage
+    }
+
+    /// What it is doing, in one word.
+    pub(super) fn state(&self, standby: &Standby) -> &'static str {
+        match (&self.change, self.is_open()) {
+            (Some(Change::Now { .. }), _) => "switching",
+            (_, true) if standby.core.is_replaying() => "replaying",
+            (_, true) if self.is_silent => "silent",
+            (_, true) => "connected",
+            (_, false) if self.outage.is_refused() => "refused",
+            (_, false) => "connecting",
+        }
+    }
+
+    /// Receives what the server says; between two connections, begins the next when it is time.
+    pub(super) fn read_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+        let outcome = match &self.dial {
+            Some(_) => self.receive(sh),
+            None if sh.now_ms >= self.retry_ms => self.connect(key, sh),
+            None => Ok(Next::Idle),
+        };
+        let next = outcome.unwrap_or_else(|why| self.lost(&why, sh));
+        self.arm(key, sh);
+        next
+    }
+
+    fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
+        let other = match &self.change {
+            // The two take turns, the new one first.
+            Some(Change::WhenLost { to }) if self.outage.attempts() % 2 == 0 => Some(to),
+            _ => None,
+        };
+        self.current = other.unwrap_or(&self.settings.server).clone();
+        self.outage.note_attempt();
+        let wishes = Wishes { structured: true, session: Some(self.session) };
+        let session = ClientSession::with_wishes(self.current.export.clone(), wishes);
+        self.dial = Some(Dial::start(&self.current, session, key, sh)?);
+        Ok(Next::Idle)
+    }
+
+    fn receive(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
+        for _ in 0..RECEIVES_PER_TURN {
+            let Some(dial) = &mut self.dial else { return Ok(Next::Idle) };
+            if !dial.receive(sh.now_ms)? {
+                return Ok(Next::Idle);
+            }
+            self.progress(sh.now_ms);
+            self.take_events(sh)?;
+        }
+        Ok(Next::Again)
+    }
+
+    fn take_events(&mut self, sh: &mut Shared) -> Result<(), Failure> {
+        let Some(standby) = sh.backend.upstream() else { return Ok(()) };
+        let was_replaying = standby.core.is_replaying();
+        loop {
+            let Some(dial) = &mut self.dial else { return Ok(()) };
+            let Some(event) = dial.next_event()? else { break };
+            match event {
+                Event::Export(offer) => self.greeted(offer, sh.admission.clients() > 0, standby, sh.now_ms)?,
+                Event::Data { note, offset, bytes } => standby.core.data(*note, offset, bytes),
+                Event::Hole { note, offset, length } => {
+                    standby.core.hole(*note, &(offset..offset.saturating_add(length.into())));
+                }
+                Event::Extents { note, descriptors } => {
+                    for found in descriptors {
+                        let is_hole = found.flags & extent::HOLE_ZERO == extent::HOLE_ZERO;
+                        standby.core.extent(*note, found.length.into(), is_hole);
+                    }
+                }
+                Event::Reply { note, error } => standby.core.reply(note, error).map_err(offer::broken)?,
+            }
+        }
+        if self.is_open() && (was_replaying || self.outage.is_on()) && !standby.core.is_replaying() {
+            self.recovered(standby, sh.now_ms);
+        }
+        Ok(())
+    }
+
+    /// Judges what the server offers, and opens the connection for what is owed.
+    fn greeted(&mut self, offer: Offer, has_clients: bool, to: &mut Standby, now_ms: u64) -> Result<(), Failure> {
+        // Nobody relies on what was told before, and nothing of it is kept.
+        let is_free = to.export.size == 0 || (!has_clients && to.core.is_empty() && to.core.dirty_bytes() == 0);
+        let export = offer::export(offer);
+        if is_free {
+            to.export = export;
+            if !export.flushes && !export.read_only {
+                warn!(
+                    "{self}: the server offers no FLUSH: nothing is known to be durable, and what it forgets is lost"
+                );
+            }
+        } else {
+            offer::check(export, to.export)?;
+        }
+        let is_newstyle = self.dial.as_ref().is_some_and(|dial| dial.session.is_newstyle());
+        self.style = if is_newstyle { "newstyle" } else { "oldstyle" };
+        self.is_fenced = offer.agreed.session.is_some();
+        to.name = self.current.to.to_string();
+        to.core.connected(offer::abilities(offer));
+        self.settings.server = self.current.clone();
+        if matches!(&self.change, Some(Change::WhenLost { to }) if *to == self.current) {
+            self.change = None;
+        }
+        self.progress(now_ms);
+        Ok(())
+    }
+
+    /// Sends what the backend wants to ask, as much as the socket takes.
+    pub(super) fn write_step(&mut self, key: Key, sh: &mut Shared) -> Next {
+        let Some(dial) = &mut self.dial else { return Next::Idle };
+        if dial.is_open() {
+            if let Some(standby) = sh.backend.upstream() {
+                if !standby.core.awaits_answer() {
+                    self.progress_ms = sh.now_ms;
+                }
+                while let Some(command) = standby.core.next_command() {
+                    offer::ask(&mut dial.session, command);
+                }
+            }
+        }
+        let mut next = Next::Idle;
+        if dial.can_send() {
+            match dial.send(&mut sh.pool) {
+                Ok(sent) => {
+                    if sent > 0 {
+                        self.watch.note_sent(sh.now_ms);
+                        self.progress(sh.now_ms);
+                    }
+                    if self.dial.as_ref().is_some_and(Dial::can_send) {
+                        next = Next::Again;
+                    }
+                }
+                Err(error) => next = self.lost(&Failure::Broken(format!("cannot send: {error}")), sh),
+            }
+        }
+        if let Some(done) = self.change_when_settled(sh) {
+            next = done;
+        }
+        self.arm(key, sh);
+        next
+    }
+
+    fn progress(&mut self, now_ms: u64) {
+        self.progress_ms = now_ms;
+        if let Some(Change::Now { give_up_ms, .. }) = &mut self.change {
+            *give_up_ms = now_ms.saturating_add(SETTLE_MS);
+        }
+        if std::mem::take(&mut self.is_silent) {
+            info!("{self}: the server answers again");
+        }
+    }
+
+    /// The server is there, and has what it had.
+    fn recovered(&mut self, standby: &Standby, now_ms: u64) {
+        if let Some(took_ms) = self.outage.end(now_ms) {
+            let replayed = standby.core.counts().replayed_bytes;
+            warn!(
+                "{self}: connected again after {}.{:03} s; {} bytes written again in all, {} requests wait",
+                took_ms / 1000,
+                took_ms % 1000,
+                replayed,
+                standby.core.len()
+            );
+        } else {
+            info!("{self}: connected");
+        }
+    }
+
+    /// The connection is of no use any more: what is not answered will be asked again over the next one.
+    fn lost(&mut self, why: &Failure, sh: &mut Shared) -> Next {
+        let was_open = self.is_open();
+        self.drop_dial(sh);
+        let Some(standby) = sh.backend.upstream() else { return Next::Idle };
+        standby.core.lost();
+        let why = offer::describe(why);
+        if self.outage.begin_again(was_open, sh.now_ms) {
+            let waiting = standby.core.len();
+            let kept = standby.core.dirty_bytes();
+            warn!("{self}: lost: {why}; {waiting} requests wait, {kept} bytes are kept to be written again");
+        } else if self.outage.is_news(&why.text, why.is_refusal) && why.is_refusal {
+            error!("{self}: refused: {why}; clients wait until the server is the one they know");
+        } else {
+            log::debug!("{self}: {why}");
+        }
+        self.outage.note_failure(why.text, why.is_refusal);
+        if was_open && standby.core.replay() == Replay::Nothing {
+            sh.effects.push_back(Effect::CutClients);
+        }
+        let wait_ms = self.outage.wait_ms(sys::random());
+        self.retry_ms = sh.now_ms.saturating_add(wait_ms);
+        if wait_ms == 0 {
+            Next::Again
+        } else {
+            Next::Idle
+        }
+    }
+
+    fn drop_dial(&mut self, sh: &mut Shared) {
+        if let Some(mut dial) = self.dial.take() {
+            dial.session.release(&mut sh.pool);
+        }
+        self.watch = Watch::default();
+        self.is_silent = false;
+        self.is_fenced = false;
+    }
+
+    /// Changes to another server: now, or when the connection to this one has ended.
+    pub(super) fn change(&mut self, to: Destination, when_lost: bool, sh: &mut Shared) -> Result<(), &'static str> {
+        if let Some(Change::Now { .. }) = self.change {
+            return Err("already switching");
+        }
+        let Some(standby) = sh.backend.upstream() else { return Ok(()) };
+        if when_lost {
+            info!("{self}: {to} is tried, too, when this connection ends");
+            self.change = Some(Change::WhenLost { to });
+        } else if self.is_open() {
+            info!("{self}: switching to {to}");
+            standby.core.settle(true);
+            self.change = Some(Change::Now { to, give_up_ms: sh.now_ms.saturating_add(SETTLE_MS) });
+        } else {
+            // Nobody is there to be asked; what it owes is asked of the other.
+            info!("{self}: switching to {to}");
+            self.drop_dial(sh);
+            self.turn_to(to, sh.now_ms);
+        }
+        Ok(())
+    }
+
+    fn turn_to(&mut self, to: Destination, now_ms: u64) {
+        self.change = None;
+        self.settings.server = to.clone();
+        self.current = to;
+        self.retry_ms = now_ms;
+        self.outage.restart();
+    }
+
+    /// Goes over to the other server when this one owes nothing any more.
+    fn change_when_settled(&mut self, sh: &mut Shared) -> Option<Next> {
+        let Some(Change::Now { to, .. }) = &self.change else { return None };
+        let to = to.clone();
+        let standby = sh.backend.upstream()?;
+        let is_settled = standby.core.is_settled();
+        if self.is_open() && !is_settled {
+            return None;
+        }
+        if let Some(dial) = self.dial.as_mut().filter(|dial| dial.is_open()) {
+            // The server ends when it has this, or when the connection has closed.
+            dial.session.disconnect();
+            let _ = dial.send(&mut sh.pool);
+        }
+        self.drop_dial(sh);
+        let standby = sh.backend.upstream()?;
+        standby.core.lost();
+        standby.core.settle(false);
+        self.turn_to(to, sh.now_ms);
+        self.outage.begin_again(true, sh.now_ms);
+        Some(Next::Again)
+    }
+
+    /// A wheel entry has fired.
+    pub(super) fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
+        if !self.alarm.fired(sh.now_ms) {
+            return Next::Idle;
+        }
+        let next = match self.check_deadlines(sh) {
+            Ok(()) if self.dial.is_none() && sh.now_ms >= self.retry_ms => Next::Again,
+            Ok(()) => Next::Idle,
+            Err(why) => self.lost(&why, sh),
+        };
+        self.arm(key, sh);
+        next
+    }
+
+    fn check_deadlines(&mut self, sh: &mut Shared) -> Result<(), Failure> {
+        if let Some(Change::Now { give_up_ms, .. }) = &self.change {
+            if sh.now_ms >= *give_up_ms {
+                warn!("{self}: not switched: the server did not finish what it was asked in {SETTLE_MS} ms");
+                self.change = None;
+                if let Some(standby) = sh.backend.upstream() {
+                    standby.core.settle(false);
+                }
+            }
+        }
+        let name = self.to_string();
+        if self.outage.gives_up(self.settings.give_up_ms, sh.now_ms) {
+            error!("{name}: the server has been away for too long; clients are cut");
+            sh.effects.push_back(Effect::CutClients);
+        }
+        let Some(dial) = &self.dial else { return Ok(()) };
+        dial.check_deadline(sh.now_ms)?;
+        if self.watch.due_ms().is_some_and(|due_ms| due_ms <= sh.now_ms) {
+            let delivery = dial.socket().delivery().unwrap_or_default();
+            if self.watch.is_gone(delivery, self.settings.limit_ms, sh.now_ms) {
+                let s = delivery.acked_ms_ago / 1000;
+                return Err(Failure::Broken(format!("its machine has acknowledged nothing for {s} s")));
+            }
+        }
+        if self.silent_due_ms(sh).is_some_and(|due_ms| due_ms <= sh.now_ms) {
+            let s = self.settings.limit_ms / 1000;
+            if self.is_fenced {
+                return Err(Failure::Broken(format!("it was silent for {s} s")));
+            }
+            warn!("{self}: the server has been silent for {s} s; it is waited for, because what it was asked may still happen");
+            self.is_silent = true;
+        }
+        Ok(())
+    }
+
+    /// When the server counts as silent.
+    fn silent_due_ms(&self, sh: &mut Shared) -> Option<u64> {
+        let awaits = self.is_open() && sh.backend.upstream().is_some_and(|standby| standby.core.awaits_answer());
+        (awaits && !self.is_silent).then(|| self.progress_ms.saturating_add(self.settings.limit_ms))
+    }
+
+    fn arm(&mut self, key: Key, sh: &mut Shared) {
+        let change = match &self.change {
+            Some(Change::Now { give_up_ms, .. }) => Some(*give_up_ms),
+            _ => None,
+        };
+        let times = [
+            change,
+            self.dial.as_ref().map_or(Some(self.retry_ms), Dial::deadline_ms),
+            self.watch.due_ms(),
+            self.silent_due_ms(sh),
+            self.outage.gives_up_at_ms(self.settings.give_up_ms),
+        ];
+        if let Some(at_ms) = times.into_iter().flatten().min() {
+            self.alarm.arm(at_ms, key, &mut sh.wheel);
+        }
+    }
+
+    /// This process ends: the server hears so, if its socket takes it at once.
+    pub(super) fn leave(&mut self, sh: &mut Shared) {
+        if let Some(dial) = self.dial.as_mut().filter(|dial| dial.is_open() && !dial.session.wants_send()) {
+            dial.session.disconnect();
+            let _ = dial.send(&mut sh.pool);
+        }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "upstream {}", self.current)
+    }
+}
