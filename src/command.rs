@@ -35,8 +35,8 @@ pub enum Command {
     Acl(Vec<String>),
     /// `status [json] [clients]`: report how the server is doing.
     Status(StatusForm),
-    /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]] [max_pause_ms=N] [export=NAME]`: start
-    /// a migration.
+    /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]] [max_pause_ms=N] [export=NAME]
+    /// [relay=yes]`: start a migration.
     Mirror(Mirror),
     /// `mirror_max_bps N`: limit the running migration to N bytes per second; 0 (`None`) lifts the limit.
     MirrorMaxBps(Option<u64>),
@@ -75,6 +75,8 @@ pub struct Mirror {
     pub max_pause_ms: Option<u64>,
     /// The name of the export at the destination; empty for the default one.
     pub export: String,
+    /// Serve the clients that are connected from there, once the destination has everything.
+    pub relay: bool,
 }
 
 /// Where a proxy is to connect to, and when.
@@ -290,10 +292,11 @@ fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, 
     let max_bytes_per_s = places.next().map_or(Ok(None), |speed| parse_speed(&speed))?;
     end_of(places)?;
     let (max_pause_ms, export) = (None, String::new());
-    let mut mirror = Mirror { addr, port, ending, bind, max_bytes_per_s, max_pause_ms, export };
+    let mut mirror = Mirror { addr, port, ending, bind, max_bytes_per_s, max_pause_ms, export, relay: false };
     for keyword in keywords {
         let bad = || Answer::bad_argument(&keyword);
         match keyword.split_once('=') {
+            Some(("relay", "yes")) => mirror.relay = true,
             Some(("max_pause_ms", ms)) => mirror.max_pause_ms = Some(parse_pause(ms).ok_or_else(bad)?),
             // No length to check: a line is far shorter than the longest name the protocol allows.
             Some(("export", name)) if !name.contains('\0') => mirror.export = name.into(),
@@ -376,6 +379,7 @@ mod tests {
             max_bytes_per_s,
             max_pause_ms,
             export,
+            relay: false,
         })
     }
 

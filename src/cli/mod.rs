@@ -198,17 +198,15 @@ fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
 
 fn proxy(args: ProxyArgs) -> Result<Job, String> {
     let server = server_endpoint(args.conn_addr, args.conn_port)?;
+    let bind = bind_for(&server, args.bind.as_deref(), "--conn-addr")?;
     let upstream = server::Upstream {
-        bind: bind_for(&server, args.bind.as_deref(), "--conn-addr")?,
-        server,
-        export: args.export.unwrap_or_default(),
+        server: server::Destination { to: server, bind, export: args.export.unwrap_or_default() },
         replay: match args.replay {
             ReplayKind::Dirty => Replay::Dirty,
             ReplayKind::Inflight => Replay::Unanswered,
             ReplayKind::None => Replay::Nothing,
         },
         replay_limit: args.replay_limit,
-        limit_ms: upstream_limit_ms(env::var_os(UPSTREAM_LIMIT).as_deref())?,
         give_up_ms: Some(args.give_up_ms).filter(|&ms| ms > 0),
         start_timeout_ms: args.start_timeout_ms,
     };
@@ -232,6 +230,7 @@ fn config(
         acl: Acl::new(access.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, access.default_deny),
         killswitch_ms: access.killswitch_ms,
         max_clients,
+        upstream_limit_ms: upstream_limit_ms(env::var_os(UPSTREAM_LIMIT).as_deref())?,
         backing,
     })
 }
@@ -307,6 +306,7 @@ fn mirror(args: MirrorArgs) -> Result<Job, String> {
     }
     words.extend(max_speed.map(|speed| speed.to_string()));
     words.extend(args.max_pause_ms.map(|ms| format!("max_pause_ms={ms}")));
+    words.extend(args.relay.then(|| "relay=yes".into()));
     words.extend(args.export.filter(|name| !name.is_empty()).map(|name| export_keyword(&name)).transpose()?);
     Ok(Job::Mirror { sock: args.sock, words, wait: args.wait })
 }

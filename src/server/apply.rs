@@ -11,6 +11,7 @@ use super::reactor::Reactor;
 use super::reason::{Next, Reason};
 use super::slot::Slot;
 use super::socket::{Peer, Socket};
+use super::upstream;
 use crate::command::Answer;
 use crate::event::slots::Key;
 use log::info;
@@ -50,6 +51,11 @@ impl Reactor {
             Effect::ResumeClients => {
                 let clients = self.keys_of(|slot| matches!(slot, Slot::Client(_)));
                 self.run.extend(clients);
+            }
+            Effect::Relay(to) => {
+                let limit_ms = self.shared.limits.upstream_limit_ms;
+                let settings = upstream::Settings { server: to, limit_ms, give_up_ms: None };
+                return self.add_link(settings);
             }
             Effect::CutClients => {
                 for key in self.keys_of(|slot| matches!(slot, Slot::Client(_))) {

@@ -1,7 +1,8 @@
 //! One attempt of a migration: a connection to the destination and everything that is under way over it. Dropping the
 //! attempt forgets all of that.
 
-use super::dial::{Destination, Dial, Failure};
+use super::config::Destination;
+use super::dial::{Dial, Failure};
 use super::shared::Shared;
 use crate::buffer::{Buffer, SLICE};
 use crate::disk;

@@ -211,7 +211,9 @@ impl Client {
                 Some(Next::Idle)
             }
             Wait::Turn => Some(Next::Idle),
-            Wait::Disk(owners) if sh.backend.flying().iter().any(|owner| owners.contains(owner)) => Some(Next::WaitDisk),
+            Wait::Disk(owners) if sh.backend.flying().iter().any(|owner| owners.contains(owner)) => {
+                Some(Next::WaitDisk)
+            }
             Wait::Disk(_) => {
                 self.wait = Wait::Over;
                 self.session.go_on();

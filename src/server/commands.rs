@@ -1,6 +1,6 @@
 //! What control commands do.
 
-use super::dial::Destination;
+use super::config::Destination;
 use super::life::{Life, SEAL};
 use super::mirror::{self, Mirror};
 use super::reactor::Reactor;
@@ -99,6 +99,7 @@ impl Reactor {
             Life::Receiving { .. } | Life::Sealing { .. } => {
                 return Err("not serving yet: an inbound migration is awaited".into());
             }
+            Life::Relaying => return Err("the image is at another server already, and this one relays to it".into()),
             Life::Sending { .. } | Life::Over => return Err("mirror already running".into()),
         }
         let ip = parse_ip(&wanted.addr).map_err(|_| "bad IP address")?;
@@ -117,6 +118,9 @@ impl Reactor {
         let (size, tail) = (disk.size(), disk.tail());
         if size < mirror::SIZE_MIN {
             return Err(format!("files smaller than {} bytes cannot be mirrored", mirror::SIZE_MIN));
+        }
+        if wanted.relay && wanted.ending == Ending::Nothing {
+            return Err("a server that goes on serving its image does not relay".into());
         }
         if wanted.ending == Ending::Unlink && tail > 0 {
             return Err(format!(
@@ -142,6 +146,7 @@ impl Reactor {
                 export: wanted.export.clone(),
             },
             ending: wanted.ending,
+            relay: wanted.relay,
             request_limit_ms: sh.limits.request_limit_ms,
         };
         let started = self

@@ -23,6 +23,8 @@ pub struct Config {
     pub killswitch_ms: Option<u64>,
     /// How many clients may be connected at once.
     pub max_clients: usize,
+    /// How long another server that has the image may be silent, or its machine unreachable, in milliseconds.
+    pub upstream_limit_ms: u64,
     /// What stands behind their requests.
     pub backing: Backing,
 }
@@ -57,21 +59,36 @@ pub struct Image {
 #[derive(Debug)]
 pub struct Upstream {
     /// Where it is.
-    pub server: Endpoint,
-    /// The local address to connect from.
-    pub bind: Option<IpAddr>,
-    /// The name of its export; empty for the default one.
-    pub export: String,
+    pub server: Destination,
     /// What is kept of what it has answered.
     pub replay: Replay,
     /// The bound of that, in bytes.
     pub replay_limit: usize,
-    /// How long nothing may move before it counts as silent, or its machine as gone, in milliseconds.
-    pub limit_ms: u64,
     /// How long an outage may take before clients are cut, in milliseconds; `None` is for ever.
     pub give_up_ms: Option<u64>,
     /// How long to try at the start, in milliseconds; 0 is once.
     pub start_timeout_ms: u64,
+}
+
+/// Where to connect to, and from where.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Destination {
+    /// The server.
+    pub to: Endpoint,
+    /// The local address to connect from, where that is a matter of addresses.
+    pub bind: Option<IpAddr>,
+    /// The name of the export; empty for the default one.
+    pub export: String,
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.to)?;
+        if !self.export.is_empty() {
+            write!(f, " export {:?}", self.export)?;
+        }
+        Ok(())
+    }
 }
 
 /// What connections of a listener are for.

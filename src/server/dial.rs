@@ -5,6 +5,7 @@
 //!  Connecting ─> Greeting ─> Open
 //! ```
 
+use super::config::Destination;
 use super::shared::Shared;
 use super::socket::{Received, Socket, Stream};
 use crate::buffer::Pool;
@@ -18,33 +19,11 @@ use crate::sys;
 use mio::net::{TcpStream, UnixStream};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::IpAddr;
 
 /// How long a connection may take to be made, in milliseconds.
 const CONNECT_MS: u64 = 15_000;
 /// How long the server may take to greet, in milliseconds.
 const GREETING_MS: u64 = 5_000;
-
-/// Where to connect to, and from where.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Destination {
-    /// The server.
-    pub to: Endpoint,
-    /// The local address to connect from, where that is a matter of addresses.
-    pub bind: Option<IpAddr>,
-    /// The name of the export; empty for the default one.
-    pub export: String,
-}
-
-impl fmt::Display for Destination {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.to)?;
-        if !self.export.is_empty() {
-            write!(f, " export {:?}", self.export)?;
-        }
-        Ok(())
-    }
-}
 
 /// Why a connection cannot be used.
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! What one slot asks of others. Slots never touch each other: they push an effect, and the turn applies it last.
 
-use super::config::Purpose;
+use super::config::{Destination, Purpose};
 use super::socket::{Peer, Socket};
 use crate::command::{Answer, Command};
 use crate::event::slots::Key;
@@ -24,6 +24,8 @@ pub(super) enum Effect {
     PauseClients,
     /// Clients that were paused or kept waiting may go on.
     ResumeClients,
+    /// The image is at this server now, and what clients ask goes there.
+    Relay(Destination),
     /// The server that has the image has been away for too long: clients are closed.
     CutClients,
     /// A slot wants another turn.

@@ -1,7 +1,7 @@
 //! What a server is doing, and every question about that.
 //!
 //! ```text
-//!  serve:   Serving <──> Sending ──> Over
+//!  serve:   Serving <──> Sending ──> Over, or Relaying ──> Over
 //!  listen:  Receiving ──> Sealing ──> Over, or Serving
 //! ```
 
@@ -39,6 +39,8 @@ pub(super) enum Life {
         /// A signal has come: end, when the image is durable. DISC was accepted, so it has to be before we exit.
         stop: bool,
     },
+    /// The image is at another server now, and the clients that are still here are served from there.
+    Relaying,
     /// The work is done: the program ends after this turn, and nobody is served any more.
     Over,
 }
@@ -48,7 +50,7 @@ impl Life {
     pub(super) fn plan(&mut self) -> Option<&mut Plan> {
         match self {
             Self::Sending { plan, .. } => Some(plan),
-            Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Over => None,
+            Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Relaying | Self::Over => None,
         }
     }
 
@@ -56,7 +58,7 @@ impl Life {
     pub(super) fn mirror(&self) -> Option<Key> {
         match self {
             Self::Sending { mirror, .. } => Some(*mirror),
-            Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Over => None,
+            Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Relaying | Self::Over => None,
         }
     }
 
@@ -76,7 +78,7 @@ impl Life {
     /// lost.
     pub(super) fn pauses_clients(&self) -> bool {
         match self {
-            Self::Serving | Self::Receiving { .. } => false,
+            Self::Serving | Self::Receiving { .. } | Self::Relaying => false,
             Self::Sending { plan, .. } => plan.pauses_clients(),
             Self::Sealing { .. } | Self::Over => true,
         }

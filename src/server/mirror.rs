@@ -10,9 +10,11 @@
 
 use super::attempt::{Asked, Attempt, Stage, Task};
 use super::complaints::Complaint;
-use super::dial::{Destination, Dial, Failure};
+use super::config::Destination;
+use super::dial::{Dial, Failure};
 use super::effect::Effect;
 use super::life::Life;
+use super::offer;
 use super::reason::{Next, Reason};
 use super::shared::{Shared, MEMORY_RETRY_MS};
 use super::socket::Socket;
@@ -47,6 +49,8 @@ pub(super) struct Settings {
     pub destination: Destination,
     /// What to do once the destination has everything.
     pub ending: Ending,
+    /// Serve the clients that are connected from there, once the destination has everything.
+    pub relay: bool,
     /// How long a request may go without progress, in milliseconds.
     pub request_limit_ms: u64,
 }
@@ -90,9 +94,8 @@ impl Mirror {
 
     fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
         self.trials.begin();
-        let to = &self.settings.destination;
-        let session = ClientSession::with_cookies(to.export.clone(), sh.gate.own_cookies());
-        self.attempt = Some(Attempt::new(Dial::start(to, session, key, sh)?));
+        let session = ClientSession::with_cookies(self.settings.destination.export.clone(), sh.gate.own_cookies());
+        self.attempt = Some(Attempt::new(Dial::start(&self.settings.destination, session, key, sh)?));
         self.arm(key, sh);
         Ok(Next::Idle)
     }
@@ -280,12 +283,7 @@ impl Mirror {
 
     fn greeted(&mut self, offer: Offer, key: Key, sh: &mut Shared) -> Result<(), Failure> {
         let size = sh.backend.export().size;
-        if offer.size != size {
-            return Err(Failure::Size { remote: offer.size, local: size });
-        }
-        if offer.has(transmission::READ_ONLY) {
-            return Err(Failure::ReadOnly);
-        }
+        offer::check_destination(offer, size, self.settings.relay)?;
         let (Some(attempt), Some(plan)) = (&mut self.attempt, sh.life.plan()) else { return Ok(()) };
         let can =
             Abilities { zero: offer.has(transmission::SEND_WRITE_ZEROES), flush: offer.has(transmission::SEND_FLUSH) };
@@ -471,7 +469,10 @@ impl Mirror {
             let answer = if migrated { Answer::ok("migrated") } else { Answer::failed(reason.to_string()) };
             sh.effects.push_back(Effect::AnswerWaiters(answer));
         }
-        if migrated && self.settings.ending != Ending::Nothing {
+        if migrated && self.settings.relay && sh.admission.clients() > 0 {
+            info!("{self}: relaying {} clients", sh.admission.clients());
+            sh.relay_to(self.settings.destination.clone());
+        } else if migrated && self.settings.ending != Ending::Nothing {
             sh.life = Life::Over;
         } else {
             sh.life = Life::Serving;

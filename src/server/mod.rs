@@ -63,7 +63,7 @@ mod trials;
 mod upstream;
 mod watch;
 
-pub use config::{Backing, Config, Dialect, Fatal, Image, Role, Upstream};
+pub use config::{Backing, Config, Destination, Dialect, Fatal, Image, Role, Upstream};
 
 use crate::event::slots::Key;
 use crate::sys;
@@ -216,7 +216,8 @@ impl Reactor {
         while let Some(effect) = self.shared.effects.pop_front() {
             self.apply(effect)?;
         }
-        Ok(if matches!(self.shared.life, Life::Over) { Flow::Stop } else { Flow::Continue })
+        let is_over = matches!(self.shared.life, Life::Over) || self.shared.has_relayed();
+        Ok(if is_over { Flow::Stop } else { Flow::Continue })
     }
 
     /// Sleeps until an event, a timer, or not at all when a step would move something. The only place where the process
@@ -275,7 +276,7 @@ impl Reactor {
     /// A signal has come.
     fn stop(&mut self) -> Result<Flow, Fatal> {
         match &mut self.shared.life {
-            Life::Serving | Life::Over => Ok(Flow::Stop),
+            Life::Serving | Life::Relaying | Life::Over => Ok(Flow::Stop),
             Life::Receiving { incoming, .. } if incoming.is_durable() => {
                 Err(Fatal(format!("{NOT_MIGRATED}; {ALL_HERE}")))
             }

@@ -33,6 +33,20 @@ pub(super) fn check(export: Export, told: Export) -> Result<(), Failure> {
     }
 }
 
+/// Fails unless an image of `size` bytes can be sent to a server that offers this, and its clients served from there if it is
+/// to be `relayed`.
+pub(super) fn check_destination(offer: Offer, size: u64, relayed: bool) -> Result<(), Failure> {
+    if offer.size != size {
+        Err(Failure::Size { remote: offer.size, local: size })
+    } else if offer.has(transmission::READ_ONLY) {
+        Err(Failure::ReadOnly)
+    } else if relayed && !offer.has(transmission::SEND_FLUSH) {
+        Err(Failure::Unfit("the destination offers no FLUSH, which the clients of a relay rely on".into()))
+    } else {
+        Ok(())
+    }
+}
+
 /// What the server can be asked.
 pub(super) fn abilities(offer: Offer) -> Abilities {
     let has = |flag| offer.has(flag);

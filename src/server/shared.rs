@@ -1,7 +1,8 @@
 //! What all slots share. It is lent to one slot at a time.
 
 use super::admit::Admission;
-use super::backend::Backend;
+use super::backend::{Backend, Standby};
+use super::config::Destination;
 use super::effect::Effect;
 use super::gate::Gate;
 use super::life::Life;
@@ -9,6 +10,7 @@ use crate::buffer::Pool;
 use crate::disk::{Access, Disk, OpenError};
 use crate::event::wheel::Wheel;
 use crate::sys;
+use crate::upstream::{Replay, Upstream};
 use mio::Registry;
 use std::collections::VecDeque;
 
@@ -20,6 +22,9 @@ const TABLES_BYTES: usize = 64 << 10;
 /// How long whoever found that memory has run out waits before it asks again, in milliseconds.
 pub(super) const MEMORY_RETRY_MS: u64 = 50;
 
+/// Memory for what a relay may have to write again, in bytes: as a proxy has by default.
+const RELAY_LIMIT: usize = 64 << 20;
+
 /// What the configuration sets, for slots that ask while they run.
 #[derive(Debug)]
 pub(super) struct Limits {
@@ -27,6 +32,8 @@ pub(super) struct Limits {
     pub killswitch_ms: Option<u64>,
     /// How long a request of a migration may go without progress, in milliseconds.
     pub request_limit_ms: u64,
+    /// How long another server that has the image may be silent, in milliseconds.
+    pub upstream_limit_ms: u64,
     /// No change is answered before it is on stable storage, once there is an image to serve.
     pub sync: bool,
 }
@@ -73,6 +80,24 @@ impl Shared {
     pub(super) fn unlink_image(&self) -> Result<(), String> {
         let unlinked = self.backend.disk().map_or(Ok(()), Disk::unlink);
         unlinked.map_err(|error| format!("cannot unlink {}: {error}", self.backend.name()))
+    }
+
+    /// The image is at `to` now: what clients ask goes there from now on. The file is closed, so that it may come back under
+    /// the same name.
+    pub(super) fn relay_to(&mut self, to: Destination) {
+        let core = Upstream::new(Replay::Dirty, RELAY_LIMIT);
+        let (name, export) = (to.to.to_string(), self.backend.export());
+        // No operation is in flight: clients were paused, and the last pass of the migration has been answered.
+        self.backend = Backend::Upstream(Box::new(Standby { core, name, export }));
+        self.life = Life::Relaying;
+        self.effects.push_back(Effect::Relay(to));
+        self.effects.push_back(Effect::ResumeClients);
+    }
+
+    /// True when a relay is needed no more: its last client has left, and what it has written is durable.
+    pub(super) fn has_relayed(&self) -> bool {
+        matches!((&self.life, &self.backend), (Life::Relaying, Backend::Upstream(standby))
+            if self.admission.clients() == 0 && standby.core.is_settled())
     }
 
     /// True when there is memory for so many bytes more, if need be that of buffers which nobody uses.

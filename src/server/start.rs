@@ -4,7 +4,6 @@ use super::admit::{Admission, Places, CONTROLS_MAX};
 use super::backend::{Backend, Standby};
 use super::bind;
 use super::config::{Backing, Config, Dialect, Fatal, Image, Role};
-use super::dial::Destination;
 use super::gate::Gate;
 use super::grace::Grace;
 use super::life::Life;
@@ -73,7 +72,7 @@ impl Reactor {
         let registry = poll.registry().try_clone().map_err(cannot_wait)?;
         let (life, request_limit_ms, sync) = match &config.backing {
             Backing::Image(image) => (life_with(&backend, image)?, image.request_limit_ms, image.sync),
-            Backing::Upstream(upstream) => (Life::Serving, upstream.limit_ms, false),
+            Backing::Upstream(_) => (Life::Serving, config.upstream_limit_ms, false),
         };
         let queues_clients = matches!(config.backing, Backing::Upstream(_));
         let mut server = Self {
@@ -90,7 +89,12 @@ impl Reactor {
                 pool: Pool::with_source(POOL_BYTES, sys::memory::zeroed),
                 backend,
                 wheel: Wheel::new(now_ms),
-                limits: Limits { killswitch_ms: config.killswitch_ms, request_limit_ms, sync },
+                limits: Limits {
+                    killswitch_ms: config.killswitch_ms,
+                    request_limit_ms,
+                    upstream_limit_ms: config.upstream_limit_ms,
+                    sync,
+                },
                 admission: Admission::new(config.acl.clone(), places(config.max_clients)?, queues_clients),
                 life,
                 gate: Gate::new(Cookies::starting_at(sys::random())),
@@ -121,16 +125,19 @@ impl Reactor {
             })
             .map_err(cannot_wait)?;
         if let Backing::Upstream(wanted) = &config.backing {
-            let settings = upstream::Settings {
-                server: Destination { to: wanted.server.clone(), bind: wanted.bind, export: wanted.export.clone() },
-                limit_ms: wanted.limit_ms,
-                give_up_ms: wanted.give_up_ms,
-            };
-            let link = Box::new(Link::new(settings, self.shared.now_ms));
-            let key = self.slots.try_insert_with(|_| Ok(Slot::Upstream(link))).map_err(cannot_wait)?;
-            self.link = Some(key);
-            self.run.push(key);
+            let server = wanted.server.clone();
+            let limit_ms = config.upstream_limit_ms;
+            self.add_link(upstream::Settings { server, limit_ms, give_up_ms: wanted.give_up_ms })?;
         }
+        Ok(())
+    }
+
+    /// Begins to connect to another server that has the image.
+    pub(super) fn add_link(&mut self, settings: upstream::Settings) -> Result<(), Fatal> {
+        let link = Box::new(Link::new(settings, self.shared.now_ms));
+        let key = self.slots.try_insert_with(|_| Ok(Slot::Upstream(link))).map_err(cannot_wait)?;
+        self.link = Some(key);
+        self.run.push(key);
         Ok(())
     }
 

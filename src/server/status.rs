@@ -99,6 +99,9 @@ fn of_server(server: &Reactor) -> Facts {
         let outage = link.outage();
         let since = outage.connected_ms().map_or(0, |ms| unix_seconds(ms, sh.now_ms));
         let counts = standby.core.counts();
+        if matches!(sh.life, Life::Relaying) {
+            put("relaying", Value::Flag(true));
+        }
         put("upstream", Value::Text(link.server().to_string()));
         put("upstream_style", Value::Text(link.style().into()));
         put("upstream_state", Value::Text(link.state(standby).into()));

@@ -55,6 +55,7 @@ impl House {
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
             max_clients: 10,
+            upstream_limit_ms: 30_000,
             backing: Backing::Image(Image {
                 file: path.clone(),
                 disk_engine: EngineChoice::Sync,

@@ -10,7 +10,8 @@
 //! ```
 
 use super::backend::Standby;
-use super::dial::{Destination, Dial, Failure};
+use super::config::Destination;
+use super::dial::{Dial, Failure};
 use super::effect::Effect;
 use super::offer;
 use super::outage::Outage;

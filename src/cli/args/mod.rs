@@ -286,6 +286,12 @@ pub(crate) struct MirrorArgs {
     /// it, so that there is never a doubt which copy is the current one.
     #[arg(short, long, verbatim_doc_comment)]
     pub unlink: bool,
+    /// Do not cut the clients at the end: those that are connected are served
+    /// through the local server, from the destination, until they leave. Then
+    /// the local server exits. The destination has to run listen --serve, or
+    /// be a server that goes on.
+    #[arg(long, verbatim_doc_comment)]
+    pub relay: bool,
     /// Name of the export at the destination, at most 1017 bytes. Leave it
     /// out for the default export, and for an oldstyle server, which has no
     /// names. [default: none]
