@@ -1,6 +1,7 @@
 //! Blocking connections, each step under a deadline.
 
 use crate::sys;
+use crate::sys::net::Keepalive;
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr, TcpStream};
@@ -38,7 +39,7 @@ pub(super) fn connect_tcp(bind: Option<IpAddr>, addr: SocketAddr) -> Result<TcpS
         return Err(failed(&error));
     }
     stream.set_nonblocking(false).map_err(|error| failed(&error))?;
-    sys::net::set_tcp_options(stream.as_fd()).map_err(|error| failed(&error))?;
+    sys::net::set_tcp_options(stream.as_fd(), Keepalive::PEER).map_err(|error| failed(&error))?;
     Ok(stream)
 }
 

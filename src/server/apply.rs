@@ -14,6 +14,7 @@ use super::socket::{Peer, Socket};
 use super::upstream;
 use crate::command::Answer;
 use crate::event::slots::Key;
+use crate::sys::net::Keepalive;
 use log::info;
 use std::fmt;
 use std::io;
@@ -185,7 +186,7 @@ impl Reactor {
     }
 
     fn add_client(&mut self, socket: Socket, peer: Peer, dialect: Dialect) -> io::Result<()> {
-        socket.set_options()?;
+        socket.set_options(Keepalive::PEER)?;
         let mut client = Box::new(Client::new(self.take_id(), socket, peer, dialect, &self.shared));
         let sh = &mut self.shared;
         self.slots.try_insert_with(|key| -> io::Result<Slot> {

@@ -16,6 +16,7 @@ use crate::proto::error::Violation;
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::wire::option_reply;
 use crate::sys;
+use crate::sys::net::Keepalive;
 use mio::net::{TcpStream, UnixStream};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -115,6 +116,7 @@ impl<T> Dial<T> {
     /// Begins to connect, as the socket of the slot `key`, for this conversation.
     pub(super) fn start(
         destination: &Destination,
+        keepalive: Keepalive,
         session: ClientSession<T>,
         key: Key,
         sh: &Shared,
@@ -127,7 +129,7 @@ impl<T> Dial<T> {
             Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path).map_err(failed)?),
         };
         let mut socket = Socket::new(stream);
-        socket.set_options().map_err(failed)?;
+        socket.set_options(keepalive).map_err(failed)?;
         socket.register(&sh.registry, key.token()).map_err(failed)?;
         Ok(Self { stage: Stage::Connecting, socket, session, deadline_ms: sh.now_ms.saturating_add(CONNECT_MS) })
     }

@@ -23,10 +23,11 @@ use crate::buffer::SLICE;
 use crate::command::{Answer, Ending};
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
-use crate::migrate::{Abilities, Plan, Progress, Step};
+use crate::migrate::{Plan, Progress, Step};
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::export::Offer;
-use crate::proto::wire::{kind, transmission};
+use crate::proto::wire::kind;
+use crate::sys::net::Keepalive;
 use crate::work::{Action, Done, Extent};
 use log::{info, warn};
 use std::fmt;
@@ -95,7 +96,7 @@ impl Mirror {
     fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
         self.trials.begin();
         let session = ClientSession::with_cookies(self.settings.destination.export.clone(), sh.gate.own_cookies());
-        self.attempt = Some(Attempt::new(Dial::start(&self.settings.destination, session, key, sh)?));
+        self.attempt = Some(Attempt::new(Dial::start(&self.settings.destination, Keepalive::PEER, session, key, sh)?));
         self.arm(key, sh);
         Ok(Next::Idle)
     }
@@ -285,8 +286,7 @@ impl Mirror {
         let size = sh.backend.export().size;
         offer::check_destination(offer, size, self.settings.relay)?;
         let (Some(attempt), Some(plan)) = (&mut self.attempt, sh.life.plan()) else { return Ok(()) };
-        let can =
-            Abilities { zero: offer.has(transmission::SEND_WRITE_ZEROES), flush: offer.has(transmission::SEND_FLUSH) };
+        let can = offer::abilities_of_destination(offer);
         attempt.stage = Stage::Copying;
         self.deadline_ms = sh.now_ms.saturating_add(self.settings.request_limit_ms);
         plan.begin(can, sh.now_ms);

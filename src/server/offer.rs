@@ -1,6 +1,7 @@
 //! What another server offers: whether it is the one that clients know, what it can be asked and how.
 
 use super::dial::Failure;
+use crate::migrate;
 use crate::proto::client::ClientSession;
 use crate::proto::error::Errno;
 use crate::proto::export::{Export, Offer};
@@ -45,6 +46,11 @@ pub(super) fn check_destination(offer: Offer, size: u64, relayed: bool) -> Resul
     } else {
         Ok(())
     }
+}
+
+/// What a migration can ask of it.
+pub(super) fn abilities_of_destination(offer: Offer) -> migrate::Abilities {
+    migrate::Abilities { zero: offer.has(transmission::SEND_WRITE_ZEROES), flush: offer.has(transmission::SEND_FLUSH) }
 }
 
 /// What the server can be asked.

@@ -3,7 +3,7 @@
 
 use crate::event::ready::Ready;
 use crate::sys;
-use crate::sys::net::Delivery;
+use crate::sys::net::{Delivery, Keepalive};
 use mio::event::Event;
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
@@ -46,9 +46,9 @@ impl Socket {
     }
 
     /// Sets what every NBD socket has: no delay, and keepalive so that a vanished peer is noticed.
-    pub(super) fn set_options(&self) -> io::Result<()> {
+    pub(super) fn set_options(&self, keepalive: Keepalive) -> io::Result<()> {
         match &self.stream {
-            Stream::Tcp(stream) => sys::net::set_tcp_options(stream.as_fd()),
+            Stream::Tcp(stream) => sys::net::set_tcp_options(stream.as_fd(), keepalive),
             Stream::Unix(_) => Ok(()),
         }
     }

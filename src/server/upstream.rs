@@ -24,6 +24,7 @@ use crate::proto::client::{ClientSession, Event, Wishes};
 use crate::proto::export::{Offer, SessionName};
 use crate::proto::wire::extent;
 use crate::sys;
+use crate::sys::net::Keepalive;
 use crate::upstream::{Asked, Replay};
 use log::{error, info, warn};
 use std::fmt;
@@ -160,7 +161,7 @@ impl Link {
         self.outage.note_attempt();
         let wishes = Wishes { structured: true, session: Some(self.session) };
         let session = ClientSession::with_wishes(self.current.export.clone(), wishes);
-        self.dial = Some(Dial::start(&self.current, session, key, sh)?);
+        self.dial = Some(Dial::start(&self.current, Keepalive::UPSTREAM, session, key, sh)?);
         Ok(Next::Idle)
     }
 

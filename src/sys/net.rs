@@ -10,14 +10,23 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
-/// Seconds of silence after which the kernel probes whether the peer is still there.
-const KEEPALIVE_IDLE_S: c_int = 30;
+/// When the kernel asks whether a silent peer is still there, and when it gives it up.
+#[derive(Debug, Clone, Copy)]
+pub struct Keepalive {
+    /// Seconds of silence before it asks.
+    idle_s: c_int,
+    /// Seconds between two questions.
+    interval_s: c_int,
+    /// Questions without an answer after which the connection is dead.
+    probes: c_int,
+}
 
-/// Seconds between two probes.
-const KEEPALIVE_INTERVAL_S: c_int = 10;
-
-/// Unanswered probes after which the connection counts as dead: a lost host is noticed within a minute.
-const KEEPALIVE_PROBES: c_int = 3;
+impl Keepalive {
+    /// For clients, and for the other end of a migration: a lost machine is noticed within a minute.
+    pub const PEER: Self = Self { idle_s: 30, interval_s: 10, probes: 3 };
+    /// For a server that clients wait for: within half a minute.
+    pub const UPSTREAM: Self = Self { idle_s: 10, interval_s: 5, probes: 3 };
+}
 
 /// The option that bounds how long the kernel waits before it tries again what was not acknowledged; since Linux 6.15.
 const TCP_RTO_MAX_MS: c_int = 44;
@@ -32,13 +41,13 @@ fn set_option<T: Copy>(fd: BorrowedFd, level: c_int, name: c_int, value: T) -> i
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), length) }).map(drop)
 }
 
-/// Sets up a TCP connection: small replies leave at once, and a peer that vanished is noticed within a minute; while data
+/// Sets up a TCP connection: small replies leave at once, and a peer that vanished is noticed; while data
 /// is on its way to it, only [`delivery`] can tell.
-pub fn set_tcp_options(fd: BorrowedFd) -> io::Result<()> {
+pub fn set_tcp_options(fd: BorrowedFd, keepalive: Keepalive) -> io::Result<()> {
     set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1 as c_int)?;
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, KEEPALIVE_IDLE_S)?;
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)?;
-    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, KEEPALIVE_PROBES)?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, keepalive.idle_s)?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPINTVL, keepalive.interval_s)?;
+    set_option(fd, libc::IPPROTO_TCP, libc::TCP_KEEPCNT, keepalive.probes)?;
     set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1 as c_int)?;
     // A kernel that does not know it is no reason to refuse the peer.
     let _ = set_option(fd, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, RETRY_MAX_MS);
@@ -155,7 +164,7 @@ mod tests {
         assert!(stream.take_error().unwrap().is_none());
         assert_eq!((&stream).read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
 
-        set_tcp_options(stream.as_fd()).unwrap();
+        set_tcp_options(stream.as_fd(), Keepalive::PEER).unwrap();
         assert!(stream.nodelay().unwrap());
     }
 
@@ -165,7 +174,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut peer, _) = listener.accept().unwrap();
-        set_tcp_options(stream.as_fd()).unwrap();
+        set_tcp_options(stream.as_fd(), Keepalive::PEER).unwrap();
         let wait_for = |what: &str, is_so: &dyn Fn(&Delivery) -> bool| {
             let began = Instant::now();
             while !is_so(&delivery(stream.as_fd()).unwrap()) {

@@ -6,4 +6,5 @@ mod itself;
 mod load;
 mod net;
 mod ordinary;
+mod relay;
 mod slow_disk;
