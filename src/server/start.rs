@@ -38,6 +38,9 @@ const LATER_DESCRIPTORS: u64 = 8;
 /// Descriptors that are open at the start where that cannot be counted, because there is no /proc.
 const OPEN_DESCRIPTORS: u64 = 20;
 
+/// What opening everything may take, in bytes: the zeroes that a disk writes, and tables.
+const OPEN_BYTES: usize = (1 << 20) + (256 << 10);
+
 /// What a server says that cannot have its reserve.
 const NO_MEMORY: &str = "there is not enough memory for a server";
 
@@ -52,6 +55,9 @@ impl Reactor {
         keep_reserve()?;
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
+        if !sys::memory::has_room(OPEN_BYTES) {
+            return Err(Fatal(NO_MEMORY.into()));
+        }
         let backend = match &config.backing {
             Backing::Image(image) => Backend::Disk(Box::new(
                 Disk::open(&image.file, image.access, image.disk_engine).map_err(|error| Fatal(error.to_string()))?,
