@@ -139,19 +139,23 @@ MAN_DIR = $(DESTDIR)$(PREFIX)/share/man/man1
 BASH_DIR = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 ZSH_DIR = $(DESTDIR)$(PREFIX)/share/zsh/site-functions
 FISH_DIR = $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+# flexnbd-proxy is the mode proxy, by the name of the link.
+PROGRAMS := flexnbd flexnbd-proxy
 # For uninstall, which must not take the pages of other programs whose names begin alike.
-MODES := acl break help listen mirror mirror-speed read serve status write
+MODES := acl break help listen mirror mirror-speed proxy read serve status switch write
 
 install: $(BINARY) ## Install the program, manual pages and completions (DESTDIR, PREFIX=/usr/local)
 	install -D -m 755 $(BINARY) $(BIN_DIR)/flexnbd
+	ln -sf flexnbd $(BIN_DIR)/flexnbd-proxy
 	install -D -m 644 -t $(MAN_DIR) $(ASSETS)/*.1
 	install -D -m 644 $(ASSETS)/flexnbd.bash $(BASH_DIR)/flexnbd
-	install -D -m 644 -t $(ZSH_DIR) $(ASSETS)/_flexnbd
-	install -D -m 644 -t $(FISH_DIR) $(ASSETS)/flexnbd.fish
+	install -D -m 644 $(ASSETS)/flexnbd-proxy.bash $(BASH_DIR)/flexnbd-proxy
+	install -D -m 644 -t $(ZSH_DIR) $(PROGRAMS:%=$(ASSETS)/_%)
+	install -D -m 644 -t $(FISH_DIR) $(PROGRAMS:%=$(ASSETS)/%.fish)
 
 uninstall: ## Remove what install put there
-	rm -f $(BIN_DIR)/flexnbd $(MAN_DIR)/flexnbd.1 $(MODES:%=$(MAN_DIR)/flexnbd-%.1)
-	rm -f $(BASH_DIR)/flexnbd $(ZSH_DIR)/_flexnbd $(FISH_DIR)/flexnbd.fish
+	rm -f $(PROGRAMS:%=$(BIN_DIR)/%) $(MAN_DIR)/flexnbd.1 $(MODES:%=$(MAN_DIR)/flexnbd-%.1)
+	rm -f $(PROGRAMS:%=$(BASH_DIR)/%) $(PROGRAMS:%=$(ZSH_DIR)/_%) $(PROGRAMS:%=$(FISH_DIR)/%.fish)
 
 clean: ## Remove everything built
 	$(CARGO) clean

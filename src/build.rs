@@ -27,13 +27,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     let assets = profile.join("assets");
     fs::create_dir_all(&assets)?;
 
-    let mut command = args::CommandLine::command();
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        clap_complete::generate_to(shell, &mut command.clone(), "flexnbd", &assets)?;
+    let programs = [args::CommandLine::command(), args::proxy_program()];
+    for program in &programs {
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            clap_complete::generate_to(shell, &mut program.clone(), program.get_name(), &assets)?;
+        }
     }
+    let [mut command, mut proxy] = programs;
     command.build();
-    for page in command.get_subcommands().chain([&command]) {
-        let name = page.get_display_name().unwrap_or("flexnbd");
+    proxy.build();
+    // The page of the mode `proxy` has the name of the program, and is the program's.
+    let modes = command.get_subcommands().filter(|mode| mode.get_display_name() != Some(args::PROXY_PROGRAM));
+    for page in modes.chain([&command, &proxy]) {
+        let name = page.get_display_name().unwrap_or(page.get_name());
         fs::write(assets.join(format!("{name}.1")), manual_page(page)?)?;
     }
     Ok(())

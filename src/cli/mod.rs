@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser};
 use log::warn;
 
 use crate::acl::{self, Acl};
@@ -45,8 +45,6 @@ const REQUEST_LIMIT_MS: u64 = 60_000;
 const UPSTREAM_LIMIT: &str = "FLEXNBD_UPSTREAM_TIMEOUT";
 /// The default of [`UPSTREAM_LIMIT`], in milliseconds: that of the predecessor.
 const UPSTREAM_LIMIT_MS: u64 = 30_000;
-/// The program of this name is its mode `proxy`.
-const PROXY_PROGRAM: &str = "flexnbd-proxy";
 
 // `args` imports nothing of the project, because the build script includes it.
 const _: () = assert!(values::EXPORT_MAX == wire::STRING_MAX, "the longest name of an export");
@@ -69,7 +67,8 @@ enum Job {
 /// Does what the arguments ask for, the first of which is the program's name, and returns the exit code: 0 for a clean
 /// stop, 1 for an abnormal end, 2 for wrong usage; in a control mode, the code of the server's answer.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
-    match parse(with_mode(args.into_iter().collect())) {
+    let args: Vec<OsString> = args.into_iter().collect();
+    match if is_proxy(&args) { parse_proxy(args) } else { parse(args) } {
         Ok((verbosity, job)) => {
             logging::init(verbosity);
             perform(job, verbosity)
@@ -82,13 +81,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// The same arguments with the mode that the program's name stands for.
-fn with_mode(mut args: Vec<OsString>) -> Vec<OsString> {
+/// True when the program was called by the name that stands for its mode `proxy`.
+fn is_proxy(args: &[OsString]) -> bool {
     let name = args.first().and_then(|program| Path::new(program).file_name());
-    if name.is_some_and(|name| name == PROXY_PROGRAM) {
-        args.insert(1, "proxy".into());
-    }
-    args
+    name.is_some_and(|name| name == args::PROXY_PROGRAM)
 }
 
 fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
@@ -161,6 +157,15 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
         Mode::Help(HelpArgs { mode: None, .. }) => return parse([PROGRAM, "--help"]),
     };
     Ok((verbosity(line.log, log), job.map_err(|why| usage_error(mode, why))?))
+}
+
+/// The same for the program that is the mode `proxy` alone.
+fn parse_proxy(args: Vec<OsString>) -> Result<(Verbosity, Job), clap::Error> {
+    let mut program = args::proxy_program();
+    let args = ProxyArgs::from_arg_matches(&program.try_get_matches_from_mut(args)?)?;
+    let verbosity = verbosity(args.log, args.log);
+    let job = proxy(args).map_err(|why| program.error(ErrorKind::ValueValidation, why))?;
+    Ok((verbosity, job))
 }
 
 /// The last flag wins. Within each group `clap` keeps only the last one, and those after the mode are the later group.

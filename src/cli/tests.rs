@@ -477,3 +477,23 @@ fn no_mode_gets_help_on_stderr() {
 fn the_version_is_shown() {
     assert_eq!(shown("--version"), format!("flexnbd {}\n", env!("CARGO_PKG_VERSION")));
 }
+
+#[test]
+fn the_program_of_the_proxy_is_a_program_of_its_own() {
+    let args = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+    assert!(is_proxy(&args("/usr/bin/flexnbd-proxy")) && is_proxy(&args("flexnbd-proxy -v")));
+    assert!(!is_proxy(&args("flexnbd")) && !is_proxy(&args("flexnbd flexnbd-proxy")) && !is_proxy(&[]));
+    let answer = |line| parse_proxy(args(line)).expect_err(line).to_string();
+    let (help, mode) = (answer("flexnbd-proxy --help"), shown("help proxy"));
+    assert!(help.contains("Usage: flexnbd-proxy [OPTIONS] --conn-addr <CONN_ADDR> --addr <ADDR>"), "{help}");
+    let options = |text: &str| text.matches("\n  -").count();
+    assert_eq!(options(&help), options(&mode) + 1, "the version is asked of the program");
+    assert!(help.lines().all(|line| line.len() <= 80), "{help}");
+    assert_eq!(answer("flexnbd-proxy -V"), format!("flexnbd-proxy {}\n", env!("CARGO_PKG_VERSION")));
+    for line in ["flexnbd-proxy -l ::1 -p 1", "flexnbd-proxy -l ::1 -p 1 -C nobody -P 1", "flexnbd-proxy proxy"] {
+        let message = answer(line);
+        assert!(message.contains("Usage: flexnbd-proxy ") && message.contains("error: "), "{line}: {message}");
+    }
+    let (verbosity, job) = parse_proxy(args("flexnbd-proxy -q -l /run/nbd -C ::1 -P 4777 -v")).unwrap();
+    assert!(verbosity == Verbosity::Verbose && matches!(job, Job::Proxy { reads_ahead: false, .. }), "{job:?}");
+}

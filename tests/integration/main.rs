@@ -15,6 +15,7 @@ mod disk_engine;
 mod durability;
 mod fuse_disk;
 mod gone;
+mod install;
 mod interop;
 mod killswitch;
 mod logs;

@@ -12,7 +12,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub(crate) mod common;
 pub(crate) mod proxy;
@@ -25,6 +25,22 @@ use values::{client_count, export, offset, pause, remote_port, size, speed};
 /// What `help` can explain: the names of all [`Mode`]s.
 pub(crate) const MODES: [&str; 12] =
     ["serve", "listen", "mirror", "mirror-speed", "break", "proxy", "switch", "acl", "status", "read", "write", "help"];
+
+/// The program of this name is the mode `proxy` alone.
+pub(crate) const PROXY_PROGRAM: &str = "flexnbd-proxy";
+
+/// What stands behind its name. On one line, it would not fit a terminal.
+const PROXY_USAGE: &str = "[OPTIONS] --conn-addr <CONN_ADDR> --addr <ADDR>\n           [ACL_ENTRY]...";
+
+/// What that program takes.
+pub(crate) fn proxy_program() -> clap::Command {
+    let flexnbd = CommandLine::command();
+    let mode = flexnbd.find_subcommand("proxy").cloned().unwrap_or_default();
+    mode.name(PROXY_PROGRAM)
+        .bin_name(PROXY_PROGRAM)
+        .version(env!("CARGO_PKG_VERSION"))
+        .override_usage(format!("{PROXY_PROGRAM} {PROXY_USAGE}"))
+}
 
 /// A fast NBD server.
 #[derive(Debug, Parser)]
@@ -43,9 +59,9 @@ Exit codes:
   1   anything that ended the program abnormally; one line on stderr says what
   2   wrong usage; nothing was started
   The modes that take --sock SOCK of a running server (mirror, mirror-speed,
-  break, switch, acl, status) exit with the code of its answer: 0 done, 1 refused,
-  9 missing command, 10 unknown command. mirror --wait exits with 0 when the
-  migration is completed, with 1 when it ends otherwise.
+  break, switch, acl, status) exit with the code of its answer: 0 done,
+  1 refused, 9 missing command, 10 unknown command. mirror --wait exits with 0
+  when the migration is completed, with 1 when it ends otherwise.
 
 The exit code of serve is 0 after a signal or a completed migration, and 1 if a
 signal ended it during a migration. That of listen is 1 after a signal."
@@ -130,13 +146,14 @@ Example:
   flexnbd break --sock /run/disk.sock")]
     Break(SockArgs),
     /// Stand between clients and a server, and hide that it is away.
+    #[command(override_usage = format!("flexnbd proxy {PROXY_USAGE}"))]
     #[command(after_help = "\
 The proxy connects to the server first and listens when that has greeted; it
 exits with 1 when that fails. From then on clients do not notice when the server
 goes away: they wait, and nothing that was answered is lost, even when the
 server's machine has crashed, as long as the proxy lives. It never asks the
-server again only because an answer takes long. Called as flexnbd-proxy, the
-program is this mode.
+server again only because an answer takes long. The program flexnbd-proxy is
+this mode and nothing else.
 
 Environment:
   FLEXNBD_UPSTREAM_TIMEOUT  Seconds without progress, a whole number above 0,

@@ -53,10 +53,11 @@ pub(crate) struct ProxyArgs {
     )]
     pub max_clients: usize,
     /// What is sent again when the server comes back: with dirty what it has
-    /// answered and may have lost, and what it has not answered; with inflight
-    /// only the latter, so that a crash of its machine may lose answered writes;
-    /// with none nothing: clients are cut when the server is lost. Where others
-    /// write the same image beside this proxy, only none is safe.
+    /// answered and may have lost, and what it has not answered; with
+    /// inflight only the latter, so that a crash of its machine may lose
+    /// answered writes; with none nothing: clients are cut when the server is
+    /// lost. Where others write the same image beside this proxy, only none
+    /// is safe.
     /// [default: dirty]
     #[arg(
         long,
@@ -106,8 +107,8 @@ pub(crate) struct ProxyArgs {
     )]
     pub start_timeout_ms: u64,
     /// Read ahead, in bytes, behind '='; for old command lines. It does
-    /// nothing but warn: requests are sent to the server while others wait for
-    /// its answers, which does more.
+    /// nothing but warn: requests are sent to the server while others wait
+    /// for its answers, which does more.
     #[arg(
         short,
         long,
@@ -134,8 +135,8 @@ pub(crate) struct SwitchArgs {
     /// Address of the other server, or the path of its UNIX socket.
     #[arg(short = 'C', long)]
     pub conn_addr: String,
-    /// TCP port of the other server, 1 to 65535. Required, unless CONN_ADDR is
-    /// a path, where it is ignored.
+    /// TCP port of the other server, 1 to 65535. Required, unless CONN_ADDR
+    /// is a path, where it is ignored.
     #[arg(short = 'P', long, value_parser = remote_port, allow_hyphen_values = true, verbatim_doc_comment)]
     pub conn_port: Option<u16>,
     /// Not now, but when the connection to the present server has ended: then
