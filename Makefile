@@ -20,8 +20,8 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 # $(call within,SECONDS) runs a command that is killed after so long.
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
-.PHONY: all check test test-slow test-kernel test-cluster chaos chaos-teeth tools tools-kernel tools-cluster tools-fuzz demo \
-	bench bench-storms bench-migration bench-cluster footprint fuzz fuzz-seeds fuzz-coverage install uninstall clean help
+.PHONY: all check test test-slow test-kernel test-cluster chaos chaos-teeth simulation-teeth tools tools-kernel tools-cluster \
+	tools-fuzz demo bench bench-storms bench-migration bench-cluster footprint fuzz fuzz-seeds fuzz-coverage install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
@@ -102,6 +102,9 @@ chaos: ## Migrations while everything goes wrong that a seed decides (ROUNDS=100
 chaos-teeth: ## Show that those rounds find a program that is broken in one of five ways (ROUNDS=40, SEED=1, ONLY=regex)
 	ROUNDS=$(ROUNDS) SEED=$(SEED) ONLY="$(ONLY)" $(call within,7200) bash tests/chaos/teeth.sh
 
+simulation-teeth: ## Show that the simulation finds another server's promises broken in one of six ways (ONLY=regex)
+	ONLY="$(ONLY)" $(call within,7200) bash tests/simulation/teeth.sh
+
 demo: $(BINARY) ## Show a migration under a client that goes on, in half a minute
 	FLEXNBD=$(BINARY) $(call within,120) bash tests/demo.sh
 
@@ -162,4 +165,4 @@ clean: ## Remove everything built
 	rm -rf fuzz/target
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z -]+:.*## / { split($$1, names, " "); printf "  make %-15s %s\n", names[1], $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / { split($$1, names, " "); printf "  make %-16s %s\n", names[1], $$2 }' Makefile
