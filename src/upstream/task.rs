@@ -98,8 +98,7 @@ impl Task {
         let left = (self.range.end - self.range.start).saturating_sub(self.done_bytes);
         let what = match &self.kind {
             Kind::Flush if self.is_durable => return Next::Finish(Ok(())),
-            Kind::Flush if !can.flush => return Next::Finish(Err(unsupported("the server offers no FLUSH"))),
-            Kind::Flush => return flush(),
+            Kind::Flush => return flush(can),
             // What the server does not have costs nothing to leave out.
             Kind::Verify => return Next::Finish(Ok(())),
             Kind::Cache if !can.cache => return Next::Finish(Ok(())),
@@ -109,7 +108,7 @@ impl Task {
                 return Next::Finish(Err(unsupported("the server has no fast way to write zeroes")));
             }
             _ if left == 0 => {
-                return if self.durable && !self.is_durable { flush() } else { Next::Finish(Ok(())) };
+                return if self.durable && !self.is_durable { flush(can) } else { Next::Finish(Ok(())) };
             }
             Kind::Read { .. } => What::Read,
             &Kind::Zero { no_hole, fast } if can.zero => What::Zero { no_hole, fast },
@@ -200,6 +199,7 @@ impl Task {
         match &self.kind {
             Kind::Write { payload } => payload.len() + 2 * ENTRY * (1 + payload.len() / DATA_MAX),
             Kind::Zero { .. } => 2 * ENTRY,
+            Kind::Trim => ENTRY,
             _ => 0,
         }
     }
@@ -293,7 +293,10 @@ impl Task {
     }
 }
 
-fn flush() -> Next {
+fn flush(can: &Abilities) -> Next {
+    if !can.flush {
+        return Next::Finish(Err(unsupported("the server offers no FLUSH")));
+    }
     Next::Ask { what: What::Flush, fua: false, offset: 0, length: 0, payload: None }
 }
 

@@ -603,3 +603,65 @@ fn histories() {
     }
     (0..number("FLEXNBD_SEEDS").unwrap_or(SEEDS)).for_each(run);
 }
+
+/// A server that never answers a FLUSH, and a client that cuts what is dirty into smaller and smaller pieces.
+#[test]
+fn trims_keep_to_the_bound_of_what_is_dirty() {
+    let mut core = Upstream::new(Replay::Dirty, LIMIT);
+    let can = Abilities {
+        flush: true,
+        fua: false,
+        trim: true,
+        zero: true,
+        fast_zero: false,
+        cache: false,
+        map: false,
+        length_max: 1 << 20,
+    };
+    core.connected(can);
+    core.submit(Op {
+        owner: 1,
+        tag: 0,
+        action: Action::Zero { offset: 0, length: 1 << 20, fua: false, no_hole: false, fast: false },
+    });
+    let (mut tag, mut trimmed) = (0, 0);
+    for offset in (CELL..1 << 20).step_by(2 * CELL_BYTES) {
+        tag += 1;
+        core.submit(Op { owner: 1, tag, action: Action::Trim { offset, length: CELL, fua: false } });
+        while let Some(Command { asked, what, .. }) = core.next_command() {
+            if what != What::Flush {
+                core.reply(asked, 0).unwrap();
+                trimmed += 1;
+            }
+        }
+        while core.pop_done().is_some() {}
+        assert!(core.dirty_bytes() <= core.limit(), "{} bytes", core.dirty_bytes());
+    }
+    assert!(trimmed > 100 && trimmed < tag, "{trimmed} of {tag}: the rest waits");
+}
+
+/// A client may ask for FUA although it was told that there is none.
+#[test]
+fn what_cannot_be_made_durable_fails_and_asks_nothing_that_the_server_does_not_know() {
+    let mut core = Upstream::new(Replay::Dirty, LIMIT);
+    let can = Abilities {
+        flush: false,
+        fua: false,
+        trim: true,
+        zero: true,
+        fast_zero: false,
+        cache: false,
+        map: false,
+        length_max: 1 << 20,
+    };
+    core.connected(can);
+    core.submit(Op { owner: 1, tag: 1, action: Action::Write { offset: 0, payload: payload(7, 1), fua: true } });
+    core.submit(Op { owner: 1, tag: 2, action: Action::Flush });
+    let Command { asked, what, payload, .. } = core.next_command().unwrap();
+    assert_eq!(what, What::Write);
+    drop(payload);
+    core.reply(asked, 0).unwrap();
+    assert!(core.next_command().is_none());
+    let failed = std::iter::from_fn(|| core.pop_done()).filter(|done| done.result.is_err()).count();
+    assert_eq!((failed, core.len()), (2, 0));
+}
