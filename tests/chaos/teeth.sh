@@ -62,16 +62,10 @@ breaks "no pause in the last pass" \
     server/life.rs 's/Self::Sending \{ plan, \.\. \} => plan\.pauses_clients\(\)/Self::Sending { .. } => false/'
 
 breaks "no fresh start after a failure" \
-    migrate/pass.rs 's/(    pub\(super\) fn number)/    pub(super) fn resume(\&mut self) -> Self {
-        let mut lost: Vec<_> = self.in_flight.drain(..).map(|sent| sent.range).collect();
-        lost.push(std::mem::replace(\&mut self.taken, 0..0));
-        lost.iter().for_each(|lost| self.dirty.set_range(lost.start, lost.end - lost.start));
-        self.cursor = 0;
-        std::mem::replace(self, Self::new(self.size))
-    }
-
-$1/' \
-    migrate/plan.rs 's/(pub fn (?:begin|lost)\([^)]*\) \{)\n( *self\.attempt = [^;]*;)/$1 let pass = self.attempt.pass.resume();\n$2 self.attempt.pass = pass;/g'
+    migrate/pass.rs 's/(let Self \{ size, mut dirty, mut in_flight,)( \.\. \} = self;)\n        dirty\.set_range\(0, size\);/$1 taken,$2
+        for lost in in_flight.iter().map(|sent| sent.range.clone()).chain([taken]) {
+            dirty.set_range(lost.start, lost.end - lost.start);
+        }/'
 
 breaks "clients cut at the pause" \
     server/apply.rs 's/if let Some\(Slot::Client\(client\)\) = self\.slots\.get_mut\(key\) \{\s*client\.keep\(self\.shared\.now_ms\);\s*\}/self.settle(key, Some(Next::Close(Reason::Killswitch { age_ms: 0 })));/'
