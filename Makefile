@@ -21,7 +21,7 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
 .PHONY: all check test test-slow test-kernel test-cluster chaos chaos-teeth simulation-teeth tools tools-kernel tools-cluster \
-	tools-fuzz demo bench bench-storms bench-migration bench-cluster footprint fuzz fuzz-seeds fuzz-coverage install uninstall clean help
+	tools-fuzz demo bench bench-storms bench-migration bench-cluster bench-proxy footprint fuzz fuzz-seeds fuzz-coverage install uninstall clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
@@ -120,6 +120,9 @@ bench-migration: $(BINARY) tools ## Migrate beside nbdcopy (QUICK=1, ROUNDS=5, S
 
 bench-cluster: $(BINARY) $(LOAD) tools tools-cluster ## Compare on a volume with three copies (as bench; as root)
 	FLEXNBD=$(BINARY) LOAD=$(LOAD) $(call within,10800) bash tests/cluster/volume.sh python3 tests/bench/bench.py
+
+bench-proxy: $(BINARY) $(LOAD) ## What a proxy costs between a client and its server (QUICK=1, ROUNDS=5, SECONDS_PER_RUN=2)
+	FLEXNBD=$(BINARY) LOAD=$(LOAD) $(call within,3600) python3 tests/bench/proxy.py
 
 footprint: $(BINARY) tools ## Measure size, memory and system calls
 	FLEXNBD=$(BINARY) $(call within,300) bash tests/footprint.sh
