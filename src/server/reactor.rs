@@ -51,9 +51,12 @@ impl Reactor {
             Some(Next::WaitDisk) => self.wait_disk.push(key),
             Some(Next::Close(reason)) => {
                 let Some(slot) = self.slots.remove(key) else { return };
-                self.shared.backend.forget(key.to_u64());
-                // What was done for it may have to be made durable elsewhere.
-                self.run.extend(self.link);
+                // Who only asks for the status leaves nothing behind.
+                if !matches!(slot, Slot::Control(_)) {
+                    self.shared.backend.forget(key.to_u64());
+                    // What was done for it may have to be made durable elsewhere.
+                    self.run.extend(self.link);
+                }
                 // A listener may have stopped accepting for want of room.
                 match slot {
                     Slot::Control(_) => self.run.extend(self.control_listener),
