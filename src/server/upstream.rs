@@ -304,7 +304,7 @@ impl Link {
             let waiting = standby.core.len();
             let kept = standby.core.dirty_bytes();
             warn!("{self}: lost: {why}; {waiting} requests wait, {kept} bytes are kept to be written again");
-        } else if self.outage.is_news(&why.text, why.is_refusal) && why.is_refusal {
+        } else if why.is_refusal && standby.export.size > 0 && self.outage.is_news(&why.text, why.is_refusal) {
             error!("{self}: refused: {why}; clients wait until the server is the one they know");
         } else {
             log::debug!("{self}: {why}");
