@@ -4,6 +4,8 @@
 const FIRST_WAIT_MS: u64 = 100;
 /// The longest wait between two attempts, in milliseconds.
 const WAIT_MAX_MS: u64 = 3_000;
+/// A connection that has lasted so long was a good one, in milliseconds.
+const LASTING_MS: u64 = 1_000;
 
 /// The record of a server's absences.
 #[derive(Debug)]
@@ -12,7 +14,7 @@ pub(super) struct Outage {
     since_ms: Option<u64>,
     /// Since when it is there, or was last.
     connected_ms: Option<u64>,
-    /// Attempts to reach it in this outage.
+    /// Attempts to reach it since it has been of use.
     attempts: u32,
     reconnects: u64,
     last_ms: u64,
@@ -52,15 +54,24 @@ impl Outage {
         let begins = was_there && self.since_ms.is_none();
         if begins {
             self.since_ms = Some(now_ms);
-            self.attempts = 0;
+            if self.connected_ms.is_some_and(|at_ms| now_ms.saturating_sub(at_ms) >= LASTING_MS) {
+                self.attempts = 0;
+            }
         }
         begins
+    }
+
+    /// It has replied. Only when a client is answered it is back: one that greets and is gone at the first request would be
+    /// asked again and again without a pause.
+    pub(super) fn note_reply(&mut self, is_for_client: bool) {
+        if is_for_client {
+            self.attempts = 0;
+        }
     }
 
     /// It is there; how long it was away, in milliseconds, unless this was the first time.
     pub(super) fn end(&mut self, now_ms: u64) -> Option<u64> {
         let since_ms = self.since_ms.take()?;
-        self.attempts = 0;
         self.is_refused = false;
         self.has_given_up = false;
         self.last_error = None;
@@ -179,7 +190,17 @@ mod tests {
             assert!((2_700..=3_300).contains(&outage.wait_ms(random)), "a tenth more or less");
         }
         assert_eq!(outage.end(61_000), Some(60_000));
-        assert_eq!((outage.wait_ms(7), outage.reconnects(), outage.last_ms()), (0, 1, 60_000));
+        assert_eq!((outage.reconnects(), outage.last_ms()), (1, 60_000));
+        // It was there for a moment only, and nobody had anything of it.
+        assert!(outage.begin_again(true, 61_999) && outage.wait_ms(0) == 2_700);
+        outage.end(70_000);
+        outage.note_reply(false);
+        assert_eq!(outage.wait_ms(0), 2_700);
+        outage.note_reply(true);
+        assert!(outage.begin_again(true, 70_001) && outage.wait_ms(7) == 0);
+        outage.note_attempt();
+        outage.end(80_000);
+        assert!(outage.begin_again(true, 81_000) && outage.wait_ms(7) == 0);
     }
 
     #[test]

@@ -195,7 +195,10 @@ impl Link {
                         standby.core.extent(*note, found.length.into(), is_hole);
                     }
                 }
-                Event::Reply { note, error } => standby.core.reply(note, error).map_err(offer::broken)?,
+                Event::Reply { note, error } => {
+                    standby.core.reply(note, error).map_err(offer::broken)?;
+                    self.outage.note_reply(standby.core.has_done());
+                }
             }
         }
         if self.is_open() && (was_replaying || self.outage.is_on()) && !standby.core.is_replaying() {
