@@ -426,6 +426,11 @@ impl Link {
             }
         }
         if self.silent_due_ms(sh).is_some_and(|due_ms| due_ms <= sh.now_ms) {
+            // Over a slow link, what the kernel here has taken is on its way for long.
+            if self.watch.takes_slowly(dial.socket().delivery().unwrap_or_default()) {
+                self.progress_ms = sh.now_ms;
+                return Ok(());
+            }
             let s = self.settings.limit_ms / 1000;
             if self.is_fenced {
                 return Err(Failure::Broken(format!("it was silent for {s} s")));

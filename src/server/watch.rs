@@ -20,6 +20,8 @@ const SAME_MS: u64 = 1_000;
 pub(super) struct Watch {
     /// When to look; `None` while nothing is on its way.
     due_ms: Option<u64>,
+    /// What the peer's machine had not taken at the last question for that, in bytes; `None` since something was sent.
+    untaken_bytes: Option<u32>,
     silence: Option<Silence>,
 }
 
@@ -37,6 +39,13 @@ impl Watch {
     /// Something is sent.
     pub(super) fn note_sent(&mut self, now_ms: u64) {
         self.due_ms.get_or_insert(now_ms.saturating_add(LOOK_MS));
+        self.untaken_bytes = None;
+    }
+
+    /// True while the peer's machine takes what was sent: less is on its way than at the last question, or this is the first.
+    pub(super) fn takes_slowly(&mut self, delivery: Delivery) -> bool {
+        let last = self.untaken_bytes.replace(delivery.pending_bytes);
+        delivery.pending_bytes > 0 && last.is_none_or(|last| delivery.pending_bytes < last)
     }
 
     /// When to look at the peer, if that has to be.
