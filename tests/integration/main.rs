@@ -23,6 +23,7 @@ mod memory;
 mod migration;
 mod power_failure;
 mod protocol;
+mod proxy;
 mod read_only;
 mod reconnect;
 mod slow_changes;

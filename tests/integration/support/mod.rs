@@ -1,10 +1,12 @@
 //! The harness: the real binary, raw clients, scripted peers, and waits for conditions. Nothing here sleeps a guess, and
 //! nothing waits without a deadline.
 
+pub mod fading;
 pub mod fuse;
 pub mod ledger;
 pub mod newstyle;
 pub mod peers;
+pub mod shadow;
 
 mod client;
 mod link;

@@ -100,17 +100,21 @@ impl Builder {
     /// Starts it and waits until it is ready.
     #[track_caller]
     pub fn start(self) -> Server {
-        let image = self.image.expect("an image");
+        let is_proxy = self.mode == "proxy";
+        let image = if is_proxy { PathBuf::new() } else { self.image.expect("an image") };
         let sock = self.dir.join("control");
         let log = self.dir.join("log");
         let mut words = self.wrapper;
         words.push(BIN.into());
         let mut command = program(&words[0]);
-        command.args(&words[1..]).arg(self.mode).args(["--addr", &self.addr]).arg("--file").arg(&image);
+        command.args(&words[1..]).arg(self.mode).args(["--addr", &self.addr]);
+        if !is_proxy {
+            command.arg("--file").arg(&image);
+        }
         if !self.addr.starts_with('/') {
             command.args(["--port", "0"]);
         }
-        if let Some(engine) = &self.engine {
+        if let Some(engine) = self.engine.as_ref().filter(|_| !is_proxy) {
             command.args(["--disk-engine", engine]);
         }
         command.arg("--sock").arg(&sock).args(&self.args).current_dir(self.dir.join("")).stdin(Stdio::null());
@@ -135,7 +139,7 @@ impl Builder {
 pub struct Server {
     /// The process; its id is the server's.
     pub process: Process,
-    /// The file it serves.
+    /// The file it serves; a proxy has none.
     pub image: PathBuf,
     /// Its control socket.
     pub sock: PathBuf,
@@ -149,6 +153,17 @@ impl Server {
     /// `flexnbd serve`, on 127.0.0.1 unless told otherwise.
     pub fn serve() -> Builder {
         Builder::new("serve")
+    }
+
+    /// `flexnbd proxy`, in front of this server.
+    pub fn proxy(upstream: SocketAddr) -> Builder {
+        let (addr, port) = (upstream.ip().to_string(), upstream.port().to_string());
+        Self::proxy_to_nowhere().args(&format!("--conn-addr {addr} --conn-port {port}"))
+    }
+
+    /// The same; which server it is is left to the caller.
+    pub fn proxy_to_nowhere() -> Builder {
+        Builder::new("proxy")
     }
 
     /// Its directory.
