@@ -3,7 +3,9 @@
 mod failures;
 mod killed;
 mod lost;
+mod options;
 mod points;
+mod switch;
 
 use crate::support::fading::{Fading, Style};
 use crate::support::newstyle::{address, PORT};

@@ -252,6 +252,13 @@ impl Fading {
         self.state().durable.clone()
     }
 
+    /// Gives it this content, durable.
+    pub fn overwrite(&self, content: &[u8]) {
+        let mut state = self.state();
+        state.volatile.copy_from_slice(content);
+        state.durable.copy_from_slice(content);
+    }
+
     /// Another export of this size, of zeroes.
     pub fn resize(&self, size: usize) {
         let mut state = self.state();
