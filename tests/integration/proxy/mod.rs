@@ -1,6 +1,7 @@
 //! `flexnbd proxy`: clients do not notice that the server behind it goes away.
 
 mod failures;
+mod interop;
 mod killed;
 mod lost;
 mod options;
