@@ -486,6 +486,7 @@ fn the_program_of_the_proxy_is_a_program_of_its_own() {
     let answer = |line| parse_proxy(args(line)).expect_err(line).to_string();
     let (help, mode) = (answer("flexnbd-proxy --help"), shown("help proxy"));
     assert!(help.contains("Usage: flexnbd-proxy [OPTIONS] --conn-addr <CONN_ADDR> --addr <ADDR>"), "{help}");
+    assert!(help.contains("\n  flexnbd-proxy --addr ") && !help.contains("flexnbd proxy "), "{help}");
     let options = |text: &str| text.matches("\n  -").count();
     assert_eq!(options(&help), options(&mode) + 1, "the version is asked of the program");
     assert!(help.lines().all(|line| line.len() <= 80), "{help}");

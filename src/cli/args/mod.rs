@@ -36,10 +36,12 @@ const PROXY_USAGE: &str = "[OPTIONS] --conn-addr <CONN_ADDR> --addr <ADDR>\n    
 pub(crate) fn proxy_program() -> clap::Command {
     let flexnbd = CommandLine::command();
     let mode = flexnbd.find_subcommand("proxy").cloned().unwrap_or_default();
+    let notes = mode.get_after_help().map(|notes| notes.to_string().replace("flexnbd proxy ", "flexnbd-proxy "));
     mode.name(PROXY_PROGRAM)
         .bin_name(PROXY_PROGRAM)
         .version(env!("CARGO_PKG_VERSION"))
         .override_usage(format!("{PROXY_PROGRAM} {PROXY_USAGE}"))
+        .after_help(notes.unwrap_or_default())
 }
 
 /// A fast NBD server.
@@ -152,8 +154,8 @@ The proxy connects to the server first and listens when that has greeted; it
 exits with 1 when that fails. From then on clients do not notice when the server
 goes away: they wait, and nothing that was answered is lost, even when the
 server's machine has crashed, as long as the proxy lives. It never asks the
-server again only because an answer takes long. The program flexnbd-proxy is
-this mode and nothing else.
+server again only because an answer takes long. flexnbd-proxy is the mode proxy
+of flexnbd under a name of its own.
 
 Environment:
   FLEXNBD_UPSTREAM_TIMEOUT  Seconds without progress, a whole number above 0,
