@@ -6,6 +6,8 @@
 //!  socket bytes ─> ServerSession ─> work::Op ─> Disk ─> work::Done ─> reply ─> Outbox ─> socket
 //! ```
 //!
+//! Where another server has the image, it stands in the place of the disk ([`upstream`]), and its connection is one more slot.
+//!
 //! The layers, top down; imports go down only, and the modules of one line never name each other:
 //!
 //! ```text
@@ -42,9 +44,14 @@
 //! | gate | decides whether a client's request may pass now; a request that may not is kept |
 //! | migration | an image on its way to another server: one or more attempts, each of several passes |
 //! | pass | one way through the blocks that are dirty |
-//! | dirty | changed since it was last sent |
+//! | dirty | of a block in a migration: changed since it was last sent. Of bytes at another server: it has answered that they are written, and may forget them |
 //! | pause | the end of a migration, in which no client's request passes |
 //! | sender, listener | who brings an image, and the server that waits for it |
+//! | proxy | a server with another server in place of a disk; clients do not notice when that is away |
+//! | relay | what the source of a migration is when it goes on serving its clients from the destination |
+//! | upstream | the server behind a proxy or a relay, and what it owes |
+//! | replay | writing again what is dirty there, before anything else, over a new connection |
+//! | fence | the rule that a new connection of a named session is answered when the older one can change nothing more |
 //! | sealing | making a received image durable before the program says that it has arrived |
 //!
 //! # Where would it go?
@@ -54,6 +61,8 @@
 //! | what bytes mean, what is refused, what a reply looks like | `proto` |
 //! | how a request is done, in which order, what is durable when | `disk` |
 //! | what a migration sends next, when clients are paused | `migrate` |
+//! | what another server is asked again, in which order, and what is kept for that | `upstream` |
+//! | which server that is, when it is tried again, refused or given up | `server/upstream.rs` |
 //! | when a slot gets a turn, who is let in, what closes it | `server` |
 //! | a control command: its words, what it does | `command`, then `server/commands.rs` |
 //! | an option or an exit code | `cli` |
