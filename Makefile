@@ -105,7 +105,7 @@ chaos-teeth: ## Show that those rounds find a program that is broken in one of f
 simulation-teeth: ## Show that the simulation finds another server's promises broken in one of six ways (ONLY=regex)
 	ONLY="$(ONLY)" $(call within,7200) bash tests/simulation/teeth.sh
 
-demo: $(BINARY) ## Show a migration under a client that goes on, in half a minute
+demo: $(BINARY) ## Show migrations under a client that goes on, in half a minute
 	FLEXNBD=$(BINARY) $(call within,120) bash tests/demo.sh
 
 # ROWS=regex runs some rows, BASE=binary compares with another flexnbd; all that can be set is in the script.

@@ -1,16 +1,16 @@
 #!/bin/bash
 # Shows what flexnbd is for: a disk image moves to another server while a client goes on using it. `make demo` runs it.
-# Both servers are on this machine here, with images of the demo's own making. It leaves nothing behind, and whatever
+# All servers are on this machine here, with images of the demo's own making. It leaves nothing behind, and whatever
 # takes longer than it should ends it with an error.
 set -euo pipefail
 
 flexnbd=$(realpath "${FLEXNBD:-target/release/flexnbd}")
 dir=$(mktemp -d)
-# The processes to end: the two servers, and the client.
-source= destination= client=
+# The processes to end: the servers, and the client.
+source= destination= third= client=
 
 clean_up() {
-    for job in $client $source $destination; do
+    for job in $client $source $destination $third; do
         kill "$job" 2>/dev/null || true
     done
     wait
@@ -83,6 +83,44 @@ keep_journal() {
     timeout 2 tail --pid="$1" -f /dev/null || fail "the client was cut off by a server that still runs"
 }
 
+# The same client, for as long as the file `enough.not` is there, over one connection: it is cut off by nobody.
+keep_journal_connected() {
+    local lines line offset
+    exec 3<>"/dev/tcp/127.0.0.1/$1"
+    # The greeting of an oldstyle server.
+    timeout 10 head -c 152 <&3 >greeting
+    lines=$(wc -l <answered)
+    while [ -e enough.not ]; do
+        printf -v line 'write %9d' "$((lines += 1))"
+        offset=$((lines * 16 - 16))
+        request 1 "$lines" "$offset" "$line"
+        echo "$line" >>answered
+        request 0 "$lines" "$offset" ""
+        [ "$(timeout 10 head -c 16 <&3)" = "$line" ] || fail "the client wrote '$line' and read something else"
+    done
+    # DISC
+    bytes "25609513 0000 0002 $(printf '%016x %016x %08x' 0 0 0)" >&3
+    exec 3>&-
+}
+
+# Sends a request of the type $1 with the cookie $2 for the 16 bytes at $3, with the line $4 if it writes, over the
+# connection 3, and takes the head of the reply, which has to be a good one.
+request() {
+    local reply cookie
+    printf -v cookie '%016x' "$2"
+    {
+        bytes "25609513 0000 000$1 $cookie $(printf '%016x %08x' "$3" 16)"
+        [ -z "$4" ] || echo "$4"
+    } >&3
+    reply=$(timeout 10 head -c 16 <&3 | od -An -v -tx1 | tr -d ' \n')
+    [ "$reply" = "6744669800000000$cookie" ] || fail "the client was answered '$reply'"
+}
+
+# Prints the bytes that these hexadecimal digits say.
+bytes() {
+    printf "$(tr -d ' ' <<<"$1" | sed 's/../\\x&/g')"
+}
+
 # Fails if the client has, or if it has no new line within some seconds.
 client_goes_on() {
     local before
@@ -153,18 +191,37 @@ show "cmp source.img destination.img && echo the same"
 show "flexnbd read $at --from 0 --size $((lines * 16)) | cmp - answered && echo all of them"
 show "du -m source.img destination.img"
 
-say "9. The client goes on at the destination, where it had to stop:"
-keep_journal "$destination" &
+say "9. The client goes on at the destination, where it had to stop. This time it keeps one connection; and the image moves
+   once more, to a third server:"
+from_port=${at##* }
+>enough.not
+keep_journal_connected "$from_port" &
 client=$!
 client_goes_on
+show "truncate -s 256M third.img"
+start listen third --serve
+third=$started
+
+say "10. With --relay the connection stays. The second server closes and removes its file, and passes on what the client
+   asks, until that leaves:"
+before=$(wc -l <answered)
+show "flexnbd mirror $at --sock destination.sock --relay --unlink --wait"
+[ ! -e destination.img ] || fail "the file is still there"
+client_goes_on
+show "flexnbd status --sock destination.sock | tr ' ' '\n' | grep -E 'relaying|num_clients|upstream='"
 sleep 1
-echo "  \$ kill $destination"
-kill "$destination"
-ends "$destination"
-destination=
+rm enough.not
 wait "$client" || fail "the client has failed"
 client=
+ends "$destination"
+destination=
 lines=$(wc -l <answered)
-show "head -c $((lines * 16)) destination.img | cmp - answered && echo all $lines lines"
+echo "    The client has noticed nothing: $((lines - before)) writes answered since, over the connection that it had. When it"
+echo "    had left, the second server ended, with exit code 0."
+show "flexnbd read $at --from 0 --size $((lines * 16)) | cmp - answered && echo all $lines lines"
+echo "  \$ kill $third"
+kill "$third"
+ends "$third"
+third=
 
 say "That was flexnbd. README.md has more; \`flexnbd help MODE\` explains each mode."
