@@ -23,6 +23,7 @@ mod export;
 mod haggling;
 mod newstyle;
 mod oldstyle;
+mod upstream;
 
 pub use acl::acl;
 pub use client::client;
@@ -30,6 +31,7 @@ pub use control::control;
 pub use haggling::haggling;
 pub use newstyle::newstyle_session;
 pub use oldstyle::session;
+pub use upstream::upstream;
 
 /// How many bytes of choices stand before what the peer sends.
 pub const CHOICES: usize = 16;

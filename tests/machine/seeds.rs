@@ -4,7 +4,7 @@
 //! `make fuzz-seeds` adds to their folder what a fuzzer has found, under other names, and it is replayed like the rest.
 
 use crate::newstyle::{contexts, everything, option, option_reply, Talk};
-use crate::oracles::{acl, client, control, haggling, newstyle_session, session, CHOICES};
+use crate::oracles::{acl, client, control, haggling, newstyle_session, session, upstream, CHOICES};
 use crate::plan::{head, Plan};
 use crate::scripts::short;
 use flexnbd::buffer::SLICE;
@@ -148,6 +148,55 @@ fn structured() -> Vec<Vec<u8>> {
     said.map(|said| input(choices, &said)).collect()
 }
 
+/// What servers of a proxy say, over one connection after the other.
+fn upstreams() -> Vec<Vec<u8>> {
+    const SIZE: u64 = 1 << 20;
+    let choices = |first: u8, rest: [u8; 5]| {
+        let mut choices = [9; CHOICES];
+        choices[0] = first;
+        choices[1..6].copy_from_slice(&rest);
+        choices
+    };
+    let oldstyle = |flags| Greeting { size: SIZE, flags }.encode().to_vec();
+    let ack = |option| option_reply(option, 1, &[]);
+    let newstyle = |flags: u32| {
+        let context = option_reply(opt::SET_META_CONTEXT, 4, &[&9_u32.to_be_bytes()[..], b"base:allocation"].concat());
+        let export =
+            option_reply(opt::GO, 3, &[&[0, 0], &SIZE.to_be_bytes()[..], &(flags as u16).to_be_bytes()].concat());
+        let greeting = [b"NBDMAGICIHAVEOPT", &3_u16.to_be_bytes()[..]].concat();
+        let context = [context, ack(opt::SET_META_CONTEXT)].concat();
+        [greeting, ack(opt::STRUCTURED_REPLY), context, export, ack(opt::GO)].concat()
+    };
+    let simple = |error, cookie| SimpleReply { error, cookie }.encode().to_vec();
+    let chunk = |kind, cookie| ChunkHead { flags: 1, kind, cookie, length: 0 }.encode::<CHUNK_LEN>().filled().to_vec();
+    let answers = |error| (1..40).flat_map(|cookie| simple(error, cookie)).collect::<Vec<u8>>();
+    let chunks = (1..40).flat_map(|cookie| chunk(0, cookie)).collect::<Vec<u8>>();
+    let all = 0xD6D;
+    let mut streams = vec![
+        [oldstyle(all), answers(0)].concat(),
+        [oldstyle(13), answers(0)].concat(),
+        [oldstyle(1), answers(0)].concat(),
+        [oldstyle(all), answers(28)].concat(),
+        [oldstyle(all), simple(0, 77)].concat(),
+        [oldstyle(3), oldstyle(13)].concat(),
+        [newstyle(all), answers(0)].concat(),
+        [newstyle(all), chunks].concat(),
+        [newstyle(13), answers(108)].concat(),
+        [newstyle(all), chunk(1, 1), vec![0; 64]].concat(),
+        b"SSH-2.0-OpenSSH_10.0\r\n".repeat(4),
+    ];
+    // The server ends and comes back; the bytes that are no reply end the connection.
+    streams.push([oldstyle(all), simple(0, 1), simple(0, 2), vec![0; 16], oldstyle(13), answers(0)].concat());
+    let chosen = [
+        choices(0, [3, 0, 40, 0x41, 90]),
+        choices(8, [2, 2, 0x4D, 6, 200]),
+        choices(7, [3, 3, 5, 0xF0, 17]),
+        choices(32, [3, 14, 9, 0xFF, 77]),
+        MIXED,
+    ];
+    streams.iter().flat_map(|stream| chosen.map(|choices| input(choices, stream))).collect()
+}
+
 fn controls() -> Vec<Vec<u8>> {
     let long_line = ["acl\n", &"x".repeat(1025)].concat();
     let long_command = ["acl\n", &["x".repeat(1000), "\n".into()].concat().repeat(66)].concat();
@@ -240,11 +289,12 @@ fn newstyle_sessions() -> Vec<Vec<u8>> {
 
 #[test]
 fn the_seeds_of_the_fuzzers_pass() {
-    let targets: [Target; 6] = [
+    let targets: [Target; 7] = [
         ("haggling", haggling, hagglings()),
         ("newstyle_session", newstyle_session, newstyle_sessions()),
         ("session", session, sessions()),
         ("client", client, clients()),
+        ("upstream", upstream, upstreams()),
         ("control", control, controls()),
         ("acl", acl, acls()),
     ];
