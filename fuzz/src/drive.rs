@@ -171,7 +171,10 @@ pub fn converse(
     let opened_ms = schedule.now_ms();
     let mut drive = Drive {
         server,
-        session: (server.begin)(Export { size: server.size, read_only: false, flushes: true }, opened_ms),
+        session: (server.begin)(
+            Export { size: server.size, read_only: false, flushes: true, several: true },
+            opened_ms,
+        ),
         pool: Pool::new(server.cap),
         opened_ms,
         now_ms: opened_ms,

@@ -19,7 +19,7 @@ const HOLE: u64 = 4096;
 
 /// Fails unless the request may be answered like that: what must be refused is, what must not is at most unlucky.
 pub(super) fn check_error(head: &RequestHead, error: u32, style: Style) {
-    match refuse(head, Export { size: SIZE, read_only: false, flushes: true }, style) {
+    match refuse(head, Export { size: SIZE, read_only: false, flushes: true, several: true }, style) {
         Some(refusal) => assert_eq!(error, refusal.errno.to_wire(), "{head}"),
         None => assert!(error == 0 || error == Errno::Io.to_wire(), "{head}: {error}"),
     }

@@ -14,6 +14,8 @@ pub struct Export {
     pub read_only: bool,
     /// What is asked to be durable can be made so: FLUSH and FUA are offered.
     pub flushes: bool,
+    /// A client may have more than one connection: what was answered to one is seen by all.
+    pub several: bool,
 }
 
 impl Export {
@@ -24,7 +26,7 @@ impl Export {
         let changes = durable | t::SEND_TRIM | t::SEND_WRITE_ZEROES;
         let (always, negotiated) =
             if self.read_only { (t::READ_ONLY, t::SEND_CACHE) } else { (changes, t::SEND_CACHE | t::SEND_FAST_ZERO) };
-        let always = always | t::HAS_FLAGS | t::CAN_MULTI_CONN;
+        let always = always | t::HAS_FLAGS | if self.several { t::CAN_MULTI_CONN } else { 0 };
         match style {
             Style::Oldstyle => always,
             Style::Newstyle(Agreed { structured: false, .. }) => always | negotiated,
@@ -129,6 +131,17 @@ impl Style {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn several_connections_are_offered_where_they_are_taken() {
+        let flags = |several| {
+            let export = Export { size: 512, read_only: false, flushes: true, several };
+            [Style::Oldstyle, Style::Newstyle(Agreed::default())].map(|style| export.flags(style))
+        };
+        let (one, all) = (flags(false), flags(true));
+        assert_eq!(one.map(|flags| flags | transmission::CAN_MULTI_CONN), all);
+        assert_eq!(all.map(|flags| flags & !transmission::CAN_MULTI_CONN), one);
+    }
 
     #[test]
     fn a_session_has_the_name_of_its_context() {

@@ -59,6 +59,11 @@ impl Admission {
         self.queues_clients
     }
 
+    /// False when a second connection would wait for the end of the first.
+    pub(super) fn takes_several(&self) -> bool {
+        !self.queues_clients || self.places.clients > 1
+    }
+
     /// Counts a client in, or says why not. A listener that awaits an image takes one sender at a time.
     pub(super) fn admit_client(&mut self, ip: Option<IpAddr>, awaits_sender: bool) -> Result<(), &'static str> {
         if ip.is_some_and(|ip| !self.acl.allows(ip)) {
@@ -127,6 +132,14 @@ impl Admission {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_would_wait_for_himself_is_not_invited() {
+        let takes = |clients, queues| {
+            Admission::new(Acl::new(Vec::new(), false), Places { clients, controls: 1 }, queues).takes_several()
+        };
+        assert_eq!([takes(1, true), takes(2, true), takes(1, false), takes(2, false)], [false, true, true, true]);
+    }
 
     #[test]
     fn clients_never_take_the_descriptors_of_control() {

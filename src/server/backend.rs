@@ -29,7 +29,7 @@ impl Backend {
     pub(super) fn export(&self) -> Export {
         match self {
             Self::Disk(disk) => {
-                Export { size: disk.size(), read_only: disk.access() == Access::ReadOnly, flushes: true }
+                Export { size: disk.size(), read_only: disk.access() == Access::ReadOnly, flushes: true, several: true }
             }
             Self::Upstream(upstream) => upstream.export,
         }

@@ -11,7 +11,7 @@ use super::socket::{Peer, Received, Socket};
 use super::watch::{Watch, GONE_MS};
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
-use crate::proto::export::{Agreed, SessionName, Style};
+use crate::proto::export::{Agreed, Export, SessionName, Style};
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
 use crate::proto::server::{Completed, End, Failed, ServerSession, Step, Tally};
@@ -68,7 +68,7 @@ pub(super) struct Client {
 impl Client {
     /// A client that has just been accepted.
     pub(super) fn new(id: u64, socket: Socket, peer: Peer, dialect: Dialect, sh: &Shared) -> Self {
-        let export = sh.backend.export();
+        let export = Export { several: sh.admission.takes_several(), ..sh.backend.export() };
         let mut session = match dialect {
             Dialect::Newstyle => ServerSession::newstyle(export, sh.now_ms),
             Dialect::Oldstyle => ServerSession::oldstyle(export, sh.now_ms),

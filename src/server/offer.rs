@@ -18,6 +18,7 @@ pub(super) fn export(offer: Offer) -> Export {
         size: offer.size,
         read_only: offer.has(transmission::READ_ONLY),
         flushes: offer.has(transmission::SEND_FLUSH),
+        several: true,
     }
 }
 

@@ -65,7 +65,7 @@ impl Reactor {
             Backing::Upstream(upstream) => Backend::Upstream(Box::new(Standby {
                 core: Upstream::new(upstream.replay, upstream.replay_limit),
                 name: upstream.server.to_string(),
-                export: Export { size: 0, read_only: false, flushes: false },
+                export: Export { size: 0, read_only: false, flushes: false, several: true },
             })),
         };
         Self::new(backend, signals, config)

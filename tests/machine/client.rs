@@ -182,7 +182,7 @@ fn converse(
 
 fn check(style: Style, heard: &Heard) {
     let beyond = if style == Style::Oldstyle { Errno::NoSpc } else { Errno::Inval };
-    let export = Export { size: SIZE as u64, read_only: false, flushes: true };
+    let export = Export { size: SIZE as u64, read_only: false, flushes: true, several: true };
     let agreed = if let Style::Newstyle(agreed) = style { agreed } else { Agreed::default() };
     assert_eq!(heard.offer, Some(Offer { size: export.size, flags: export.flags(style), agreed }));
     assert!(heard.offer.is_some_and(|offer| offer.has(transmission::SEND_FLUSH)));

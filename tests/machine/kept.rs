@@ -22,7 +22,7 @@ struct Kept {
 impl Kept {
     fn new() -> Self {
         let mut kept = Self {
-            session: ServerSession::oldstyle(Export { size: SIZE, read_only: false, flushes: true }, 0),
+            session: ServerSession::oldstyle(Export { size: SIZE, read_only: false, flushes: true, several: true }, 0),
             // Too little for a buffer that is larger than a slice.
             pool: Pool::new(4 * SLICE),
         };

@@ -65,7 +65,8 @@ impl Client for Listener<'_> {
         self.wire.extend_from_slice(bytes);
         let heard = hear(&mut self.session, bytes, |event| match event {
             Event::Export(offer) => {
-                let export = Export { size: self.plan.before.len() as u64, read_only: false, flushes: true };
+                let export =
+                    Export { size: self.plan.before.len() as u64, read_only: false, flushes: true, several: true };
                 let (flags, agreed) = (export.flags(Style::Oldstyle), Agreed::default());
                 assert_eq!(offer, Offer { size: export.size, flags, agreed });
             }

@@ -35,12 +35,16 @@ struct Reader {
 
 impl Reader {
     fn simple(cap: usize) -> Self {
-        Self::new(ServerSession::oldstyle(Export { size: SIZE as u64, read_only: false, flushes: true }, 0), cap, &[])
+        Self::new(
+            ServerSession::oldstyle(Export { size: SIZE as u64, read_only: false, flushes: true, several: true }, 0),
+            cap,
+            &[],
+        )
     }
 
     fn structured(cap: usize) -> Self {
         Self::new(
-            ServerSession::newstyle(Export { size: SIZE as u64, read_only: false, flushes: true }, 0),
+            ServerSession::newstyle(Export { size: SIZE as u64, read_only: false, flushes: true, several: true }, 0),
             cap,
             &Talk::new(512).stream,
         )

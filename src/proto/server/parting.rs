@@ -45,7 +45,8 @@ mod tests {
     /// The errors and cookies of what is said to these requests, of which the first is in the disk, when the server ends.
     fn answers(in_work: bool) -> Vec<(u32, u64)> {
         let mut pool = Pool::new(1 << 20);
-        let mut session = ServerSession::oldstyle(Export { size: 1 << 20, read_only: false, flushes: true }, 0);
+        let mut session =
+            ServerSession::oldstyle(Export { size: 1 << 20, read_only: false, flushes: true, several: true }, 0);
         let head = |kind, cookie, length| RequestHead { flags: 0, kind, cookie, offset: 0, length }.encode().to_vec();
         let stream = [
             head(kind::READ, 1, 512),
