@@ -50,6 +50,8 @@ struct Written {
     is_trim: bool,
     /// Since when it is durable for certain.
     durable: u64,
+    /// Since when somebody has read it, so that it cannot be done later any more.
+    seen: u64,
 }
 
 const NEVER: u64 = u64::MAX;
@@ -116,9 +118,12 @@ fn cells_of(offset: u64, length: u64) -> Range<usize> {
     usize::try_from(offset / CELL).unwrap()..usize::try_from((offset + length) / CELL).unwrap()
 }
 
-/// True when a cell may have this value, of all that were written, where those that `stay` are there for certain.
+/// True when a cell may have this value, of all that were written, where those that `stay` are there for certain. What was
+/// read before something newer was asked for has been done before that, answered or not, and is not done twice.
 fn may_be(history: &[Written], value: u32, stays: impl Fn(&Written) -> bool) -> bool {
-    let is_old = |old: &Written| history.iter().any(|new| new.counts && stays(new) && new.submitted > old.answered);
+    let is_old = |old: &Written| {
+        history.iter().any(|new| new.counts && stays(new) && new.submitted > old.answered.min(old.seen))
+    };
     let is_trimmed =
         |old: &Written| history.iter().any(|trim| trim.is_trim && trim.submitted > old.submitted && !is_old(trim));
     history.iter().any(|written| written.value == value && (!is_old(written) || is_trimmed(written)))
@@ -126,7 +131,7 @@ fn may_be(history: &[Written], value: u32, stays: impl Fn(&Written) -> bool) -> 
 
 impl World {
     fn new(seed: u64) -> Self {
-        let first = Written { value: 0, submitted: 0, answered: 0, counts: true, is_trim: false, durable: 0 };
+        let first = Written { value: 0, submitted: 0, answered: 0, counts: true, is_trim: false, durable: 0, seen: 0 };
         let mut random = Random::new(seed ^ 0x0ff_5e7);
         let faults = random.pick(&[0, 0, 10, 40]);
         Self {
@@ -234,6 +239,7 @@ impl World {
                     counts: false,
                     is_trim: open.kind == Kind::Trim,
                     durable: NEVER,
+                    seen: NEVER,
                 });
             }
         }
@@ -333,13 +339,17 @@ impl World {
     }
 
     /// Promise 1: nothing is read that was not there between the question and the answer.
-    fn check_read(&self, open: &Open, bytes: &[u8]) {
+    fn check_read(&mut self, open: &Open, bytes: &[u8]) {
         for (cell, bytes) in open.cells.clone().zip(bytes.chunks(CELL_BYTES)) {
             let value = u32::from_le_bytes(bytes[..4].try_into().unwrap());
             assert!(bytes.chunks(4).all(|word| word == value.to_le_bytes()), "a cell is whole");
-            let history = &self.history[cell];
+            let history = &mut self.history[cell];
             let was_there = may_be(history, value, |new| new.answered < open.submitted);
             assert!(was_there, "cell {cell} reads as {value}: {history:#?}");
+            // Many have written zero.
+            for written in history.iter_mut().filter(|written| value != 0 && written.value == value) {
+                written.seen = written.seen.min(self.now);
+            }
         }
     }
 
