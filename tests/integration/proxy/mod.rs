@@ -6,6 +6,7 @@ mod killed;
 mod lost;
 mod options;
 mod points;
+mod requests;
 mod switch;
 
 use crate::support::fading::{Fading, Style};
