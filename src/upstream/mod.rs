@@ -104,6 +104,8 @@ pub struct Upstream {
     /// Payloads that were sent, with what keeping them will cost.
     reserved: usize,
     own_flush: OwnFlush,
+    /// One was wanted while another was sent, which came too early for it.
+    flush_again: bool,
     /// Nothing new is begun: what is unanswered ends first.
     settles: bool,
     /// The tag of the last WRITE of each owner.
@@ -151,6 +153,7 @@ impl Upstream {
             seq: 0,
             reserved: 0,
             own_flush: OwnFlush::Idle,
+            flush_again: false,
             settles: false,
             last_writes: BTreeMap::new(),
             done: VecDeque::new(),
@@ -173,6 +176,7 @@ impl Upstream {
         self.in_flight = 0;
         self.reserved = 0;
         self.own_flush = if self.dirty.is_empty() { OwnFlush::Idle } else { OwnFlush::Wanted };
+        self.flush_again = false;
         for (&number, task) in &mut self.tasks {
             task.restart();
             self.waiting.insert(number);
@@ -362,8 +366,14 @@ impl Upstream {
             For::OwnFlush(mark) if error == 0 => {
                 self.dirty.drop_until(mark);
                 self.own_flush = OwnFlush::Idle;
+                if std::mem::take(&mut self.flush_again) {
+                    self.flush();
+                }
             }
-            For::OwnFlush(_) => self.own_flush = OwnFlush::Failed(self.seq),
+            For::OwnFlush(_) => {
+                self.own_flush = OwnFlush::Failed(self.seq);
+                self.flush_again = false;
+            }
             For::Task(number) => {
                 let Some(task) = self.tasks.get_mut(&number) else { return Ok(()) };
                 if !task.may_be_answered() {
@@ -410,6 +420,9 @@ impl Upstream {
                 _ => self.dirty.cut(&range),
             }
         }
+        if task.is_orphan {
+            self.flush();
+        }
         self.done.push_back(task.into_done(result));
     }
 
@@ -439,8 +452,11 @@ impl Upstream {
 
     /// Sends a FLUSH soon, if something is dirty.
     pub fn flush(&mut self) {
-        if self.own_flush == OwnFlush::Idle && !self.dirty.is_empty() {
-            self.own_flush = OwnFlush::Wanted;
+        match self.own_flush {
+            _ if self.dirty.is_empty() => {}
+            OwnFlush::Idle | OwnFlush::Failed(_) => self.own_flush = OwnFlush::Wanted,
+            OwnFlush::Sent => self.flush_again = true,
+            OwnFlush::Wanted => {}
         }
     }
 

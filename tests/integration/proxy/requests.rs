@@ -75,6 +75,25 @@ fn what_a_client_has_asked_before_it_leaves_is_done_and_made_durable() {
     }
 }
 
+/// The FLUSH after the first one that leaves comes too early for the second one.
+#[test]
+fn what_the_last_of_two_clients_has_written_is_made_durable_too() {
+    let server = Fading::start(Style::Newstyle, SIZE, 1);
+    let proxy = before(&server).args("--max-clients 2").start();
+    let (mut first, mut second) = (proxy.connect(), proxy.connect());
+    server.behave(|habits| habits.held = vec![kind::FLUSH]);
+    assert_eq!(first.write(0, &[1; 4096]), 0);
+    drop(first);
+    wait_for("a FLUSH", SOON, || (proxy.status().get("own_flushes") == "1").then_some(()));
+    assert_eq!(second.write(4096, &[2; 4096]), 0);
+    drop(second);
+    wait_for("its end", SOON, || (proxy.status().get("num_clients") == "0").then_some(()));
+    server.behave(|habits| habits.held.clear());
+    wait_for("another FLUSH", SOON, || (proxy.status().get("replay_bytes") == "0").then_some(()));
+    assert_eq!(server.durable()[..8192], [[1; 4096], [2; 4096]].concat());
+    proxy.expect_healthy();
+}
+
 /// Its process was killed: what the server has in hand is done, and does not keep its place.
 #[test]
 fn a_client_that_vanishes_leaves_its_place_to_the_next() {
