@@ -113,7 +113,8 @@ fn without_a_client_the_source_ends_as_ever() {
 fn the_destination_may_be_killed_afterwards() {
     let port = reserved_port();
     let mut source = Server::serve().content(&pattern(1, SIZE)).start();
-    let mut destination = next(port);
+    // After a kill, the kernel's threads of a ring hold the lock of the image a moment longer.
+    let mut destination = listen(port).size(SIZE as u64).engine("sync").arg("--serve").start();
     let worker = Worker::on(&source);
     worker.expect_progress();
     start_mirror(&source, destination.address(), "--relay");
@@ -123,7 +124,11 @@ fn the_destination_may_be_killed_afterwards() {
         destination.stop_by("KILL");
         let restart =
             format!(r#"bin=$1 file=$6; shift 8; exec "$bin" serve --addr 127.0.0.1 --port {port} --file "$file" "$@""#);
-        let again = Server::serve().file(destination.image.clone()).through(&["sh", "-c", &restart, "sh"]).start();
+        let again = Server::serve()
+            .file(destination.image.clone())
+            .engine("sync")
+            .through(&["sh", "-c", &restart, "sh"])
+            .start();
         let before = std::mem::replace(&mut destination, again);
         // Its folder holds the image.
         std::mem::forget(before);
@@ -142,8 +147,9 @@ fn a_failure_before_the_end_is_no_relay() {
     let mut source = Server::serve().content(&pattern(1, SIZE)).start();
     let refused = mirror(&source, nowhere(), "--relay");
     assert_eq!((refused.code, &*refused.stderr), (Some(1), "Mirror failed to connect\n"));
-    let destination = Script::new(SIZE).faults(&[(At::LastFlush, Fault::Close); 100]).start();
     let worker = Worker::on(&source);
+    let faults = [(At::LastFlush, Fault::Close); 100];
+    let destination = Script::new(SIZE).faults(&faults).busy_with(&worker).start();
     start_mirror(&source, destination.address, "--relay");
     wait_for("the second attempt", SOON, || (source.status().number("migration_attempts") >= 2).then_some(()));
     worker.expect_progress();

@@ -4,6 +4,7 @@ mod failures;
 mod interop;
 mod killed;
 mod lost;
+mod net;
 mod options;
 mod points;
 mod requests;

@@ -21,16 +21,41 @@ impl Link {
         }
         let names = ["a", "b"].map(|end| format!("flexnbd-{}-{test}-{end}", std::process::id()));
         let link = Self { names };
-        let [a, b] = &link.names;
-        ip(&format!("netns add {a}"));
+        ip(&format!("netns add {}", link.names[0]));
+        ip(&format!("-n {} link set lo up", link.names[0]));
+        link.join_far();
+        Some(link)
+    }
+
+    /// Makes the far end, and the link to it.
+    fn join_far(&self) {
+        let [a, b] = &self.names;
         ip(&format!("netns add {b}"));
+        ip(&format!("-n {b} link set lo up"));
         ip(&format!("-n {a} link add veth0 type veth peer name veth0 netns {b}"));
         for (name, address) in [(a, Self::NEAR), (b, Self::FAR)] {
             ip(&format!("-n {name} address add {address}/24 dev veth0"));
             ip(&format!("-n {name} link set veth0 up"));
-            ip(&format!("-n {name} link set lo up"));
         }
-        Some(link)
+    }
+
+    /// Puts another machine in the place of the one at the far end, with the same address. What runs there has no link any
+    /// more.
+    pub fn replace_far(&mut self) {
+        ip(&format!("-n {} link delete veth0", self.names[0]));
+        let _ = program("ip").args(["netns", "delete", &self.names[1]]).output();
+        self.names[1].push('2');
+        self.join_far();
+    }
+
+    /// Takes the address of the near end away: it has no way to the far end any more.
+    pub fn remove_near(&self) {
+        ip(&format!("-n {} address delete {}/24 dev veth0", self.names[0], Self::NEAR));
+    }
+
+    /// Gives the near end its address back.
+    pub fn add_near(&self) {
+        ip(&format!("-n {} address add {}/24 dev veth0", self.names[0], Self::NEAR));
     }
 
     /// Lets so many bytes per second through, either way. False as [`Link::new`] gives `None`.
