@@ -18,7 +18,7 @@
 //!
 //! The rules that keep them:
 //!
-//! 1. What changes the export and is answered without being durable is dirty ([`dirty`]). A newer answer takes the place of
+//! 1. What changes the export and is answered without being durable is dirty (see `dirty`). A newer answer takes the place of
 //!    an older one, also when it is durable and not kept itself: what is older must not be written again.
 //! 2. A FLUSH makes clean what was answered before it was sent, and nothing later.
 //! 3. In a new session everything dirty is written again and answered before anything else is asked; then come the
