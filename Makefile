@@ -62,8 +62,8 @@ test: tools ## All tests but the slow ones, installing the tools they need
 test-slow: tools ## The tests that take minutes of real time
 	$(call report,$(call run_tests,--tests -- --ignored))
 
-test-kernel: $(BINARY) tools-kernel ## A real kernel's disk on flexnbd, migrated in use (qemu; Debian on amd64, as root)
-	FLEXNBD=$(BINARY) $(call within,900) bash tests/kernel/run.sh
+test-kernel: $(BINARY) tools-kernel ## A real kernel's disk on flexnbd, migrated, relayed, and behind a proxy (qemu; Debian on amd64, as root)
+	FLEXNBD=$(BINARY) $(call within,1800) bash tests/kernel/run.sh
 
 test-cluster: $(BINARY) tools-cluster ## Images on a volume that loses copies and its quorum (GlusterFS; Debian, as root)
 	FLEXNBD=$(BINARY) $(call within,2700) bash tests/cluster/volume.sh python3 tests/cluster/exercise.py

@@ -1,5 +1,6 @@
 #!/bin/busybox sh
-# The first process of the guest. The kernel hands it FIRST_PORT and SECOND_PORT of its command line as variables.
+# The first process of the guest. The kernel hands it EXERCISE and PORTS of its command line as variables; PORTS has a
+# comma between one and the next.
 export PATH=/usr/sbin:/usr/bin:/bin
 
 /bin/busybox --install -s /bin
@@ -15,5 +16,5 @@ done
 ip address add 10.0.2.15/24 dev eth0
 ip link set eth0 up
 
-sh /exercise.sh /dev/nbd0 10.0.2.2 "$FIRST_PORT" "$SECOND_PORT" || echo "step: the exercise failed"
+sh "/$EXERCISE.sh" /dev/nbd0 10.0.2.2 $(echo "$PORTS" | tr , ' ') || echo "step: the exercise failed"
 poweroff -f

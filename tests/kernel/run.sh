@@ -1,8 +1,7 @@
 #!/bin/bash
-# Lets a real kernel use flexnbd as a disk, and migrates it to another server meanwhile: in a guest of qemu with
-# Debian's kernel, and where there is /dev/nbd0 and one may, with the kernel of this machine too. `make test-kernel`
-# runs it. It takes a minute or two and leaves nothing behind. ACCEL is qemu's accelerator: tcg, which works everywhere,
-# or kvm.
+# Lets a real kernel use flexnbd as a disk while its servers change: in a guest of qemu with Debian's kernel, and where
+# there is /dev/nbd0 and one may, with the kernel of this machine too. `make test-kernel` runs it. It takes some minutes
+# and leaves nothing behind. ACCEL is qemu's accelerator: tcg, which works everywhere, or kvm.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 
@@ -12,16 +11,20 @@ dir=$(mktemp -d)
 cd "$dir"
 # 128 MiB: small enough to be read as a whole without KVM.
 size=134217728
-# Seconds for all steps of one kernel.
+# Seconds for all steps of one exercise.
 limit=240
-# The processes to end: the two servers, and the guest or the exercise.
-source= destination= kernel=
+# The processes to end: the servers, the proxy, the one that waits for a migration, and the guest or the exercise.
+source= destination= last= proxy= migration= kernel=
+# What the exercise is told, on its standard input.
+mkfifo input
+exec 3<>input
 passed=0
 
 clean_up() {
     # The exercise first: it undoes what it did to this machine, and may need the servers for it.
-    for job in $kernel $source $destination; do
-        kill "$job" 2>/dev/null || true
+    for job in $kernel $migration $source $destination $last $proxy; do
+        kill "$job" 2>/dev/null || continue
+        timeout 20 tail --pid="$job" -f /dev/null || kill -KILL "$job" 2>/dev/null || true
         wait "$job" 2>/dev/null || true
     done
     cd /
@@ -55,21 +58,33 @@ port_of() {
     echo "${address##*:}"
 }
 
-# Starts a server for a new image $2, with the control socket $2.sock, in the mode that follows. The variable named $1
-# gets its process.
+# Starts flexnbd in the mode that follows, with the control socket $2.sock. The variable named $1 gets its process.
 start() {
-    local variable=$1 image=$2 server
+    local variable=$1 called=$2 server
     shift 2
-    truncate -s "$size" "$image"
-    "$flexnbd" "$@" --addr 127.0.0.1 --port 0 --newstyle-port 0 --file "$image" --sock "$image.sock" 2>"$image.log" &
+    "$flexnbd" "$@" --addr 127.0.0.1 --port 0 --sock "$called.sock" 2>>"$called.log" 3>&- &
     server=$!
     printf -v "$variable" %s "$server"
     for _ in $(seq 100); do
-        ! flexnbd status --sock "$image.sock" >/dev/null 2>&1 || return 0
+        ! flexnbd status --sock "$called.sock" >/dev/null 2>&1 || return 0
         kill -0 "$server" 2>/dev/null || break
         sleep 0.1
     done
-    fail "flexnbd $* does not get ready: $(cat "$image.log")"
+    fail "flexnbd $* does not get ready: $(cat "$called.log")"
+}
+
+# The same for a server of the new image $2, which newstyle clients reach by TCP.
+start_new() {
+    truncate -s "$size" "$2"
+    start "$@" --file "$2" --newstyle-port 0
+}
+
+# Waits until the process in the variable named $1 has ended, with exit code 0. $2 is its log.
+await_exit() {
+    local job=${!1}
+    timeout 30 tail --pid="$job" -f /dev/null || fail "the $1 does not end"
+    wait "$job" || fail "the $1 ended with exit code $?: $(cat "$2" 2>/dev/null)"
+    printf -v "$1" %s ''
 }
 
 # Unpacks Debian's kernel for virtual machines, without installing it; sets `version`.
@@ -117,21 +132,27 @@ make_initramfs() {
     cp -r "$perl_base" "root$perl_base"
     add_modules virtio_pci virtio_net nbd
     install "$here/init.sh" root/init
-    cp "$here"/{exercise.sh,reattach.pl} root
+    cp "$here"/{functions.sh,exercise.sh,undisturbed.sh,reattach.pl} root
     (cd root && find . | cpio --quiet -o -H newc -R 0:0) >initramfs
 }
 
-# Both start the exercise in the background, with what it says in `console`; they set `kernel`.
+# Both start the exercise $1 in the background, with the ports that follow and what it says in `console`; they set
+# `kernel`.
 start_guest() {
+    local exercise=$1 ports
+    shift
+    ports=$(IFS=,; echo "$*")
     qemu-system-x86_64 -accel "${ACCEL:-tcg}" -smp 2 -m 512 -display none -monitor none -no-reboot \
-        -serial file:console -kernel "boot/vmlinuz-$version" -initrd initramfs \
-        -append "console=ttyS0 quiet panic=-1 FIRST_PORT=$1 SECOND_PORT=$2" \
-        -netdev user,id=net -device virtio-net-pci,netdev=net,romfile= 2>qemu.log &
+        -serial stdio -kernel "boot/vmlinuz-$version" -initrd initramfs \
+        -append "console=ttyS0 quiet panic=-1 EXERCISE=$exercise PORTS=$ports" \
+        -netdev user,id=net -device virtio-net-pci,netdev=net,romfile= <input >console 2>qemu.log 3>&- &
     kernel=$!
 }
 
 start_here() {
-    sh "$here/exercise.sh" "$device" 127.0.0.1 "$1" "$2" >console 2>&1 &
+    local exercise=$1
+    shift
+    sh "$here/$exercise.sh" "$device" 127.0.0.1 "$@" <input >console 2>&1 3>&- &
     kernel=$!
 }
 
@@ -147,31 +168,79 @@ free_device() {
     done
 }
 
-# Shows the steps as they are done until one begins with $1. Counts them in `shown`; gives up at `deadline`.
+# The whole lines of the console; the last one may be half a line yet.
+lines() {
+    head -n "$(wc -l <console)" console | tr -d '\r'
+}
+
+# Shows the steps that were done meanwhile, and counts them in `shown`, until one begins with $1. An error ends the
+# test.
+show_steps() {
+    local step alive=yes
+    kill -0 "$kernel" 2>/dev/null || alive=no
+    while step=$(lines | sed -n 's/^step: //p' | sed -n "$((shown + 1))p") && [ -n "$step" ]; do
+        shown=$((shown + 1))
+        say "$step"
+        [[ $step != error:* && $step != *failed ]] || fail "the exercise"
+        [[ -z $1 || $step != "$1"* ]] || return 0
+    done
+    [ "$alive" = yes ] || fail "it ended too early: $(cat qemu.log 2>/dev/null)"
+    return 1
+}
+
+# Waits for a step that begins with $1, until `deadline`.
 await_step() {
-    local step
-    while :; do
-        # The last line may be half a line yet.
-        while step=$(head -n "$(wc -l <console)" console | tr -d '\r' | sed -n 's/^step: //p' |
-            sed -n "$((shown + 1))p") && [ -n "$step" ]; do
-            shown=$((shown + 1))
-            say "$step"
-            [[ $step != error:* && $step != *failed ]] || fail "the exercise"
-            [[ $step != "$1"* ]] || return 0
-        done
-        kill -0 "$kernel" 2>/dev/null || fail "it ended before the step '$1': $(cat qemu.log 2>/dev/null)"
+    until show_steps "$1"; do
         [ "$SECONDS" -lt "$deadline" ] || fail "no step '$1' within $limit seconds"
         sleep 0.2
     done
 }
 
-# The servers, the migration and what is to be found in the images; $1 starts the exercise.
-exercise() {
+# How many files the exercise says it has written.
+written() {
+    local count
+    count=$(lines | sed -n 's/^written: \([0-9]*\)$/\1/p' | tail -n 1)
+    echo "${count:-0}"
+}
+
+# Waits until $1 more files are written, until `deadline`.
+await_files() {
+    local enough=$(($(written) + $1))
+    until [ "$(written)" -ge "$enough" ]; do
+        show_steps '' || true
+        [ "$SECONDS" -lt "$deadline" ] || fail "the writer does not get on: $(written) files, not $enough"
+        sleep 0.05
+    done
+}
+
+# Waits until the exercise has done all it does, and keeps in `sum` the checksum that it saw of the device.
+await_detached() {
+    await_step "detached"
+    sum=$(grep -a '^step: detached' console | grep -oE '[0-9a-f]{64}')
+    await_exit kernel qemu.log
+}
+
+# Compares the image $1 with what the exercise wrote and last saw; then it is done with.
+check_image() {
+    [ "$(sha256sum <"$1")" = "$sum  -" ] || fail "the image is not what the kernel read at the end"
+    say "the image is, byte for byte, the device as the kernel last saw it"
+    e2fsck -fn "$1" >fsck.log 2>&1 || fail "e2fsck of the image: $(cat fsck.log)"
+    mkdir files
+    debugfs -R "rdump / files" "$1" >debugfs.log 2>&1
+    (cd files && sha256sum --quiet -c SHA256SUMS) || fail "the files in the image"
+    say "e2fsck finds nothing wrong with it, and its $(wc -l <files/SHA256SUMS) files have the right checksums"
+    rm -rf files ./*.log "$1"
+    passed=$((passed + 1))
+}
+
+# A disk that is migrated; the kernel is given connections to the destination. $1 starts the exercise, as below.
+migrate() {
     local shown=0 deadline=$((SECONDS + limit)) kib sum
+    say "a migration:"
     : >console
-    start source first serve
-    start destination second listen --serve
-    "$1" "$(port_of first.sock newstyle_address)" "$(port_of second.sock newstyle_address)"
+    start_new source first serve
+    start_new destination second listen --serve
+    "$1" exercise "$(port_of first.sock newstyle_address)" "$(port_of second.sock newstyle_address)"
 
     await_step "trimmed"
     kib=$(du -k first | cut -f 1)
@@ -181,37 +250,105 @@ exercise() {
     await_step "writing"
     # Slow enough to last some seconds, so that it meets many writes.
     timeout 90 "$flexnbd" mirror --addr 127.0.0.1 --port "$(port_of second.sock address)" --sock first.sock \
-        --max-speed 8000000 --wait >mirror.log 2>&1 || fail "mirror: $(cat mirror.log) $(cat first.log second.log)"
-    timeout 10 tail --pid="$source" -f /dev/null || fail "the first server does not end"
-    wait "$source" || fail "the first server ended with exit code $?: $(cat first.log)"
-    source=
+        --max-speed 8000000 --wait >mirror.log 2>&1 || fail "mirror: $(cat mirror.log first.log second.log)"
+    await_exit source first.log
     say "migrated, and the first server has ended"
 
-    await_step "detached"
-    sum=$(grep -a '^step: detached' console | grep -oE '[0-9a-f]{64}')
-    timeout 30 tail --pid="$kernel" -f /dev/null || fail "the guest does not end"
-    wait "$kernel" || fail "it ended with exit code $?: $(cat qemu.log 2>/dev/null)"
-    kernel=
+    await_detached
     kill "$destination"
-    timeout 10 tail --pid="$destination" -f /dev/null || fail "the second server does not end"
-    wait "$destination" || fail "the second server ended with exit code $?: $(cat second.log)"
-    destination=
+    await_exit destination second.log
+    rm first
+    check_image second
+}
 
-    [ "$(sha256sum <second)" = "$sum  -" ] || fail "the second image is not what the kernel read at the end"
-    say "the second image is, byte for byte, the device as the kernel last saw it"
-    e2fsck -fn second >fsck.log 2>&1 || fail "e2fsck of the second image: $(cat fsck.log)"
-    mkdir files
-    debugfs -R "rdump / files" second >debugfs.log 2>&1
-    (cd files && sha256sum --quiet -c SHA256SUMS) || fail "the files in the second image"
-    say "e2fsck finds nothing wrong with it, and its $(wc -l <files/SHA256SUMS) files have the right checksums"
-    rm -rf files first second
-    passed=$((passed + 1))
+# A disk behind a proxy, while its server is killed and started again.
+crash_behind_proxy() {
+    local shown=0 deadline=$((SECONDS + limit)) sum crash crashes=20 reconnects
+    # A name that nobody else can take while the server is away.
+    local -a server=(serve --file first --newstyle-sock first.nbd)
+    say "a proxy, and $crashes crashes of the server behind it:"
+    : >console
+    truncate -s "$size" first
+    start source first "${server[@]}"
+    start proxy proxy proxy --conn-addr "$dir/first.nbd" --newstyle-port 0 --max-clients 4
+    "$1" undisturbed "$(port_of proxy.sock newstyle_address)"
+
+    await_step "writing"
+    for crash in $(seq "$crashes"); do
+        await_files 2
+        kill -KILL "$source"
+        { wait "$source"; } 2>/dev/null || true
+        source=
+        # Sometimes it is back before anybody misses it, sometimes everything waits for it.
+        sleep "0.$((crash % 10))"
+        start source first "${server[@]}"
+    done
+    await_files 24
+    say "killed and started $crashes times; $(written) files were written meanwhile and after it"
+    reconnects=$(status proxy.sock reconnects)
+    [ "$reconnects" -ge "$crashes" ] || fail "the proxy lost its server $reconnects times"
+    say "the proxy lost its server $reconnects times and sent $(status proxy.sock replayed_bytes) bytes again"
+    echo over >&3
+
+    await_detached
+    kill "$proxy"
+    await_exit proxy proxy.log
+    kill "$source"
+    await_exit source first.log
+    check_image first
+}
+
+# Has the server $1 migrate to the port $3 of the server $2 and relay from then on, while files are written.
+migrate_relayed() {
+    # It does not end at this speed before it has met some files.
+    timeout 120 "$flexnbd" mirror --addr 127.0.0.1 --port "$3" --sock "$1.sock" --max-speed 200000 --relay --wait \
+        >mirror.log 2>&1 &
+    migration=$!
+    await_files 6
+    [ "$(status "$1.sock" is_mirroring)" = true ] ||
+        fail "the migration did not meet the writer: $(cat mirror.log "$1.log" "$2.log")"
+    flexnbd mirror-speed --sock "$1.sock" --max-speed 8000000 >speed.log 2>&1 || fail "mirror-speed: $(cat speed.log)"
+    await_exit migration mirror.log
+    [ "$(status "$1.sock" relaying)" = true ] || fail "the $1 server does not relay: $(cat "$1.log")"
+    say "the $1 server relays to the $2"
+    await_files 12
+}
+
+# A disk that is migrated twice, while the first server relays what the kernel asks over the connections it has.
+relay() {
+    local shown=0 deadline=$((SECONDS + limit)) sum
+    say "two relayed migrations:"
+    : >console
+    start_new source first serve
+    start_new destination second listen --serve
+    # A machine that the disk comes back to has a new server, which knows nothing of the first.
+    start_new last third listen --serve
+    "$1" undisturbed "$(port_of first.sock newstyle_address)"
+
+    await_step "writing"
+    await_files 6
+    migrate_relayed first second "$(port_of second.sock newstyle_address)"
+    # The first server relays to one that relays, and this time in oldstyle.
+    migrate_relayed second third "$(port_of third.sock address)"
+    [ "$(status first.sock num_clients)" = 2 ] || fail "the first server has lost a client"
+    echo over >&3
+
+    await_detached
+    await_exit source first.log
+    await_exit destination second.log
+    say "without a client, the first and the second server have ended"
+    kill "$last"
+    await_exit last third.log
+    rm first second
+    check_image third
 }
 
 device=$(free_device)
 if [ -n "$device" ]; then
     say "the kernel of this machine, $device"
-    exercise start_here
+    for exercise in migrate crash_behind_proxy relay; do
+        "$exercise" start_here
+    done
 else
     say "no free /dev/nbd0 here, or not root: only the kernel in qemu"
 fi
@@ -220,6 +357,8 @@ say "a kernel in qemu (accelerator: ${ACCEL:-tcg})"
 fetch_kernel
 make_initramfs
 say "Debian's kernel $version, initramfs of $(du -m initramfs | cut -f 1) MiB"
-exercise start_guest
+for exercise in migrate crash_behind_proxy relay; do
+    "$exercise" start_guest
+done
 
 echo "$passed passed, 0 failed"
