@@ -94,7 +94,16 @@ pub fn switch(
         status.split(' ').any(|fact| fact.strip_prefix("upstream=") == Some(server))
             && status.split(' ').any(|fact| fact == "upstream_state=connected")
     };
-    while !is_there(&ask(path, &["status"])?.text) {
+    let waits_for_loss = words.iter().any(|word| word == "when-lost");
+    loop {
+        let status = ask(path, &["status"])?.text;
+        if is_there(&status) {
+            break;
+        }
+        let is_meant = status.split(' ').any(|fact| fact.strip_prefix("upstream=") == Some(server));
+        if !waits_for_loss && !is_meant && !status.split(' ').any(|fact| fact == "upstream_state=switching") {
+            return Err(Error(format!("{}: not switched; its log says why", path.display())));
+        }
         thread::sleep(Duration::from_millis(LOOK_EVERY_MS));
     }
     print_answer(&answer, "switched", out, err)

@@ -1,5 +1,6 @@
 //! What effects do, at the end of a turn.
 
+use super::change::Settings;
 use super::client::Client;
 use super::complaints::Complaint;
 use super::config::{Dialect, Fatal, Purpose};
@@ -11,7 +12,6 @@ use super::reactor::Reactor;
 use super::reason::{Next, Reason};
 use super::slot::Slot;
 use super::socket::{Peer, Socket};
-use super::upstream;
 use crate::command::Answer;
 use crate::event::slots::Key;
 use crate::sys::net::Keepalive;
@@ -55,7 +55,7 @@ impl Reactor {
             }
             Effect::Relay(to) => {
                 let limit_ms = self.shared.limits.upstream_limit_ms;
-                let settings = upstream::Settings { server: to, limit_ms, give_up_ms: None };
+                let settings = Settings { server: to, limit_ms, give_up_ms: None };
                 return self.add_link(settings);
             }
             Effect::CutClients => {

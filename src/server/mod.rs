@@ -22,7 +22,7 @@
 //!  client, control, mirror, upstream, listener, signals                       one kind each
 //!  attempt      one try of a migration       trials                           all of them, counted
 //!  dial         an outgoing connection
-//!  offer, outage                                what another server is like; when it is away
+//!  offer, change, outage                        what another server is like; how it is changed; when it is away
 //!  shared       what every slot is lent         backend     what stands behind the requests
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
 //!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
@@ -34,6 +34,7 @@ mod apply;
 mod attempt;
 mod backend;
 mod bind;
+mod change;
 mod client;
 mod commands;
 mod complaints;

@@ -3,6 +3,7 @@
 use super::admit::{Admission, Places, CONTROLS_MAX};
 use super::backend::{Backend, Standby};
 use super::bind;
+use super::change::Settings;
 use super::config::{Backing, Config, Dialect, Fatal, Image, Role};
 use super::gate::Gate;
 use super::grace::Grace;
@@ -11,7 +12,7 @@ use super::listener::Listener;
 use super::reactor::Reactor;
 use super::shared::{Limits, Shared};
 use super::slot::Slot;
-use super::upstream::{self, Link};
+use super::upstream::Link;
 use crate::buffer::Pool;
 use crate::disk::{Access, Disk};
 use crate::event::run_queue::RunQueue;
@@ -133,13 +134,13 @@ impl Reactor {
         if let Backing::Upstream(wanted) = &config.backing {
             let server = wanted.server.clone();
             let limit_ms = config.upstream_limit_ms;
-            self.add_link(upstream::Settings { server, limit_ms, give_up_ms: wanted.give_up_ms })?;
+            self.add_link(Settings { server, limit_ms, give_up_ms: wanted.give_up_ms })?;
         }
         Ok(())
     }
 
     /// Begins to connect to another server that has the image.
-    pub(super) fn add_link(&mut self, settings: upstream::Settings) -> Result<(), Fatal> {
+    pub(super) fn add_link(&mut self, settings: Settings) -> Result<(), Fatal> {
         let link = Box::new(Link::new(settings, self.shared.now_ms));
         let key = self.slots.try_insert_with(|_| Ok(Slot::Upstream(link))).map_err(cannot_wait)?;
         self.link = Some(key);

@@ -10,6 +10,7 @@
 //! ```
 
 use super::backend::Standby;
+use super::change::{Change, Settings};
 use super::config::Destination;
 use super::dial::{Dial, Failure};
 use super::effect::Effect;
@@ -33,26 +34,8 @@ use std::fmt;
 const RECEIVES_PER_TURN: usize = 16;
 /// How long unanswered requests may go without progress when the server is changed, in milliseconds.
 const SETTLE_MS: u64 = 10_000;
-
-/// Which server has the image, and how patient to be with it.
-#[derive(Debug, Clone)]
-pub(super) struct Settings {
-    /// The server.
-    pub server: Destination,
-    /// How long nothing may move, in milliseconds, before the server counts as silent, or as gone where its kernel is.
-    pub limit_ms: u64,
-    /// After how long an outage clients are cut, in milliseconds; `None` is never.
-    pub give_up_ms: Option<u64>,
-}
-
-/// A change to another server.
-#[derive(Debug)]
-enum Change {
-    /// At once: what is unanswered ends, what is dirty is flushed. It fails when nothing has moved until `give_up_ms`.
-    Now { to: Destination, give_up_ms: u64 },
-    /// When the connection has ended: whichever of the two serves first.
-    WhenLost { to: Destination },
-}
+/// When a FLUSH of this side's own has failed, the next one goes so much later, in milliseconds.
+const FLUSH_AGAIN_MS: u64 = 10_000;
 
 /// The connection, and what is known of the server.
 #[derive(Debug)]
@@ -74,6 +57,8 @@ pub(super) struct Link {
     progress_ms: u64,
     is_silent: bool,
     outage: Outage,
+    /// When a FLUSH that has failed is tried again.
+    flush_again_ms: Option<u64>,
     change: Option<Change>,
     watch: Watch,
     alarm: Alarm,
@@ -94,6 +79,7 @@ impl Link {
             progress_ms: now_ms,
             is_silent: false,
             outage: Outage::begin(now_ms),
+            flush_again_ms: None,
             change: None,
             watch: Watch::default(),
             alarm: Alarm::default(),
@@ -254,9 +240,12 @@ impl Link {
                 Ok(sent) => {
                     if sent > 0 {
                         self.watch.note_sent(sh.now_ms);
-                        self.progress(sh.now_ms);
                     }
-                    if self.dial.as_ref().is_some_and(Dial::can_send) {
+                    // The server takes what is large bit by bit; a small request fits the socket whoever is there.
+                    if sent > 0 && dial.session.wants_send() && !self.is_silent {
+                        self.progress_ms = sh.now_ms;
+                    }
+                    if dial.can_send() {
                         next = Next::Again;
                     }
                 }
@@ -265,6 +254,10 @@ impl Link {
         }
         if let Some(done) = self.change_when_settled(sh) {
             next = done;
+        }
+        if self.flush_again_ms.is_none() && sh.backend.upstream().is_some_and(|to| to.core.has_failed_to_flush()) {
+            warn!("{self}: a FLUSH of this side's own has failed; the next one goes in {FLUSH_AGAIN_MS} ms");
+            self.flush_again_ms = Some(sh.now_ms.saturating_add(FLUSH_AGAIN_MS));
         }
         self.arm(key, sh);
         next
@@ -283,12 +276,11 @@ impl Link {
     /// The server is there, and has what it had.
     fn recovered(&mut self, standby: &Standby, now_ms: u64) {
         if let Some(took_ms) = self.outage.end(now_ms) {
-            let replayed = standby.core.counts().replayed_bytes;
             warn!(
                 "{self}: connected again after {}.{:03} s; {} bytes written again in all, {} requests wait",
                 took_ms / 1000,
                 took_ms % 1000,
-                replayed,
+                standby.core.counts().replayed_bytes,
                 standby.core.len()
             );
         } else {
@@ -315,6 +307,12 @@ impl Link {
         self.outage.note_failure(why.text, why.is_refusal);
         if was_open && standby.core.replay() == Replay::Nothing {
             sh.effects.push_back(Effect::CutClients);
+        }
+        if let Some(to) = self.change.as_ref().and_then(Change::now).cloned() {
+            // There is nobody who could finish anything; the other server is asked.
+            standby.core.settle(false);
+            self.turn_to(to, sh.now_ms);
+            return Next::Again;
         }
         let wait_ms = self.outage.wait_ms(sys::random());
         self.retry_ms = sh.now_ms.saturating_add(wait_ms);
@@ -366,18 +364,13 @@ impl Link {
 
     /// Goes over to the other server when this one owes nothing any more.
     fn change_when_settled(&mut self, sh: &mut Shared) -> Option<Next> {
-        let Some(Change::Now { to, .. }) = &self.change else { return None };
-        let to = to.clone();
+        let to = self.change.as_ref().and_then(Change::now).cloned()?;
         let standby = sh.backend.upstream()?;
         let is_settled = standby.core.is_settled();
         if self.is_open() && !is_settled {
             return None;
         }
-        if let Some(dial) = self.dial.as_mut().filter(|dial| dial.is_open()) {
-            // The server ends when it has this, or when the connection has closed.
-            dial.session.disconnect();
-            let _ = dial.send(&mut sh.pool);
-        }
+        self.leave(sh);
         self.drop_dial(sh);
         let standby = sh.backend.upstream()?;
         standby.core.lost();
@@ -402,19 +395,25 @@ impl Link {
     }
 
     fn check_deadlines(&mut self, sh: &mut Shared) -> Result<(), Failure> {
-        if let Some(Change::Now { give_up_ms, .. }) = &self.change {
-            if sh.now_ms >= *give_up_ms {
-                warn!("{self}: not switched: the server did not finish what it was asked in {SETTLE_MS} ms");
-                self.change = None;
-                if let Some(standby) = sh.backend.upstream() {
-                    standby.core.settle(false);
-                }
+        if self.change.as_ref().and_then(Change::gives_up_at_ms).is_some_and(|at_ms| at_ms <= sh.now_ms) {
+            warn!("{self}: not switched: the server did not finish what it was asked in {SETTLE_MS} ms");
+            self.change = None;
+            if let Some(standby) = sh.backend.upstream() {
+                standby.core.settle(false);
             }
         }
-        let name = self.to_string();
         if self.outage.gives_up(self.settings.give_up_ms, sh.now_ms) {
-            error!("{name}: the server has been away for too long; clients are cut");
+            let lost = sh.backend.upstream().map_or(0, |standby| standby.core.give_up());
+            error!(
+                "{self}: the server has been away for too long; clients are cut, {lost} bytes are not written again"
+            );
             sh.effects.push_back(Effect::CutClients);
+        }
+        if self.flush_again_ms.is_some_and(|due_ms| due_ms <= sh.now_ms) {
+            self.flush_again_ms = None;
+            if let Some(standby) = sh.backend.upstream() {
+                standby.core.flush();
+            }
         }
         let Some(dial) = &self.dial else { return Ok(()) };
         dial.check_deadline(sh.now_ms)?;
@@ -448,23 +447,20 @@ impl Link {
     }
 
     fn arm(&mut self, key: Key, sh: &mut Shared) {
-        let change = match &self.change {
-            Some(Change::Now { give_up_ms, .. }) => Some(*give_up_ms),
-            _ => None,
-        };
         let times = [
-            change,
+            self.change.as_ref().and_then(Change::gives_up_at_ms),
             self.dial.as_ref().map_or(Some(self.retry_ms), Dial::deadline_ms),
             self.watch.due_ms(),
             self.silent_due_ms(sh),
             self.outage.gives_up_at_ms(self.settings.give_up_ms),
+            self.flush_again_ms,
         ];
         if let Some(at_ms) = times.into_iter().flatten().min() {
             self.alarm.arm(at_ms, key, &mut sh.wheel);
         }
     }
 
-    /// This process ends: the server hears so, if its socket takes it at once.
+    /// Says goodbye, if the socket takes it at once: the server ends when it has this, or when the connection has closed.
     pub(super) fn leave(&mut self, sh: &mut Shared) {
         if let Some(dial) = self.dial.as_mut().filter(|dial| dial.is_open() && !dial.session.wants_send()) {
             dial.session.disconnect();

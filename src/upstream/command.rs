@@ -1,11 +1,31 @@
-//! What a server can be asked, and what it may be like.
+//! What a server can be asked, what it may be like, and how it is dealt with.
 
 use crate::buffer::Buffer;
 use std::fmt;
 use std::rc::Rc;
 
-/// What the server can do.
+/// What is kept of what the server has answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Replay {
+    /// All that is not durable.
+    Dirty,
+    /// Nothing, but what is not answered is sent again.
+    Unanswered,
+    /// Nothing: clients are cut with the connection.
+    Nothing,
+}
+
+/// What a supervisor may want to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// How many times FLUSH was asked that no client has asked for.
+    pub own_flushes: u64,
+    /// Bytes that were written again, zeroes included.
+    pub replayed_bytes: u64,
+}
+
+/// What the server can do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[allow(clippy::struct_excessive_bools, reason = "each is an ability of its own")]
 pub struct Abilities {
     /// FLUSH. Without it nothing is ever known to be durable.

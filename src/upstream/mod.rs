@@ -33,7 +33,7 @@ mod command;
 mod dirty;
 mod task;
 
-pub use command::{Abilities, Asked, Command, Fault, What};
+pub use command::{Abilities, Asked, Command, Counts, Fault, Replay, What};
 
 use crate::work::{Action, Done, Op};
 use command::For;
@@ -50,17 +50,6 @@ const LOOKS_MAX: usize = 256;
 /// How much of the limit is dirty when a FLUSH is sent that nobody has asked for.
 const FLUSH_AT: usize = 2;
 
-/// What is kept of what the server has answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Replay {
-    /// All that is not durable.
-    Dirty,
-    /// Nothing, but what is not answered is sent again.
-    Unanswered,
-    /// Nothing: clients are cut with the connection.
-    Nothing,
-}
-
 /// The error value of a server that ends ("Error values").
 const SHUTDOWN: u32 = 108;
 
@@ -72,15 +61,6 @@ enum Stage {
         next: u64,
     },
     Open,
-}
-
-/// What a supervisor may want to know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Counts {
-    /// How many times FLUSH was asked that no client has asked for.
-    pub own_flushes: u64,
-    /// Bytes that were written again, zeroes included.
-    pub replayed_bytes: u64,
 }
 
 /// Another server, and what it owes.
@@ -101,6 +81,8 @@ pub struct Upstream {
     dirty: Dirty,
     /// How many changes were answered.
     seq: u64,
+    /// How many of them a FLUSH has covered.
+    flushed_seq: u64,
     /// Payloads that were sent, with what keeping them will cost.
     reserved: usize,
     own_flush: OwnFlush,
@@ -130,20 +112,10 @@ enum OwnFlush {
 impl Upstream {
     /// Nothing is connected yet.
     pub fn new(replay: Replay, limit: usize) -> Self {
-        let nothing = Abilities {
-            flush: false,
-            fua: false,
-            trim: false,
-            zero: false,
-            fast_zero: false,
-            cache: false,
-            map: false,
-            length_max: u32::MAX,
-        };
         Self {
             replay,
             limit,
-            can: nothing,
+            can: Abilities::default(),
             stage: Stage::Away,
             in_flight: 0,
             tasks: BTreeMap::new(),
@@ -151,6 +123,7 @@ impl Upstream {
             next_number: 0,
             dirty: Dirty::default(),
             seq: 0,
+            flushed_seq: 0,
             reserved: 0,
             own_flush: OwnFlush::Idle,
             flush_again: false,
@@ -237,7 +210,7 @@ impl Upstream {
             OwnFlush::Failed(seq) => self.seq > seq && self.dirty.memory() >= self.limit / FLUSH_AT,
             OwnFlush::Sent => false,
         };
-        if !is_due || !self.can.flush || self.dirty.is_empty() {
+        if !is_due || !self.owes_flush() {
             return None;
         }
         self.own_flush = OwnFlush::Sent;
@@ -247,7 +220,19 @@ impl Upstream {
     }
 
     fn is_drained(&self) -> bool {
-        self.settles && self.in_flight == 0 && !self.dirty.is_empty()
+        self.settles && self.in_flight == 0 && self.owes_flush()
+    }
+
+    /// True when a FLUSH would make something durable that may not be. Where nothing is kept, that is not known of each
+    /// change.
+    fn owes_flush(&self) -> bool {
+        self.can.flush && (!self.dirty.is_empty() || (!self.keeps_dirty() && self.seq > self.flushed_seq))
+    }
+
+    /// Notes that what was answered before `mark` is durable.
+    fn flushed(&mut self, mark: u64) {
+        self.dirty.drop_until(mark);
+        self.flushed_seq = self.flushed_seq.max(mark);
     }
 
     fn next_of_tasks(&mut self) -> Option<Command> {
@@ -364,7 +349,7 @@ impl Upstream {
             For::Replay if error != 0 => return Err(Fault::Replay(error)),
             For::Replay => self.go_on(),
             For::OwnFlush(mark) if error == 0 => {
-                self.dirty.drop_until(mark);
+                self.flushed(mark);
                 self.own_flush = OwnFlush::Idle;
                 if std::mem::take(&mut self.flush_again) {
                     self.flush();
@@ -383,10 +368,12 @@ impl Upstream {
                     self.finish(number, Err(io::Error::from_raw_os_error(i32::try_from(error).unwrap_or(5))));
                     return Ok(());
                 }
-                if task.answered() == What::Flush {
-                    self.dirty.drop_until(task.mark);
+                let flushed = (task.answered() == What::Flush).then_some(task.mark);
+                let is_complete = task.is_complete();
+                if let Some(mark) = flushed {
+                    self.flushed(mark);
                 }
-                if task.is_complete() {
+                if is_complete {
                     self.finish(number, Ok(()));
                 } else {
                     self.waiting.insert(number);
@@ -453,7 +440,7 @@ impl Upstream {
     /// Sends a FLUSH soon, if something is dirty.
     pub fn flush(&mut self) {
         match self.own_flush {
-            _ if self.dirty.is_empty() => {}
+            _ if !self.owes_flush() && self.dirty.is_empty() => {}
             OwnFlush::Idle | OwnFlush::Failed(_) => self.own_flush = OwnFlush::Wanted,
             OwnFlush::Sent => self.flush_again = true,
             OwnFlush::Wanted => {}
@@ -475,6 +462,18 @@ impl Upstream {
         self.tasks.values().filter(|task| task.is_begun).map(|task| task.owner).collect()
     }
 
+    /// True when this side's own FLUSH has failed, so that what is dirty stays so until there is another one.
+    pub fn has_failed_to_flush(&self) -> bool {
+        matches!(self.own_flush, OwnFlush::Failed(_)) && !self.dirty.is_empty()
+    }
+
+    /// Forgets what would be written again: clients were cut, and know that it may be lost. Returns how much that was, in
+    /// bytes of memory.
+    pub fn give_up(&mut self) -> usize {
+        self.own_flush = OwnFlush::Idle;
+        std::mem::take(&mut self.dirty).memory()
+    }
+
     /// Begins nothing new (`true`) until told to go on: what is unanswered ends, then what is dirty is flushed.
     pub fn settle(&mut self, settles: bool) {
         self.settles = settles;
@@ -485,7 +484,10 @@ impl Upstream {
 
     /// True when the server owes nothing and could forget nothing.
     pub fn is_settled(&self) -> bool {
-        self.in_flight == 0 && self.dirty.is_empty() && self.tasks.values().all(|task| !task.is_begun)
+        self.in_flight == 0
+            && !self.owes_flush()
+            && self.dirty.is_empty()
+            && self.tasks.values().all(|task| !task.is_begun)
     }
 
     /// True when the answer to a command is awaited.

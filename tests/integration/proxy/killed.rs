@@ -23,8 +23,8 @@ fn serve(image: &Path, ports: [u16; 2]) -> Server {
     builder.engine("sync").arg("--newstyle-port").arg(newstyle).start()
 }
 
-#[test]
-fn a_server_that_is_killed_thirty_times_costs_its_client_time_only() {
+/// A client works through the proxy while the server is killed so often, in either style.
+fn killed(rounds: u64) {
     for (style, client_style) in [(Style::Oldstyle, Style::Newstyle), (Style::Newstyle, Style::Oldstyle)] {
         let dir = TempDir::new();
         let image = dir.join("image");
@@ -34,7 +34,7 @@ fn a_server_that_is_killed_thirty_times_costs_its_client_time_only() {
         let to = SocketAddr::from(([127, 0, 0, 1], ports[usize::from(style == Style::Newstyle)]));
         let proxy = Server::proxy(to).arg(PORT).start();
         let client = Shadowing::start(door(&proxy, client_style), SIZE, 7, Habits::usual(client_style));
-        for round in 0..15 {
+        for round in 0..rounds {
             if !client.goes_on(20) {
                 break;
             }
@@ -45,7 +45,18 @@ fn a_server_that_is_killed_thirty_times_costs_its_client_time_only() {
         }
         let shadow = client.stop().unwrap_or_else(|why| panic!("{why}; {}", proxy.log()));
         assert_eq!(shadow.differs(&fs::read(&image).unwrap()), None);
-        assert_eq!(proxy.status().number("reconnects"), 15, "{}", proxy.status().line());
+        assert_eq!(proxy.status().number("reconnects"), rounds, "{}", proxy.status().line());
         proxy.expect_healthy();
     }
+}
+
+#[test]
+fn a_server_that_is_killed_thirty_times_costs_its_client_time_only() {
+    killed(15);
+}
+
+#[test]
+#[ignore = "takes a minute"]
+fn a_server_that_is_killed_two_hundred_times_costs_its_client_time_only() {
+    killed(100);
 }
