@@ -47,6 +47,8 @@ pub enum Action {
         payload: Buffer,
         /// On stable storage when done, and so is every earlier piece of the same request.
         fua: bool,
+        /// Not the first piece of its request.
+        follows: bool,
     },
     /// Makes a range read as zeroes, by a hole if it can.
     Zero {
@@ -195,7 +197,7 @@ mod tests {
         let bytes = length as u64;
         vec![
             (Action::Read { offset, length, skip_hole: false, buffer: Buffer::with_capacity(length) }, false),
-            (Action::Write { offset, payload: filled(length), fua }, true),
+            (Action::Write { offset, payload: filled(length), fua, follows: false }, true),
             (Action::Zero { offset, length: bytes, fua, no_hole: false, fast: false }, true),
             (Action::Trim { offset, length: bytes, fua }, true),
             (Action::Cache { offset, length: bytes }, false),

@@ -117,8 +117,10 @@ impl World {
             buffer
         };
         let (kind, action) = match choice % 11 {
-            0 | 1 => (kind::WRITE, Action::Write { offset, payload: payload(length), fua: durable }),
-            2 if length > 1 => (kind::WRITE, Action::Write { offset, payload: payload(length / 2), fua: false }),
+            0 | 1 => (kind::WRITE, Action::Write { offset, payload: payload(length), fua: durable, follows: false }),
+            2 if length > 1 => {
+                (kind::WRITE, Action::Write { offset, payload: payload(length / 2), fua: false, follows: false })
+            }
             3 => {
                 (kind::WRITE_ZEROES, Action::Zero { offset, length, fua: durable, no_hole: size % 2 == 0, fast: false })
             }
@@ -143,7 +145,8 @@ impl World {
             let at = offset + first.len() as u64;
             if at < range.end {
                 self.ask(owner, tag, kind, range.start..at, false, action);
-                let action = Action::Write { offset: at, payload: payload(range.end - at), fua: durable };
+                let action =
+                    Action::Write { offset: at, payload: payload(range.end - at), fua: durable, follows: true };
                 return self.ask(owner, tag, kind, at..range.end, durable, action);
             }
         }

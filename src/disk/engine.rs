@@ -490,7 +490,7 @@ mod tests {
     }
 
     fn write(offset: u64, bytes: &[u8], fua: bool) -> Action {
-        Action::Write { offset, payload: buffer(bytes), fua }
+        Action::Write { offset, payload: buffer(bytes), fua, follows: false }
     }
 
     fn zero(offset: u64, length: u64) -> Action {

@@ -364,7 +364,7 @@ mod tests {
         let temp = TempFile::new("through");
         temp.file.set_len(8192).unwrap();
         let mut disk = open(&temp.path).unwrap();
-        let write = Action::Write { offset: 5, payload: buffer(b"abc"), fua: true };
+        let write = Action::Write { offset: 5, payload: buffer(b"abc"), fua: true, follows: false };
         disk.submit(Op { owner: 7, tag: 1, action: write }).unwrap();
         assert!(disk.pop_done().is_none(), "nothing happens before a kick");
         disk.kick();

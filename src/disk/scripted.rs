@@ -132,7 +132,7 @@ pub(super) fn read(offset: u64, length: usize) -> Action {
 }
 
 pub(super) fn write(offset: u64, length: usize, fua: bool) -> Action {
-    Action::Write { offset, payload: buffer(&bytes(offset, length)), fua }
+    Action::Write { offset, payload: buffer(&bytes(offset, length)), fua, follows: false }
 }
 
 /// A done operation: its tag, and its error.

@@ -27,7 +27,7 @@ fn count_as(house: &mut House, slow: bool) {
 }
 
 fn fill(offset: u64, length: usize, byte: u8) -> Action {
-    Action::Write { offset, payload: buffer(&vec![byte; length]), fua: false }
+    Action::Write { offset, payload: buffer(&vec![byte; length]), fua: false, follows: false }
 }
 
 fn zero(offset: u64, length: u64, no_hole: bool, fast: bool) -> Action {

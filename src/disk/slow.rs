@@ -89,7 +89,7 @@ mod tests {
         let mut disk = Disk::open_slow(&temp.path, Duration::from_millis(DELAY_MS));
         assert!(!disk.has_work());
         for tag in 0..2 {
-            let action = Action::Write { offset: 0, payload: buffer(b"abc"), fua: false };
+            let action = Action::Write { offset: 0, payload: buffer(b"abc"), fua: false, follows: false };
             disk.submit(Op { owner: 7, tag, action }).unwrap();
         }
         assert!(disk.has_work(), "a kick would start them");

@@ -226,7 +226,7 @@ impl Link {
         let Some(dial) = &mut self.dial else { return Next::Idle };
         if dial.is_open() {
             if let Some(standby) = sh.backend.upstream() {
-                if !standby.core.awaits_answer() {
+                if standby.core.in_flight() == 0 {
                     self.progress_ms = sh.now_ms;
                 }
                 while let Some(command) = standby.core.next_command() {
@@ -442,7 +442,7 @@ impl Link {
 
     /// When the server counts as silent.
     fn silent_due_ms(&self, sh: &mut Shared) -> Option<u64> {
-        let awaits = self.is_open() && sh.backend.upstream().is_some_and(|standby| standby.core.awaits_answer());
+        let awaits = self.is_open() && sh.backend.upstream().is_some_and(|standby| standby.core.in_flight() > 0);
         (awaits && !self.is_silent).then(|| self.progress_ms.saturating_add(self.settings.limit_ms))
     }
 

@@ -35,7 +35,7 @@ mod task;
 
 pub use command::{Abilities, Asked, Command, Counts, Fault, Replay, What};
 
-use crate::work::{Action, Done, Op};
+use crate::work::{Done, Op};
 use command::For;
 use dirty::Dirty;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -90,8 +90,6 @@ pub struct Upstream {
     flush_again: bool,
     /// Nothing new is begun: what is unanswered ends first.
     settles: bool,
-    /// The tag of the last WRITE of each owner.
-    last_writes: BTreeMap<u64, u32>,
     done: VecDeque<Done>,
     counts: Counts,
 }
@@ -128,7 +126,6 @@ impl Upstream {
             own_flush: OwnFlush::Idle,
             flush_again: false,
             settles: false,
-            last_writes: BTreeMap::new(),
             done: VecDeque::new(),
             counts: Counts::default(),
         }
@@ -164,10 +161,7 @@ impl Upstream {
     pub fn submit(&mut self, op: Op) {
         let number = self.next_number;
         self.next_number += 1;
-        // All parts of one payload have the tag of their request.
-        let follows =
-            matches!(op.action, Action::Write { .. }) && self.last_writes.insert(op.owner, op.tag) == Some(op.tag);
-        self.tasks.insert(number, Task::new(op, follows));
+        self.tasks.insert(number, Task::new(op));
         self.waiting.insert(number);
     }
 
@@ -433,14 +427,13 @@ impl Upstream {
                 _ => self.finish(number, Err(gone())),
             }
         }
-        self.last_writes.remove(&owner);
         self.flush();
     }
 
-    /// Sends a FLUSH soon, if something is dirty.
+    /// Sends a FLUSH soon, if there is something to make durable.
     pub fn flush(&mut self) {
         match self.own_flush {
-            _ if !self.owes_flush() && self.dirty.is_empty() => {}
+            _ if !self.owes_flush() => {}
             OwnFlush::Idle | OwnFlush::Failed(_) => self.own_flush = OwnFlush::Wanted,
             OwnFlush::Sent => self.flush_again = true,
             OwnFlush::Wanted => {}
@@ -470,8 +463,10 @@ impl Upstream {
     /// Forgets what would be written again: clients were cut, and know that it may be lost. Returns how much that was, in
     /// bytes of memory.
     pub fn give_up(&mut self) -> usize {
-        self.own_flush = OwnFlush::Idle;
-        std::mem::take(&mut self.dirty).memory()
+        let lost = std::mem::take(&mut self.dirty).memory();
+        // It may have been on its way to the server just now.
+        self.go_on();
+        lost
     }
 
     /// Begins nothing new (`true`) until told to go on: what is unanswered ends, then what is dirty is flushed.
@@ -484,25 +479,17 @@ impl Upstream {
 
     /// True when the server owes nothing and could forget nothing.
     pub fn is_settled(&self) -> bool {
-        self.in_flight == 0
-            && !self.owes_flush()
-            && self.dirty.is_empty()
-            && self.tasks.values().all(|task| !task.is_begun)
-    }
-
-    /// True when the answer to a command is awaited.
-    pub fn awaits_answer(&self) -> bool {
-        self.in_flight > 0
-    }
-
-    /// True while what is dirty is written again.
-    pub fn is_replaying(&self) -> bool {
-        matches!(self.stage, Stage::Replaying { .. })
+        self.in_flight == 0 && !self.owes_flush() && self.tasks.values().all(|task| !task.is_begun)
     }
 
     /// Commands that are not answered.
     pub fn in_flight(&self) -> usize {
         self.in_flight
+    }
+
+    /// True while what is dirty is written again.
+    pub fn is_replaying(&self) -> bool {
+        matches!(self.stage, Stage::Replaying { .. })
     }
 
     /// What is kept to be written again, in bytes of memory.

@@ -59,9 +59,10 @@ pub(super) struct Task {
 }
 
 impl Task {
-    /// Takes an operation. `follows`: it is a later part of the payload of the one before.
-    pub(super) fn new(op: Op, follows: bool) -> Self {
+    /// Takes an operation.
+    pub(super) fn new(op: Op) -> Self {
         let durable = op.action.wants_sync();
+        let follows = matches!(op.action, Action::Write { follows: true, .. });
         let (kind, offset, length) = match op.action {
             Action::Read { offset, length, skip_hole, buffer } => {
                 (Kind::Read { buffer, skip_hole, leading_hole: 0 }, offset, length as u64)
@@ -99,8 +100,9 @@ impl Task {
         let what = match &self.kind {
             Kind::Flush if self.is_durable => return Next::Finish(Ok(())),
             Kind::Flush => return flush(can),
-            // What the server does not have costs nothing to leave out.
+            // To read it twice would cost more than a reply that ends half-way when the second time fails.
             Kind::Verify => return Next::Finish(Ok(())),
+            // What the server does not have costs nothing to leave out.
             Kind::Cache if !can.cache => return Next::Finish(Ok(())),
             Kind::Trim if !can.trim => return Next::Finish(Ok(())),
             Kind::Map { .. } if !can.map => return Next::Finish(Ok(())),

@@ -107,7 +107,8 @@ impl Disk for Faulty {
                 worked.buffer = Some(buffer);
                 failed
             }
-            Action::Write { offset, payload, fua } => {
+            Action::Write { offset, payload, fua, follows } => {
+                assert_eq!(follows, offset != head.offset, "all pieces but the first");
                 let place = place(offset, payload.len() as u64);
                 let is_last = Some(place.end as u64) == head.end();
                 assert!(is_last || place.end % BLOCK == 0 && !fua, "blocks stay whole, and the last piece syncs");

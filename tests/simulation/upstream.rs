@@ -179,16 +179,16 @@ impl World {
                     // One request in two parts: the second brings FUA for both.
                     let half = cells.len() / 2;
                     let first = cells.start..cells.start + half;
-                    let action = Action::Write { offset, payload: payload(value, half), fua: false };
+                    let action = Action::Write { offset, payload: payload(value, half), fua: false, follows: false };
                     self.ask(owner, tag, action, Open { kind: Kind::Write, cells: first, submitted: 0, value, fua });
                     let rest = cells.start + half..cells.end;
                     let offset = rest.start as u64 * CELL;
-                    let action = Action::Write { offset, payload: payload(value, rest.len()), fua };
+                    let action = Action::Write { offset, payload: payload(value, rest.len()), fua, follows: true };
                     self.next_tag += 1;
                     let open = Open { kind: Kind::Write, cells: rest, submitted: 0, value, fua };
                     return self.ask_second(owner, tag, action, open);
                 }
-                (Kind::Write, Action::Write { offset, payload: payload(value, cells.len()), fua })
+                (Kind::Write, Action::Write { offset, payload: payload(value, cells.len()), fua, follows: false })
             }
             6 => (Kind::Zero, Action::Zero { offset, length, fua, no_hole: self.random.one_in(2), fast: false }),
             7 => (Kind::Trim, Action::Trim { offset, length, fua }),
@@ -541,6 +541,18 @@ impl World {
         self.check_durable();
     }
 
+    /// The server does what it is asked, without an error.
+    fn serve_well(&mut self) {
+        if self.can.is_none() {
+            self.connect();
+        }
+        self.send();
+        self.pending.iter_mut().filter(|pending| !pending.is_executed).for_each(|pending| pending.error = 0);
+        while !self.pending.is_empty() {
+            self.answer(0);
+        }
+    }
+
     /// Everything that was asked is answered in the end, and can be flushed.
     fn come_to_rest(&mut self) {
         self.faults = 0;
@@ -549,14 +561,7 @@ impl World {
             if self.open.is_empty() {
                 return;
             }
-            if self.can.is_none() {
-                self.connect();
-            }
-            self.send();
-            self.pending.iter_mut().filter(|pending| !pending.is_executed).for_each(|pending| pending.error = 0);
-            while !self.pending.is_empty() {
-                self.answer(0);
-            }
+            self.serve_well();
             self.check_durable();
         }
         panic!("never answered: {:#?}", self.open);
@@ -569,14 +574,7 @@ impl World {
             if self.core.is_settled() {
                 return;
             }
-            if self.can.is_none() {
-                self.connect();
-            }
-            self.send();
-            self.pending.iter_mut().filter(|pending| !pending.is_executed).for_each(|pending| pending.error = 0);
-            while !self.pending.is_empty() {
-                self.answer(0);
-            }
+            self.serve_well();
         }
         panic!("it does not settle");
     }
@@ -614,21 +612,39 @@ fn histories() {
     (0..number("FLEXNBD_SEEDS").unwrap_or(SEEDS)).for_each(run);
 }
 
+/// A server that can do nothing but what every one can, TRIM and `WRITE_ZEROES`.
+fn plain(flush: bool) -> Abilities {
+    Abilities { flush, trim: true, zero: true, length_max: 1 << 20, ..Abilities::default() }
+}
+
+/// Clients are cut while what is dirty is on its way back to the server: there is nothing more to wait for.
+#[test]
+fn who_is_given_up_in_the_middle_of_a_replay_keeps_nobody_waiting() {
+    let mut core = Upstream::new(Replay::Dirty, LIMIT);
+    core.connected(plain(true));
+    core.submit(Op {
+        owner: 1,
+        tag: 0,
+        action: Action::Write { offset: 0, payload: payload(7, 1), fua: false, follows: false },
+    });
+    let Command { asked, payload, .. } = core.next_command().unwrap();
+    drop(payload);
+    core.reply(asked, 0).unwrap();
+    assert!(core.pop_done().is_some());
+    core.lost();
+    core.connected(plain(true));
+    assert!(core.is_replaying());
+    assert!(core.give_up() > 0);
+    assert!(!core.is_replaying() && core.next_command().is_none() && core.is_settled());
+    core.submit(Op { owner: 2, tag: 0, action: Action::Flush });
+    assert_eq!(core.next_command().unwrap().what, What::Flush);
+}
+
 /// A server that never answers a FLUSH, and a client that cuts what is dirty into smaller and smaller pieces.
 #[test]
 fn trims_keep_to_the_bound_of_what_is_dirty() {
     let mut core = Upstream::new(Replay::Dirty, LIMIT);
-    let can = Abilities {
-        flush: true,
-        fua: false,
-        trim: true,
-        zero: true,
-        fast_zero: false,
-        cache: false,
-        map: false,
-        length_max: 1 << 20,
-    };
-    core.connected(can);
+    core.connected(plain(true));
     core.submit(Op {
         owner: 1,
         tag: 0,
@@ -654,18 +670,12 @@ fn trims_keep_to_the_bound_of_what_is_dirty() {
 #[test]
 fn what_cannot_be_made_durable_fails_and_asks_nothing_that_the_server_does_not_know() {
     let mut core = Upstream::new(Replay::Dirty, LIMIT);
-    let can = Abilities {
-        flush: false,
-        fua: false,
-        trim: true,
-        zero: true,
-        fast_zero: false,
-        cache: false,
-        map: false,
-        length_max: 1 << 20,
-    };
-    core.connected(can);
-    core.submit(Op { owner: 1, tag: 1, action: Action::Write { offset: 0, payload: payload(7, 1), fua: true } });
+    core.connected(plain(false));
+    core.submit(Op {
+        owner: 1,
+        tag: 1,
+        action: Action::Write { offset: 0, payload: payload(7, 1), fua: true, follows: false },
+    });
     core.submit(Op { owner: 1, tag: 2, action: Action::Flush });
     let Command { asked, what, payload, .. } = core.next_command().unwrap();
     assert_eq!(what, What::Write);

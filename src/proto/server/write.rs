@@ -27,6 +27,8 @@ pub(super) struct Arriving {
     fua: bool,
     /// Where the next slice goes, in bytes.
     offset: u64,
+    /// A slice has been handed on.
+    follows: bool,
     /// Payload bytes that belong to later slices.
     left: u32,
     /// The slice being filled, and how many bytes it still takes.
@@ -37,7 +39,7 @@ impl Arriving {
     /// The payload of the request with this tag.
     pub(super) fn new(tag: u32, head: &RequestHead) -> Self {
         let fua = head.flags & command::FUA != 0;
-        Self { tag, fua, offset: head.offset, left: head.length, slice: None }
+        Self { tag, fua, offset: head.offset, follows: false, left: head.length, slice: None }
     }
 
     pub(super) fn tag(&self) -> u32 {
@@ -84,7 +86,8 @@ impl Arriving {
         }
         let (offset, is_last) = (self.offset, self.left == 0);
         self.offset += buffer.len() as u64;
-        let action = Action::Write { offset, payload: buffer, fua: is_last && self.fua };
+        let follows = std::mem::replace(&mut self.follows, true);
+        let action = Action::Write { offset, payload: buffer, fua: is_last && self.fua, follows };
         Piece::Slice { action, is_last }
     }
 
