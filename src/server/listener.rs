@@ -74,7 +74,14 @@ impl Listener {
         }
         let room = match self.purpose {
             Purpose::Control => sh.admission.controls_left(),
-            Purpose::Nbd(_) if sh.admission.queues_clients() => sh.admission.clients_left(false),
+            Purpose::Nbd(_) if sh.admission.queues_clients() => {
+                let is_client = |effect: &Effect| matches!(effect, Effect::Accepted(_, _, _, Purpose::Nbd(_)));
+                if sh.effects.iter().any(is_client) {
+                    // Another listener has accepted one in this turn, which has no place yet.
+                    return Next::Again;
+                }
+                sh.admission.clients_left(false)
+            }
             // A client without a place is accepted, to be refused, but only one in a turn: each takes a descriptor.
             Purpose::Nbd(_) => sh.admission.clients_left(sh.life.awaits_image()).saturating_add(1),
         };

@@ -7,6 +7,7 @@ use crate::proto::error::Errno;
 use crate::proto::export::{Export, Offer};
 use crate::proto::wire::{command, kind, transmission};
 use crate::upstream::{Abilities, Asked, Command, Fault, What};
+use log::{debug, error, warn};
 use std::fmt;
 
 /// The longest range of one command, in bytes, for a server that cannot say what it takes.
@@ -94,8 +95,31 @@ pub(super) fn ask(session: &mut ClientSession<Asked>, asked: Command) {
 pub(super) struct Why {
     /// What is wrong, as a sentence about the server.
     pub text: String,
+    /// What that means to clients.
+    pub weight: Weight,
+}
+
+/// What it means to clients that a server cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Weight {
+    /// It is away, as servers are at times.
+    Away,
+    /// Something answers, and not as a server does that is back.
+    Odd,
     /// A server is there, and is not the one that clients know.
-    pub is_refusal: bool,
+    Refusal,
+}
+
+impl Why {
+    /// Says it of a server, which it is found to be for the `count`th time in this outage, as loudly as it deserves.
+    pub(super) fn tell(&self, of: &dyn fmt::Display, count: u32) {
+        match (self.weight, count) {
+            (Weight::Refusal, 1) => error!("{of}: refused: {self}; clients wait until the server is the one they know"),
+            // Once may be a server that is just going or coming.
+            (Weight::Odd, 2) => warn!("{of}: not back: {self}"),
+            _ => debug!("{of}: {self}"),
+        }
+    }
 }
 
 impl fmt::Display for Why {
@@ -106,18 +130,19 @@ impl fmt::Display for Why {
 
 /// Says why a connection to the server is of no use.
 pub(super) fn describe(failure: &Failure) -> Why {
-    let (text, is_refusal) = match failure {
-        Failure::Connect(why) => (format!("cannot connect: {why}"), false),
-        Failure::NoGreeting => ("it did not greet in time".into(), false),
-        Failure::Size { remote, local } => (format!("it has {remote} bytes, and clients were told {local}"), true),
-        Failure::NoExport(why) => (why.to_string(), true),
-        Failure::ReadOnly => ("it is read-only, and clients were told that they may write".into(), true),
-        Failure::Closed(why) => (format!("it {why}"), false),
-        Failure::Itself => ("it is this server itself".into(), true),
-        Failure::Broken(why) => (why.clone(), false),
-        Failure::Unfit(why) => (why.clone(), true),
+    use Weight::{Away, Odd, Refusal};
+    let (text, weight) = match failure {
+        Failure::Connect(why) => (format!("cannot connect: {why}"), Away),
+        Failure::NoGreeting => ("it did not greet in time".into(), Odd),
+        Failure::Size { remote, local } => (format!("it has {remote} bytes, and clients were told {local}"), Refusal),
+        Failure::NoExport(why) => (why.to_string(), Refusal),
+        Failure::ReadOnly => ("it is read-only, and clients were told that they may write".into(), Refusal),
+        Failure::Closed(why) => (format!("it {why}"), Odd),
+        Failure::Itself => ("it is this server itself".into(), Refusal),
+        Failure::Broken(why) => (why.clone(), Odd),
+        Failure::Unfit(why) => (why.clone(), Refusal),
     };
-    Why { text, is_refusal }
+    Why { text, weight }
 }
 
 /// What a fault means to the connection.

@@ -4,6 +4,8 @@
 const FIRST_WAIT_MS: u64 = 100;
 /// The longest wait between two attempts, in milliseconds.
 const WAIT_MAX_MS: u64 = 3_000;
+/// How many different things may be found and said in one outage, so that it fills no log.
+const FOUND_MAX: usize = 8;
 /// A connection that has lasted so long was a good one, in milliseconds.
 const LASTING_MS: u64 = 1_000;
 
@@ -19,6 +21,8 @@ pub(super) struct Outage {
     reconnects: u64,
     last_ms: u64,
     last_error: Option<String>,
+    /// What was found instead of it in this outage, and how often.
+    found: Vec<(String, u32)>,
     /// A server was there that is not the one that clients know.
     is_refused: bool,
     has_given_up: bool,
@@ -34,6 +38,7 @@ impl Outage {
             reconnects: 0,
             last_ms: 0,
             last_error: None,
+            found: Vec::new(),
             is_refused: false,
             has_given_up: false,
         }
@@ -75,6 +80,7 @@ impl Outage {
         self.is_refused = false;
         self.has_given_up = false;
         self.last_error = None;
+        self.found.clear();
         let was_there = self.connected_ms.replace(now_ms).is_some();
         was_there.then(|| {
             self.reconnects += 1;
@@ -87,11 +93,20 @@ impl Outage {
     pub(super) fn restart(&mut self) {
         self.attempts = 0;
         self.is_refused = false;
+        self.found.clear();
     }
 
-    /// True when this has not been said in this outage.
-    pub(super) fn is_news(&self, why: &str, is_refusal: bool) -> bool {
-        self.is_refused != is_refusal || self.last_error.as_deref() != Some(why)
+    /// How often this was found in this outage, this time included; 0 when it is one of too many different things.
+    pub(super) fn count(&mut self, why: &str) -> u32 {
+        if let Some((_, count)) = self.found.iter_mut().find(|(found, _)| found == why) {
+            *count = count.saturating_add(1);
+            return *count;
+        }
+        if self.found.len() >= FOUND_MAX {
+            return 0;
+        }
+        self.found.push((why.to_owned(), 1));
+        1
     }
 
     /// Notes why an attempt has failed.

@@ -14,7 +14,7 @@ use super::change::{Change, Settings};
 use super::config::Destination;
 use super::dial::{Dial, Failure};
 use super::effect::Effect;
-use super::offer;
+use super::offer::{self, Weight};
 use super::outage::Outage;
 use super::reason::Next;
 use super::shared::Shared;
@@ -31,7 +31,7 @@ use log::{error, info, warn};
 use std::fmt;
 
 /// How often what the server sends is received in one turn: clients come first.
-const RECEIVES_PER_TURN: usize = 16;
+const RECEIVES_MAX: usize = 16;
 /// How long unanswered requests may go without progress when the server is changed, in milliseconds.
 const SETTLE_MS: u64 = 10_000;
 /// When a FLUSH of this side's own has failed, the next one goes so much later, in milliseconds.
@@ -152,7 +152,7 @@ impl Link {
     }
 
     fn receive(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
-        for _ in 0..RECEIVES_PER_TURN {
+        for _ in 0..RECEIVES_MAX {
             let Some(dial) = &mut self.dial else { return Ok(Next::Idle) };
             if !dial.receive(sh.now_ms)? {
                 return Ok(Next::Idle);
@@ -299,12 +299,12 @@ impl Link {
             let waiting = standby.core.len();
             let kept = standby.core.dirty_bytes();
             warn!("{self}: lost: {why}; {waiting} requests wait, {kept} bytes are kept to be written again");
-        } else if why.is_refusal && standby.export.size > 0 && self.outage.is_news(&why.text, why.is_refusal) {
-            error!("{self}: refused: {why}; clients wait until the server is the one they know");
         } else {
-            log::debug!("{self}: {why}");
+            // Before clients were told anything, the start fails and says why.
+            let count = if standby.export.size > 0 { self.outage.count(&why.text) } else { 0 };
+            why.tell(self, count);
         }
-        self.outage.note_failure(why.text, why.is_refusal);
+        self.outage.note_failure(why.text, why.weight == Weight::Refusal);
         if was_open && standby.core.replay() == Replay::Nothing {
             sh.effects.push_back(Effect::CutClients);
         }
@@ -365,9 +365,7 @@ impl Link {
     /// Goes over to the other server when this one owes nothing any more.
     fn change_when_settled(&mut self, sh: &mut Shared) -> Option<Next> {
         let to = self.change.as_ref().and_then(Change::now).cloned()?;
-        let standby = sh.backend.upstream()?;
-        let is_settled = standby.core.is_settled();
-        if self.is_open() && !is_settled {
+        if self.is_open() && !sh.backend.upstream()?.core.is_settled() {
             return None;
         }
         self.leave(sh);

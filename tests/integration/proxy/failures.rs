@@ -5,7 +5,7 @@ use crate::support::fading::{self, Fading, Nonsense, Style, Welcome};
 use crate::support::newstyle::{address, serve, structured, PORT};
 use crate::support::peers::wait_for_status;
 use crate::support::shadow::{Habits, Shadowing};
-use crate::support::{errno, kind, pattern, request, wait_for, Client, Server, SOON};
+use crate::support::{errno, flag, kind, pattern, request, wait_for, Client, Server, SOON};
 use std::io::Read;
 use std::ops::Range;
 use std::thread;
@@ -91,11 +91,24 @@ fn a_server_that_is_silent_is_waited_for_and_asked_nothing_twice() {
         let line = proxy.wait_for_log("has been silent for 1 s");
         assert!(line.contains(":W:"), "{line}");
         wait_for_status(&proxy, "upstream_state", "silent");
-        // It stays so, and is said once.
+        // It stays so, and is said once. What is sent to it is no sign of life.
+        client.send_request(kind::READ, 0, 99, 0, 512, &[]);
         client.expect_silence(Duration::from_millis(1500));
+        assert_eq!(proxy.status().get("upstream_state"), "silent");
         assert_eq!(warnings(&proxy).len(), 1, "{}", proxy.log());
         server.behave(|habits| habits.is_mute = false);
-        expect_answers(&mut client, 16);
+        let mut cookies: Vec<u64> = (0..17)
+            .map(|_| {
+                let (error, cookie) = client.read_reply();
+                assert_eq!(error, 0);
+                if cookie == 99 {
+                    client.read_bytes(512);
+                }
+                cookie
+            })
+            .collect();
+        cookies.sort_unstable();
+        assert_eq!(cookies, (0..16).chain([99]).collect::<Vec<_>>());
         wait_for_status(&proxy, "upstream_state", "connected");
         assert_eq!((server.count(kind::WRITE), server.connections()), (16, 1));
         drop(client);
@@ -144,7 +157,8 @@ fn a_server_that_does_not_greet_as_it_should_is_tried_again() {
         wait_for_status(&proxy, "upstream_state", if refused { "refused" } else { "connecting" });
         assert!(proxy.status().get("last_error") != "none", "{}", proxy.status().line());
         client.expect_silence(A_MOMENT);
-        assert_eq!(warnings(&proxy).len(), 1 + usize::from(refused), "{welcome:?}: {}", proxy.log());
+        // The loss, and what was found instead of the server.
+        assert_eq!(warnings(&proxy).len(), 2, "{welcome:?}: {}", proxy.log());
         assert_eq!(lines_with(&proxy, ":E:"), usize::from(refused), "{welcome:?}: {}", proxy.log());
         server.behave(|habits| habits.welcome = Welcome::Usual);
         expect_answers(&mut client, 4);
@@ -304,8 +318,13 @@ fn clients_are_cut_when_the_server_is_given_up() {
     client.expect_closed();
     assert!(start.elapsed() >= Duration::from_millis(900), "{:?}", start.elapsed());
     assert_eq!((lines_with(&proxy, ":E:"), lines_with(&proxy, "away for too long")), (1, 1), "{}", proxy.log());
+    assert_eq!(proxy.status().number("replay_bytes"), 0, "its client knows that it may be lost");
+    // Somebody else has written there since.
+    server.overwrite(&vec![3; SIZE]);
     server.up();
     wait_for_status(&proxy, "upstream_state", "connected");
+    assert_eq!(proxy.connect().read(0, 4096).unwrap(), [3; 4096]);
+    assert_eq!(server.count(kind::WRITE), 1);
     proxy.expect_healthy();
 }
 
@@ -447,4 +466,37 @@ fn what_a_server_lacks_is_made_of_what_it_has() {
         assert_eq!(server.count(kind::WRITE_ZEROES) + server.count(kind::TRIM), 0);
         proxy.expect_healthy();
     }
+}
+
+/// Nobody else would ask for it: a relay would never end.
+#[test]
+fn a_flush_of_its_own_that_fails_is_tried_again() {
+    let server = Fading::start(Style::Newstyle, SIZE, 1);
+    let proxy = before(&server).start();
+    let mut client = proxy.connect();
+    assert_eq!(client.write(0, &[9; 4096]), 0);
+    server.behave(|habits| habits.errors = vec![(kind::FLUSH, ANYWHERE, errno::EIO)]);
+    drop(client);
+    let line = proxy.wait_for_log("a FLUSH of this side's own has failed");
+    assert!(line.contains(":W:"), "{line}");
+    server.behave(|habits| habits.errors.clear());
+    wait_for("another one", SOON, || (proxy.status().number("replay_bytes") == 0).then_some(()));
+    assert_eq!(server.durable()[..4096], [9; 4096]);
+    assert_eq!(proxy.status().number("own_flushes"), 2);
+    proxy.expect_healthy();
+}
+
+/// A WRITE that is one piece has its FUA, also when its client asks one thing at a time.
+#[test]
+fn fua_stays_fua() {
+    let server = Fading::start(Style::Newstyle, SIZE, 1);
+    let proxy = before(&server).start();
+    let mut client = proxy.connect();
+    for n in 0..5 {
+        assert_eq!(client.ask(kind::WRITE, flag::FUA, n * 4096, 4096, &[9; 4096]), 0);
+    }
+    assert_eq!((server.count(kind::WRITE), server.count(kind::FLUSH)), (5, 0));
+    assert!(server.executed().iter().all(|request| request.flags == flag::FUA), "{:?}", server.executed());
+    drop(client);
+    proxy.expect_healthy();
 }

@@ -151,11 +151,48 @@ fn a_server_that_does_not_finish_is_kept() {
     let (code, said) = switch(&proxy, new.address, "");
     assert_eq!(code, Some(1), "{said}");
     proxy.wait_for_log("not switched");
+    // Who waits for it hears that, too.
+    let (code, said) = switch(&proxy, new.address, "--wait");
+    assert!(code == Some(1) && said.contains("not switched"), "{code:?} {said}");
     old.behave(|habits| habits.held.clear());
     assert_eq!(client.read_reply(), (0, 3));
     assert_eq!((new.connections(), proxy.status().get("upstream_state")), (0, "connected"));
     drop(client);
     proxy.expect_healthy();
+}
+
+#[test]
+fn a_server_that_dies_before_it_has_finished_is_left_at_once() {
+    let (mut old, new) = (Fading::start(Style::Oldstyle, SIZE, 1), Fading::start(Style::Oldstyle, SIZE, 2));
+    let proxy = before(&old).start();
+    let mut client = proxy.connect();
+    old.behave(|habits| habits.held = vec![kind::WRITE]);
+    client.send_request(kind::WRITE, 0, 3, 4096, 4096, &[8; 4096]);
+    wait_for("its request", SOON, || (proxy.status().number("in_flight") == 1).then_some(()));
+    assert_eq!(switch(&proxy, new.address, "").0, Some(0));
+    wait_for_status(&proxy, "upstream_state", "switching");
+    old.down();
+    assert_eq!(client.read_reply(), (0, 3));
+    assert_eq!(client.read(4096, 4096).unwrap(), [8; 4096]);
+    assert_eq!(proxy.status().get("upstream"), new.address.to_string());
+    assert!(!proxy.log().contains("not switched"), "{}", proxy.log());
+    drop(client);
+    proxy.expect_healthy();
+}
+
+/// What is not kept is flushed all the same before the server is left: a FLUSH of the other one would not do that.
+#[test]
+fn the_old_server_is_flushed_whatever_is_kept() {
+    for replay in ["dirty", "inflight", "none"] {
+        let (old, new) = (Fading::start(Style::Oldstyle, SIZE, 1), Fading::start(Style::Oldstyle, SIZE, 2));
+        let proxy = before(&old).args(&format!("--replay {replay}")).start();
+        let mut client = proxy.connect();
+        assert_eq!(client.write(0, &[7; 4096]), 0);
+        assert_eq!(switch(&proxy, new.address, "--wait").0, Some(0));
+        assert_eq!(old.durable()[..4096], [7; 4096], "{replay}");
+        drop(client);
+        proxy.expect_healthy();
+    }
 }
 
 #[test]
