@@ -1,39 +1,20 @@
 #!/bin/bash
 # Shows that `make chaos` finds what it is there to find: breaks a copy of the program in one way after the other, and says
 # in how many rounds each was found. Fails when one is not found, or when the code it would break is not there any more.
-set -euo pipefail
-export LC_ALL=C
+cd "$(dirname "$0")/../.."
+. tests/teeth.sh
 rounds=${ROUNDS:-40}
 seed=${SEED:-1}
 only=${ONLY:-.}
-cd "$(dirname "$0")/../.."
-# What others have compiled is compiled once.
-target=${CARGO_TARGET_DIR:-$PWD/target}/teeth
-
-copy=$(mktemp -d "${TMPDIR:-/tmp}/flexnbd-teeth-XXXXXX")
-trap 'rm -rf "$copy"' EXIT
-trap 'exit 1' INT TERM HUP
-cp -r Cargo.toml Cargo.lock README.md .cargo src tests "$copy"
-cd "$copy"
-export CARGO_TARGET_DIR=$target RUST_BACKTRACE=0
+enter_copy
 
 status=0
-# breaks WHAT [FILE PERL]...: applies each substitution to its file, and plays the rounds.
+# breaks WHAT [FILE PERL]...: breaks a copy, and plays the rounds.
 breaks() {
     local what=$1 result found
     [[ $what =~ $only ]] || return 0
     shift
-    rm -rf broken
-    cp -r src broken
-    while [ $# -gt 0 ]; do
-        perl -0pi -e "$2" "src/$1"
-        if cmp -s "src/$1" "broken/$1"; then
-            echo "teeth: $what: src/$1 has changed, so that this breaks nothing" >&2
-            exit 1
-        fi
-        shift 2
-    done
-    timeout 1800 cargo test --locked --quiet --test chaos --no-run
+    break_copy "$what" chaos "$@"
     result=0
     FLEXNBD_SEED=$seed FLEXNBD_ROUNDS=$rounds timeout 1800 \
         cargo test --locked --quiet --test chaos -- --nocapture rounds >log 2>&1 || result=$?
@@ -51,8 +32,7 @@ breaks() {
         grep -hA1 '^thread .seed' log | grep -v '^thread\|^--' | sed -E 's/[0-9]+/N/g' | cut -c1-100 | sort | uniq -c |
             sort -rn | head -3
     fi
-    rm -rf src
-    mv broken src
+    mend_copy
 }
 
 breaks "a dropped dirty note, one in four" \
