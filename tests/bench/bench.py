@@ -71,6 +71,7 @@ class Contestant(NamedTuple):
     version: str
     command: Callable
     export: str = ""
+    goes_into_background: bool = False
 
 
 def flexnbd(program, options):
@@ -110,7 +111,7 @@ def contestants():
                                   ("qemu-nbd", qemu_nbd, ""), ("nbd-server", nbd_server, "image")):
         program = name.split()[0]
         if shutil.which(program):
-            found.append(Contestant(name, version_of(program), command, export))
+            found.append(Contestant(name, version_of(program), command, export, program == "nbd-server"))
         else:
             print(f"{program} is not installed and left out")
     return found
@@ -147,9 +148,10 @@ class Server:
         return self
 
     def find_pid(self):
-        """Who goes into the background exits with 0 and leaves a file with the number of the other process."""
-        if self.process.poll() is None:
-            return self.process.pid
+        """Who goes into the background exits with 0 and leaves a file with the number of the other process. Before it does, it
+        may be ready already."""
+        if not self.contestant.goes_into_background:
+            return self.process.pid if self.process.poll() is None else None
         with contextlib.suppress(FileNotFoundError, ValueError), open(os.path.join(self.folder, "pid")) as file:
             return int(file.read())
 
