@@ -108,19 +108,25 @@ fn a_new_connection_takes_the_place_of_the_old_one_and_of_no_other() {
     server.expect_healthy();
 }
 
-/// What the kernel has in hand for the old connection ends before the new one is answered.
-#[test]
-fn the_answer_waits_for_what_the_disk_has_in_hand() {
+/// A server and a client with the name 3, for which the kernel has an fdatasync in hand that the disk holds.
+fn with_a_sync_in_hand() -> Option<(Disk, Server, Structured)> {
     if !has(&[Need::Ring]) {
-        return;
+        return None;
     }
-    let Some(disk) = Disk::mount(4 * SIZE) else { return };
+    let disk = Disk::mount(4 * SIZE)?;
     let builder = Server::serve().file(disk.furnish("image", &pattern(1, SIZE as usize))).arg(PORT).engine("ring");
     let server = builder.start();
     let mut old = named(&server, 3);
     disk.hold(Op::Fsync, ..);
     old.client.send_request(kind::WRITE, flag::FUA, 1, 0, 4096, &[9; 4096]);
     disk.wait_for_waiting(Op::Fsync, 1);
+    Some((disk, server, old))
+}
+
+/// What the kernel has in hand for the old connection ends before the new one is answered.
+#[test]
+fn the_answer_waits_for_what_the_disk_has_in_hand() {
+    let Some((disk, server, mut old)) = with_a_sync_in_hand() else { return };
     let mut new = asks(&server, &[&name(3)]);
     assert_eq!(old.client.read_to_close(), b"");
     new.client.expect_silence(A_MOMENT);
@@ -135,16 +141,7 @@ fn the_answer_waits_for_what_the_disk_has_in_hand() {
 
 #[test]
 fn a_disk_that_hangs_keeps_the_answer_until_the_negotiation_has_taken_too_long() {
-    if !has(&[Need::Ring]) {
-        return;
-    }
-    let Some(disk) = Disk::mount(4 * SIZE) else { return };
-    let builder = Server::serve().file(disk.furnish("image", &pattern(1, SIZE as usize))).arg(PORT).engine("ring");
-    let server = builder.start();
-    let mut old = named(&server, 3);
-    disk.hold(Op::Fsync, ..);
-    old.client.send_request(kind::WRITE, flag::FUA, 1, 0, 4096, &[9; 4096]);
-    disk.wait_for_waiting(Op::Fsync, 1);
+    let Some((disk, server, _old)) = with_a_sync_in_hand() else { return };
     let start = Instant::now();
     let mut new = asks(&server, &[&name(3)]);
     wait_for("the end of its negotiation", Duration::from_secs(20), || {
