@@ -24,6 +24,7 @@ pub(super) struct Negotiation {
 /// Haggles over `input`, of which at most `piece()` bytes more are known at each step.
 pub(super) fn haggle(input: &[u8], mut piece: impl FnMut(usize) -> usize) -> Negotiation {
     let (mut haggle, said) = Haggle::begin(Export { size: SIZE, read_only: false, flushes: true, several: true });
+    haggle.name_export("disk".into());
     let mut haggled = Negotiation { said, end: Ok(None), used: 0 };
     let mut known = 0;
     loop {

@@ -231,6 +231,7 @@ fn config(
     Ok(server::Config {
         newstyle: newstyle(&listen, doors.newstyle_port, doors.newstyle_sock)?,
         listen,
+        export_name: doors.export_name.unwrap_or_default(),
         control: access.sock,
         acl: Acl::new(access.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, access.default_deny),
         killswitch_ms: access.killswitch_ms,

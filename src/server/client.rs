@@ -20,6 +20,7 @@ use crate::work::{Action, Done, Op};
 use log::{info, warn};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::rc::Rc;
 
 /// How long a negotiation may take, in milliseconds.
 const HANDSHAKE_MS: u64 = 10_000;
@@ -73,6 +74,7 @@ impl Client {
             Dialect::Newstyle => ServerSession::newstyle(export, sh.now_ms),
             Dialect::Oldstyle => ServerSession::oldstyle(export, sh.now_ms),
         };
+        session.name_export(Rc::clone(&sh.limits.export_name));
         // A sender asks for durability when it needs it.
         if sh.limits.sync && !sh.life.awaits_image() {
             session.make_durable();

@@ -15,6 +15,8 @@ pub struct Config {
     pub listen: Endpoint,
     /// Where NBD clients connect that negotiate.
     pub newstyle: Vec<Endpoint>,
+    /// The name under which those that negotiate find the export, beside the empty one; empty for none.
+    pub export_name: String,
     /// The path of the control socket, if there is one.
     pub control: Option<PathBuf>,
     /// Who may connect.

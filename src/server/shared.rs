@@ -13,6 +13,7 @@ use crate::sys;
 use crate::upstream::{Replay, Upstream};
 use mio::Registry;
 use std::collections::VecDeque;
+use std::rc::Rc;
 
 /// What a client takes of memory that may run out, in bytes: two buffers of its own, its part of tables that grow by
 /// doubling, and what its requests are noted in.
@@ -36,6 +37,8 @@ pub(super) struct Limits {
     pub upstream_limit_ms: u64,
     /// No change is answered before it is on stable storage, once there is an image to serve.
     pub sync: bool,
+    /// The name of the export beside the empty one; empty when it has none.
+    pub export_name: Rc<str>,
 }
 
 /// What all slots share.

@@ -101,6 +101,7 @@ impl Reactor {
                     request_limit_ms,
                     upstream_limit_ms: config.upstream_limit_ms,
                     sync,
+                    export_name: config.export_name.as_str().into(),
                 },
                 admission: Admission::new(config.acl.clone(), places(config.max_clients)?, queues_clients),
                 life,

@@ -51,6 +51,7 @@ impl House {
         let config = Config {
             listen: Endpoint::Tcp("127.0.0.1:0".parse().unwrap()),
             newstyle: Vec::new(),
+            export_name: String::new(),
             control: Some(path.with_extension("control")),
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::values::{listen_port, seconds_to_ms};
+use super::values::{export, listen_port, seconds_to_ms};
 
 /// How much to log; given before the mode, after it, or both.
 #[derive(Debug, Clone, Copy, Args)]
@@ -30,13 +30,17 @@ pub(crate) struct DoorArgs {
     pub port: Option<u16>,
     /// TCP port for newstyle clients, which most of today are (nbd-client,
     /// qemu, libnbd), at ADDR, 0 to 65535; 0 picks a free one, which status
-    /// shows. They find the same image under the same rules; its export has
-    /// no name. PORT above is for oldstyle clients. [default: none]
+    /// shows. They find the same image under the same rules; it is the
+    /// default export. PORT above is for oldstyle clients. [default: none]
     #[arg(long, value_name = "PORT", value_parser = listen_port, allow_hyphen_values = true, verbatim_doc_comment)]
     pub newstyle_port: Option<u16>,
     /// UNIX socket to open for newstyle clients. [default: none]
     #[arg(long, value_name = "PATH")]
     pub newstyle_sock: Option<PathBuf>,
+    /// Name by which newstyle clients may ask for the image, at most 4096
+    /// bytes; the default export, which has no name, stays. [default: none]
+    #[arg(long, value_name = "NAME", value_parser = export, verbatim_doc_comment)]
+    pub export_name: Option<String>,
 }
 
 /// Who may connect, and for how long they may take.

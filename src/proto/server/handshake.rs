@@ -1,6 +1,6 @@
 //! Newstyle negotiation from the server's side: options in, replies out, until the client enters transmission or leaves.
 //!
-//! There is one export, and its name is empty. A client may name its session, and waits then until its caller has ended an
+//! There is one export, the default one, whose name is empty; it may have a second name. A client may name its session, and waits then until its caller has ended an
 //! older connection of that name. Every length here is hostile: an option is looked at only when it is whole
 //! and at most [`OPTION_MAX`] bytes long, and a longer one is drained or ends the connection.
 //!
@@ -12,6 +12,7 @@ use crate::proto::wire::{
     handshake_flag, info, option, option_reply, Fields, EXPORT_NAME_ZEROES, IHAVEOPT, NBDMAGIC, OPTION_HEAD_LEN,
     OPTION_REPLY_MAGIC, STRING_MAX,
 };
+use std::rc::Rc;
 
 /// The longest option that is looked at, in bytes: a name of 4096 bytes and plenty of queries.
 pub const OPTION_MAX: usize = 8 << 10;
@@ -46,6 +47,8 @@ enum State {
 #[derive(Debug)]
 pub struct Haggle {
     export: Export,
+    /// The name it has beside the empty one; empty when it has none.
+    name: Rc<str>,
     state: State,
     no_zeroes: bool,
     agreed: Agreed,
@@ -62,7 +65,13 @@ impl Haggle {
         greeting.extend(IHAVEOPT.to_be_bytes());
         greeting.extend((handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES).to_be_bytes());
         let agreed = Agreed::default();
-        (Self { export, state: State::ClientFlags, no_zeroes: false, agreed, options: 0, held: None }, greeting)
+        let (name, state) = (Rc::from(""), State::ClientFlags);
+        (Self { export, name, state, no_zeroes: false, agreed, options: 0, held: None }, greeting)
+    }
+
+    /// The export has this name, too.
+    pub fn name_export(&mut self, name: Rc<str>) {
+        self.name = name;
     }
 
     /// Looks at what was received: how many bytes it took, and where that leads; `None` when it needs more. Replies are
@@ -153,7 +162,7 @@ impl Haggle {
                 reply(out, kind, option_reply::ACK, &[]);
                 return Ok(Haggled::Leave);
             }
-            option::LIST => Self::list(data, out),
+            option::LIST => self.list(data, out),
             option::INFO | option::GO => self.info(kind, data, out),
             option::STRUCTURED_REPLY => self.structured_reply(data),
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.meta_context(kind, data, out),
@@ -170,7 +179,7 @@ impl Haggle {
 
     /// `NBD_OPT_EXPORT_NAME`: no reply can say no, so another name ends the connection.
     fn export_name(&self, name: &[u8], out: &mut Vec<u8>) -> Result<Haggled, Violation> {
-        if !name.is_empty() {
+        if !self.has_name(name) {
             return Err(Violation::UnknownExport);
         }
         out.extend(self.export.size.to_be_bytes());
@@ -181,13 +190,31 @@ impl Haggle {
         Ok(Haggled::Transmission(self.agreed))
     }
 
-    /// `NBD_OPT_LIST`: the one export.
-    fn list(data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
+    /// `NBD_OPT_LIST`: the one export, by each of its names.
+    fn list(&self, data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
         if !data.is_empty() {
             return Err(option_reply::ERR_INVALID);
         }
-        reply(out, option::LIST, option_reply::SERVER, &0_u32.to_be_bytes());
+        for name in std::iter::once("").chain(Some(&*self.name).filter(|name| !name.is_empty())) {
+            let length = u32::try_from(name.len()).unwrap_or(u32::MAX);
+            reply(out, option::LIST, option_reply::SERVER, &[&length.to_be_bytes(), name.as_bytes()].concat());
+        }
         Ok(())
+    }
+
+    fn has_name(&self, name: &[u8]) -> bool {
+        name.is_empty() || name == self.name.as_bytes()
+    }
+
+    /// A name that the export does not have is unknown; what is no valid name at all is invalid.
+    fn check_name(&self, name: &[u8]) -> Result<(), u32> {
+        if self.has_name(name) {
+            Ok(())
+        } else if name.len() > STRING_MAX || name.contains(&0) || std::str::from_utf8(name).is_err() {
+            Err(option_reply::ERR_INVALID)
+        } else {
+            Err(option_reply::ERR_UNKNOWN)
+        }
     }
 
     /// `NBD_OPT_STRUCTURED_REPLY`, once.
@@ -205,7 +232,7 @@ impl Haggle {
         let name = string(&mut fields);
         let wanted = fields.u16().zip(Some(fields.0)).filter(|(count, rest)| rest.len() == usize::from(*count) * 2);
         let (name, (_, wanted)) = name.zip(wanted).ok_or(option_reply::ERR_INVALID)?;
-        check_name(name)?;
+        self.check_name(name)?;
         let mut export = info::EXPORT.to_be_bytes().to_vec();
         export.extend(self.export.size.to_be_bytes());
         export.extend(self.export.flags(Style::Newstyle(self.agreed)).to_be_bytes());
@@ -246,7 +273,7 @@ impl Haggle {
         if !fields.0.is_empty() {
             return Err(option_reply::ERR_INVALID);
         }
-        check_name(name)?;
+        self.check_name(name)?;
         if found {
             let mut context = ALLOCATION_ID.to_be_bytes().to_vec();
             context.extend(ALLOCATION);
@@ -281,17 +308,6 @@ fn string<'a>(fields: &mut Fields<'a>) -> Option<&'a [u8]> {
     let (string, rest) = fields.0.split_at_checked(length)?;
     fields.0 = rest;
     Some(string)
-}
-
-/// Only the empty name is there. Another one is unknown; what is no valid name at all is invalid.
-fn check_name(name: &[u8]) -> Result<(), u32> {
-    if name.is_empty() {
-        Ok(())
-    } else if name.len() > STRING_MAX || name.contains(&0) || std::str::from_utf8(name).is_err() {
-        Err(option_reply::ERR_INVALID)
-    } else {
-        Err(option_reply::ERR_UNKNOWN)
-    }
 }
 
 /// Appends an option reply. Its data is this server's own and short.

@@ -40,6 +40,7 @@ use memory::Memory;
 use read::{LongRead, Slice};
 use request::{refuse, without_payload, Request};
 use std::io::IoSlice;
+use std::rc::Rc;
 use unanswered::{Pending, Unanswered};
 use write::{Arriving, Piece};
 
@@ -87,6 +88,13 @@ impl ServerSession {
         let (haggle, greeting) = Haggle::begin(export);
         let style = Style::Newstyle(Agreed::default());
         Self::new(export, style, State::Handshake(Box::new(haggle)), greeting, now_ms)
+    }
+
+    /// A client that negotiates finds the export by this name, too.
+    pub fn name_export(&mut self, name: Rc<str>) {
+        if let State::Handshake(haggle) = &mut self.state {
+            haggle.name_export(name);
+        }
     }
 
     fn new(export: Export, style: Style, state: State, greeting: Vec<u8>, now_ms: u64) -> Self {

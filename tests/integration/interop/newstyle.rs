@@ -2,7 +2,7 @@
 
 use super::client;
 use crate::support::newstyle::{address, serve, serve_content, uri, PORT};
-use crate::support::{allocated, pattern, Server};
+use crate::support::{allocated, pattern, program, run_command, Server};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -64,6 +64,26 @@ fn nbdinfo_sees_everything_that_is_offered() {
     let expected = [["0", "65536", "3"], ["65536", "65536", "0"], ["131072", "917504", "3"]];
     assert_eq!(rows.len(), 3, "{map}");
     rows.iter().zip(expected).for_each(|(row, expected)| assert_eq!(row[..3], expected, "{map}"));
+    server.expect_healthy();
+}
+
+#[test]
+fn an_export_has_its_name_beside_the_empty_one() {
+    let content = pattern(3, MIB);
+    let server = Server::serve().content(&content).args("--export-name vm/ä-1 -v").arg(PORT).start();
+    let (default, named, other) = (uri(&server), uri(&server) + "/vm/%C3%A4-1", uri(&server) + "/vm");
+    let listed = client(server.dir(), "nbdinfo", &["--list", "--json", &default]);
+    assert_eq!(listed.matches("\"export-name\"").count(), 2, "{listed}");
+    for name in ["", "vm/ä-1"] {
+        assert!(listed.contains(&format!("\"export-name\": \"{name}\"")), "{listed}");
+    }
+    for uri in [&default, &named] {
+        let copy = server.dir().join("copy");
+        client(server.dir(), "nbdcopy", &[uri, copy.to_str().unwrap()]);
+        assert!(fs::read(&copy).unwrap() == content, "{uri}");
+        assert_eq!(client(server.dir(), "qemu-img", &["info", "--output=json", uri]).matches("1048576").count(), 1);
+    }
+    assert_ne!(run_command(program("nbdinfo").args(["--size", &other]), b"").code, Some(0));
     server.expect_healthy();
 }
 
