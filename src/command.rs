@@ -44,6 +44,8 @@ pub enum Command {
     Break,
     /// `upstream ADDR PORT [now|when-lost]`: change a proxy to another server, at once or when its connection has ended.
     Upstream(Switch),
+    /// `resize`: look at the file again, which has grown.
+    Resize,
     /// `wait`: answer when the running migration ends or, if there is none, when the next one does.
     Wait,
 }
@@ -250,6 +252,7 @@ fn parse_command(text: &[u8]) -> Result<Command, Answer> {
         b"mirror_max_bps" => Command::MirrorMaxBps(parse_speed(&arguments.next().unwrap_or_default())?),
         b"break" => Command::Break,
         b"upstream" => Command::Upstream(parse_switch(&mut arguments)?),
+        b"resize" => Command::Resize,
         b"wait" => Command::Wait,
         _ => return Err(Answer::unknown_command()),
     };
@@ -398,6 +401,7 @@ mod tests {
         assert_eq!(parse(b"acl\na b\n\n"), Ok(Command::Acl(strings(&["a b"]))));
         assert_eq!(parse(b"break\n\n"), Ok(Command::Break));
         assert_eq!(parse(b"wait\n\n"), Ok(Command::Wait));
+        assert_eq!(parse(b"resize\n\n"), Ok(Command::Resize));
         assert_eq!(parse(b"mirror_max_bps\n1000\n\n"), Ok(Command::MirrorMaxBps(Some(1000))));
         assert_eq!(parse(b"mirror_max_bps 0\n\n"), Ok(Command::MirrorMaxBps(None)));
     }
@@ -492,6 +496,7 @@ mod tests {
             ("mirror 10.0.0.1 4777\nexport=a\0b\n\n", 1, "bad argument: export=a\\u0000b"),
             ("mirror 10.0.0.1 4777 Export=a\n\n", 1, "bad argument: Export=a"),
             ("wait 1\n\n", 1, "too many arguments"),
+            ("resize 2048\n\n", 1, "too many arguments"),
         ] {
             assert_eq!(parse(text.as_bytes()), Err(Answer { code, text: answer.into() }), "{text:?}");
         }

@@ -145,6 +145,9 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
             Ok(Job::Control { sock, words: vec!["mirror_max_bps".into(), max_speed.to_string()] }),
         ),
         Mode::Break(SockArgs { sock, log }) => ("break", log, Ok(Job::Control { sock, words: vec!["break".into()] })),
+        Mode::Resize(SockArgs { sock, log }) => {
+            ("resize", log, Ok(Job::Control { sock, words: vec!["resize".into()] }))
+        }
         Mode::Proxy(args) => ("proxy", args.log, proxy(args)),
         Mode::Switch(args) => ("switch", args.log, switch(args)),
         Mode::Acl(args) => ("acl", args.log, replace_acl(args)),

@@ -123,6 +123,14 @@ impl Disk {
         self.tail
     }
 
+    /// Looks at the file again, which may have grown: from then on operations may go up to its new size. When it is smaller
+    /// than before that is refused, with a sentence that says so, and all stays as it was.
+    pub fn grow(&mut self) -> Result<(), String> {
+        let grown = open::grow(&mut self.image);
+        self.tail = grown.map_err(|why| format!("{}: {why}", self.path.display()))?;
+        Ok(())
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path

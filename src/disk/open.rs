@@ -45,15 +45,32 @@ fn try_open(path: &Path, access: Access) -> Result<(Image, u64), Problem> {
         Ok(_) => Problem::NotReadable(error),
         Err(error) => Problem::NotReadable(error),
     })?;
-    // The metadata of a block device have no length.
-    let bytes = file.seek(SeekFrom::End(0)).map_err(Problem::NotReadable)?;
-    let tail = bytes % SECTOR;
-    let size = bytes - tail;
+    let (size, tail) = measure(&mut file).map_err(Problem::NotReadable)?;
     if size == 0 {
-        return Err(Problem::TooSmall(bytes));
+        return Err(Problem::TooSmall(tail));
     }
     let source = sys::pages::file_system(&file).unwrap_or(FileSystem::Local);
     Ok((Image { file, size, is_device: kind.is_block_device(), source }, tail))
+}
+
+/// The bytes of its whole sectors, and of the rest.
+fn measure(mut file: impl Seek) -> io::Result<(u64, u64)> {
+    // The metadata of a block device have no length.
+    let bytes = file.seek(SeekFrom::End(0))?;
+    Ok((bytes - bytes % SECTOR, bytes % SECTOR))
+}
+
+/// As [`super::Disk::grow`]. Also returns the number of bytes beyond the last whole sector.
+pub(super) fn grow(image: &mut Image) -> Result<u64, String> {
+    let (size, tail) = measure(&image.file).map_err(|error| format!("it cannot be looked at: {error}"))?;
+    if size < image.size {
+        let served = image.size;
+        return Err(format!(
+            "it has {size} bytes now and {served} are served, which may be in use; make it that large again"
+        ));
+    }
+    image.size = size;
+    Ok(tail)
 }
 
 /// As [`super::Disk::lock`].

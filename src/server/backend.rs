@@ -51,6 +51,14 @@ impl Backend {
         }
     }
 
+    /// The same, to change it.
+    pub(super) fn disk_mut(&mut self) -> Option<&mut Disk> {
+        match self {
+            Self::Disk(disk) => Some(disk),
+            Self::Upstream(_) => None,
+        }
+    }
+
     /// What the other server owes, where it is one.
     pub(super) fn upstream(&mut self) -> Option<&mut Standby> {
         match self {

@@ -229,6 +229,11 @@ impl Client {
         self.wait = Wait::Disk(owners);
     }
 
+    /// The image has this size from now on, in bytes.
+    pub(super) fn resize(&mut self, size: u64) {
+        self.session.resize_export(size);
+    }
+
     /// It has named its session, and there is nothing to serve yet.
     pub(super) fn refuse(&mut self) {
         self.session.refuse();

@@ -6,6 +6,7 @@ use super::mirror::{self, Mirror};
 use super::reactor::Reactor;
 use super::reason::Next;
 use super::reason::Reason;
+use super::shared::warn_of_tail;
 use super::slot::Slot;
 use super::status;
 use crate::acl::{parse_ip, Entry};
@@ -44,6 +45,7 @@ impl Reactor {
             Command::MirrorMaxBps(limit) => self.limit_mirror(limit),
             Command::Break => self.break_mirror(),
             Command::Upstream(wanted) => self.change_upstream(&wanted).map_err(Answer::failed),
+            Command::Resize => self.resize().map_err(Answer::failed),
             Command::Wait => match self.await_end(from) {
                 Ok(()) => return None,
                 Err(why) => Err(Answer::failed(why)),
@@ -180,6 +182,33 @@ impl Reactor {
         // The migration may be waiting for a time that the old limit had set.
         self.run.extend(self.shared.life.mirror());
         Ok("updated".into())
+    }
+
+    /// Looks at the size of the file again. New clients are told it, and those that are here may use it.
+    fn resize(&mut self) -> Result<String, String> {
+        let sh = &mut self.shared;
+        match sh.life {
+            Life::Serving => {}
+            Life::Sending { .. } => return Err("not resizing: a migration is running; stop it first, or wait".into()),
+            Life::Receiving { .. } | Life::Sealing { .. } => return Err("not resizing: there is no image yet".into()),
+            Life::Relaying | Life::Over => return Err("not resizing: the image is at another server".into()),
+        }
+        let Some(disk) = sh.backend.disk_mut() else {
+            return Err("not resizing: this is a proxy, and the image is where it is connected to".into());
+        };
+        let before = disk.size();
+        disk.grow().map_err(|why| format!("not resizing: {why}"))?;
+        let size = disk.size();
+        if size > before {
+            info!("{}: grown from {before} to {size} bytes", disk.path().display());
+            warn_of_tail(disk);
+        }
+        for key in self.keys_of(|slot| matches!(slot, Slot::Client(_))) {
+            if let Some(Slot::Client(client)) = self.slots.get_mut(key) {
+                client.resize(size);
+            }
+        }
+        Ok(format!("size={size}"))
     }
 
     /// Changes a proxy to another server.

@@ -11,6 +11,7 @@ use crate::disk::{Access, Disk, OpenError};
 use crate::event::wheel::Wheel;
 use crate::sys;
 use crate::upstream::{Replay, Upstream};
+use log::warn;
 use mio::Registry;
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -118,5 +119,13 @@ impl Shared {
         let bytes = clients.saturating_mul(CLIENT_BYTES).saturating_add(TABLES_BYTES);
         self.pool.keep_back(bytes);
         self.has_memory(bytes)
+    }
+}
+
+/// Says that the end of the file is not served, where that is so.
+pub(super) fn warn_of_tail(disk: &Disk) {
+    if disk.tail() > 0 {
+        let (path, size, tail) = (disk.path().display(), disk.size(), disk.tail());
+        warn!("{path}: serving {size} bytes; the last {tail} are no whole sector of 512");
     }
 }

@@ -10,7 +10,7 @@ use super::grace::Grace;
 use super::life::Life;
 use super::listener::Listener;
 use super::reactor::Reactor;
-use super::shared::{Limits, Shared};
+use super::shared::{warn_of_tail, Limits, Shared};
 use super::slot::Slot;
 use super::upstream::Link;
 use crate::buffer::Pool;
@@ -204,10 +204,7 @@ fn life_with(backend: &Backend, image: &Image) -> Result<Life, Fatal> {
         if image.access != Access::ReadOnly {
             disk.lock(alone).map_err(|error| Fatal(error.to_string()))?;
         }
-        if disk.tail() > 0 {
-            let tail = disk.tail();
-            warn!("{}: serving {size} bytes; the last {tail} are no whole sector of 512", disk.path().display());
-        }
+        warn_of_tail(disk);
     }
     Ok(match image.role {
         Role::Serve => Life::Serving,

@@ -26,6 +26,7 @@ mod protocol;
 mod proxy;
 mod read_only;
 mod reconnect;
+mod resize;
 mod slow_changes;
 mod sockets;
 mod sparse;

@@ -23,8 +23,21 @@ use proxy::{ProxyArgs, SwitchArgs};
 use values::{client_count, export, offset, pause, remote_port, size, speed};
 
 /// What `help` can explain: the names of all [`Mode`]s.
-pub(crate) const MODES: [&str; 12] =
-    ["serve", "listen", "mirror", "mirror-speed", "break", "proxy", "switch", "acl", "status", "read", "write", "help"];
+pub(crate) const MODES: [&str; 13] = [
+    "serve",
+    "listen",
+    "mirror",
+    "mirror-speed",
+    "break",
+    "proxy",
+    "switch",
+    "resize",
+    "acl",
+    "status",
+    "read",
+    "write",
+    "help",
+];
 
 /// The program of this name is the mode `proxy` alone.
 pub(crate) const PROXY_PROGRAM: &str = "flexnbd-proxy";
@@ -61,7 +74,7 @@ Exit codes:
   1   anything that ended the program abnormally; one line on stderr says what
   2   wrong usage; nothing was started
   The modes that take --sock SOCK of a running server (mirror, mirror-speed,
-  break, switch, acl, status) exit with the code of its answer: 0 done,
+  break, switch, resize, acl, status) exit with the code of its answer: 0 done,
   1 refused, 9 missing command, 10 unknown command. mirror --wait exits with 0
   when the migration is completed, with 1 when it ends otherwise.
 
@@ -178,6 +191,17 @@ Example: before a migration, so that the proxy follows it by itself:
   flexnbd switch --sock /run/proxy.sock --conn-addr 192.0.2.9 \\
       --conn-port 4777 --when-lost")]
     Switch(SwitchArgs),
+    /// Let a running server see that its file has grown.
+    #[command(after_help = "\
+Make the file or the block device larger first. Clients that connect from then
+on see the new size; those that are connected may use it, once they have learnt
+of it elsewhere. A file that has become smaller is refused, and so is a resize
+during a migration. Prints the size that is served, in bytes.
+
+Example:
+  truncate --size +10G disk.img
+  flexnbd resize --sock /run/disk.sock")]
+    Resize(SockArgs),
     /// Replace the access control list of a running server.
     #[command(after_help = "\
 Connected clients that the new list refuses are disconnected, and what they
@@ -435,7 +459,7 @@ pub(crate) struct StatusArgs {
     pub log: LogFlags,
 }
 
-/// Options of `break`, which says nothing but which server is meant.
+/// Options of `break` and `resize`, which say nothing but which server is meant.
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub(crate) struct SockArgs {

@@ -74,6 +74,11 @@ impl Haggle {
         self.name = name;
     }
 
+    /// The export has this size from now on, in bytes.
+    pub fn resize_export(&mut self, size: u64) {
+        self.export.size = size;
+    }
+
     /// Looks at what was received: how many bytes it took, and where that leads; `None` when it needs more. Replies are
     /// appended to `out`.
     pub fn step(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<Option<(usize, Haggled)>, Violation> {

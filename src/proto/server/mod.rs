@@ -120,6 +120,14 @@ impl ServerSession {
         self.durable = true;
     }
 
+    /// The export has this size from now on, in bytes: requests may go up to it.
+    pub fn resize_export(&mut self, size: u64) {
+        self.export.size = size;
+        if let State::Handshake(haggle) = &mut self.state {
+            haggle.resize_export(size);
+        }
+    }
+
     /// Where to receive into, in this order: the rest of the payload's slice, then what follows it. Both are empty after
     /// [`Step::NeedBytes`] only when memory has run out.
     pub fn recv_space(&mut self, pool: &mut Pool) -> [&mut [u8]; 2] {
