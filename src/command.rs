@@ -46,6 +46,8 @@ pub enum Command {
     Upstream(Switch),
     /// `resize`: look at the file again, which has grown.
     Resize,
+    /// `snapshot FILE`: make a second file of the image as it is now, at this absolute path.
+    Snapshot(String),
     /// `wait`: answer when the running migration ends or, if there is none, when the next one does.
     Wait,
 }
@@ -253,6 +255,7 @@ fn parse_command(text: &[u8]) -> Result<Command, Answer> {
         b"break" => Command::Break,
         b"upstream" => Command::Upstream(parse_switch(&mut arguments)?),
         b"resize" => Command::Resize,
+        b"snapshot" => Command::Snapshot(parse_path(&mut arguments)?),
         b"wait" => Command::Wait,
         _ => return Err(Answer::unknown_command()),
     };
@@ -321,6 +324,15 @@ fn parse_switch(arguments: &mut impl Iterator<Item = String>) -> Result<Switch, 
         Some(other) => return Err(Answer::bad_argument(other)),
     };
     Ok(Switch { addr, port, when_lost })
+}
+
+/// The path of a file, from the root: the server may be in another folder than who asks.
+fn parse_path(arguments: &mut impl Iterator<Item = String>) -> Result<String, Answer> {
+    let path = arguments.next().ok_or_else(|| Answer::failed("bad path: none was given"))?;
+    if path.starts_with('/') && !path.contains('\0') {
+        return Ok(path);
+    }
+    Err(Answer::failed(format!("bad path: {}: it has to begin with '/'", echo(&path))))
 }
 
 fn parse_pause(text: &str) -> Option<u64> {
@@ -402,6 +414,7 @@ mod tests {
         assert_eq!(parse(b"break\n\n"), Ok(Command::Break));
         assert_eq!(parse(b"wait\n\n"), Ok(Command::Wait));
         assert_eq!(parse(b"resize\n\n"), Ok(Command::Resize));
+        assert_eq!(parse(b"snapshot\n/a b \n\n"), Ok(Command::Snapshot("/a b".into())));
         assert_eq!(parse(b"mirror_max_bps\n1000\n\n"), Ok(Command::MirrorMaxBps(Some(1000))));
         assert_eq!(parse(b"mirror_max_bps 0\n\n"), Ok(Command::MirrorMaxBps(None)));
     }
@@ -496,6 +509,9 @@ mod tests {
             ("mirror 10.0.0.1 4777\nexport=a\0b\n\n", 1, "bad argument: export=a\\u0000b"),
             ("mirror 10.0.0.1 4777 Export=a\n\n", 1, "bad argument: Export=a"),
             ("wait 1\n\n", 1, "too many arguments"),
+            ("snapshot\n\n", 1, "bad path: none was given"),
+            ("snapshot a/b\n\n", 1, "bad path: a/b: it has to begin with '/'"),
+            ("snapshot\n/a\n/b\n\n", 1, "too many arguments"),
             ("resize 2048\n\n", 1, "too many arguments"),
         ] {
             assert_eq!(parse(text.as_bytes()), Err(Answer { code, text: answer.into() }), "{text:?}");

@@ -31,8 +31,8 @@ use args::common::{AccessArgs, DoorArgs, LogFlags};
 use args::proxy::{ProxyArgs, ReplayKind, SwitchArgs};
 use args::values;
 use args::{
-    AclArgs, CommandLine, HelpArgs, ListenArgs, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs, SockArgs, StatusArgs,
-    TransferArgs,
+    AclArgs, CommandLine, HelpArgs, ListenArgs, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs, SnapshotArgs, SockArgs,
+    StatusArgs, TransferArgs,
 };
 
 /// Fills the place of the program's name in a command line that is made here; help shows the one in [`args`].
@@ -148,6 +148,7 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
         Mode::Resize(SockArgs { sock, log }) => {
             ("resize", log, Ok(Job::Control { sock, words: vec!["resize".into()] }))
         }
+        Mode::Snapshot(args) => ("snapshot", args.log, snapshot(args)),
         Mode::Proxy(args) => ("proxy", args.log, proxy(args)),
         Mode::Switch(args) => ("switch", args.log, switch(args)),
         Mode::Acl(args) => ("acl", args.log, replace_acl(args)),
@@ -320,10 +321,27 @@ fn mirror(args: MirrorArgs) -> Result<Job, String> {
     Ok(Job::Mirror { sock: args.sock, words, wait: args.wait })
 }
 
+fn snapshot(args: SnapshotArgs) -> Result<Job, String> {
+    let invalid = |why: String| invalid("--to <FILE>", &args.to.to_string_lossy(), why);
+    let path = std::path::absolute(&args.to).map_err(|error| invalid(error.to_string()))?;
+    let path = path.to_str().filter(|path| is_line(path)).ok_or_else(|| {
+        let most = command::LINE_MAX;
+        invalid(format!(
+            "expected UTF-8, at most {most} bytes from the root, on one line, without white space at its end"
+        ))
+    })?;
+    Ok(Job::Control { sock: args.sock, words: vec!["snapshot".into(), path.into()] })
+}
+
+/// True for what arrives as it is sent, as a line of its own.
+fn is_line(text: &str) -> bool {
+    text.len() <= command::LINE_MAX && text.trim() == text && !text.contains('\n')
+}
+
 /// A keyword argument is a line of the control socket, where white space around a line is lost.
 fn export_keyword(name: &str) -> Result<String, String> {
     let line = format!("export={name}");
-    if line.len() <= command::LINE_MAX && name.trim_end() == name && !name.contains('\n') {
+    if is_line(&line) {
         return Ok(line);
     }
     let most = command::LINE_MAX - "export=".len();

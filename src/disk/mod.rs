@@ -38,6 +38,7 @@ pub use image::SECTOR;
 pub use open::{Access, OpenError};
 pub use sparse::is_zero;
 
+use crate::sys::clone::Cloning;
 use crate::sys::pages::FileSystem;
 use crate::work::{Done, Op};
 use image::Image;
@@ -129,6 +130,12 @@ impl Disk {
         let grown = open::grow(&mut self.image);
         self.tail = grown.map_err(|why| format!("{}: {why}", self.path.display()))?;
         Ok(())
+    }
+
+    /// Starts to make a second file, at an absolute path, that shares the blocks of the image as it is now. What was written is
+    /// in it when it is durable.
+    pub fn clone_to(&self, copy: &Path) -> io::Result<Cloning> {
+        open::clone_to(&self.image, copy)
     }
 
     /// The path it was opened by.

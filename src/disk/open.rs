@@ -7,6 +7,7 @@
 
 use super::image::{Image, SECTOR};
 use crate::sys;
+use crate::sys::clone::Cloning;
 use crate::sys::pages::FileSystem;
 use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};
@@ -71,6 +72,11 @@ pub(super) fn grow(image: &mut Image) -> Result<u64, String> {
     }
     image.size = size;
     Ok(tail)
+}
+
+/// As [`super::Disk::clone_to`].
+pub(super) fn clone_to(image: &Image, copy: &Path) -> io::Result<Cloning> {
+    Cloning::start(&image.file, copy)
 }
 
 /// As [`super::Disk::lock`].

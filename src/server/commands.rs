@@ -8,6 +8,7 @@ use super::reason::Next;
 use super::reason::Reason;
 use super::shared::warn_of_tail;
 use super::slot::Slot;
+use super::snapshot::Snapshot;
 use super::status;
 use crate::acl::{parse_ip, Entry};
 use crate::command::{Answer, Command, Ending, StatusForm, Switch};
@@ -16,7 +17,9 @@ use crate::endpoint::Endpoint;
 use crate::event::slots::Key;
 use crate::migrate::Plan;
 use log::info;
+use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 /// How long clients should be paused at most when nobody says otherwise, in milliseconds.
 const DEFAULT_PAUSE_MS: u64 = 100;
@@ -46,6 +49,10 @@ impl Reactor {
             Command::Break => self.break_mirror(),
             Command::Upstream(wanted) => self.change_upstream(&wanted).map_err(Answer::failed),
             Command::Resize => self.resize().map_err(Answer::failed),
+            Command::Snapshot(path) => match self.start_snapshot(from, path.into()) {
+                Ok(()) => return None,
+                Err(why) => Err(Answer::failed(format!("no snapshot: {why}"))),
+            },
             Command::Wait => match self.await_end(from) {
                 Ok(()) => return None,
                 Err(why) => Err(Answer::failed(why)),
@@ -101,6 +108,7 @@ impl Reactor {
             Life::Receiving { .. } | Life::Sealing { .. } => {
                 return Err("not serving yet: an inbound migration is awaited".into());
             }
+            Life::Snapshot => return Err("a snapshot is being made; try again when it is done".into()),
             Life::Relaying => return Err("the image is at another server already, and this one relays to it".into()),
             Life::Sending { .. } | Life::Over => return Err("mirror already running".into()),
         }
@@ -189,6 +197,7 @@ impl Reactor {
         let sh = &mut self.shared;
         match sh.life {
             Life::Serving => {}
+            Life::Snapshot => return Err("not resizing: a snapshot is being made; try again when it is done".into()),
             Life::Sending { .. } => return Err("not resizing: a migration is running; stop it first, or wait".into()),
             Life::Receiving { .. } | Life::Sealing { .. } => return Err("not resizing: there is no image yet".into()),
             Life::Relaying | Life::Over => return Err("not resizing: the image is at another server".into()),
@@ -209,6 +218,33 @@ impl Reactor {
             }
         }
         Ok(format!("size={size}"))
+    }
+
+    /// Begins a snapshot; it is answered when the file is there.
+    fn start_snapshot(&mut self, from: Key, to: PathBuf) -> Result<(), String> {
+        let sh = &mut self.shared;
+        match sh.life {
+            Life::Serving => {}
+            Life::Snapshot => return Err("another one is being made; try again when it is done".into()),
+            Life::Sending { .. } => return Err("a migration is running; stop it first, or wait".into()),
+            Life::Receiving { .. } | Life::Sealing { .. } => return Err("there is no image yet".into()),
+            Life::Relaying | Life::Over => return Err("the image is at another server".into()),
+        }
+        let Some(disk) = sh.backend.disk() else {
+            return Err("this is a proxy, and the image is where it is connected to".into());
+        };
+        if disk.is_device() {
+            return Err("this is a block device; what it lies on, such as LVM, may have snapshots".into());
+        }
+        if disk.access() == Access::ReadOnly {
+            return Err("this server is read-only and does not keep others from writing the image".into());
+        }
+        sh.lock_image().map_err(|_| "another server has the image open and may write it; stop that server first")?;
+        let added = self
+            .slots
+            .try_insert_with(|key| Ok::<_, Infallible>(Slot::Snapshot(Box::new(Snapshot::start(from, to, key, sh)))));
+        self.run.extend(added);
+        Ok(())
     }
 
     /// Changes a proxy to another server.

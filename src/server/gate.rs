@@ -1,6 +1,6 @@
 //! Between clients and a migration: whether a client's request may pass now, and which clients wait for that.
 //!
-//! A migration closes the gate in two ways. Before its end nothing passes at all ([`Life::pauses_clients`]). While
+//! A snapshot keeps what changes the image, and lets the rest pass. A migration closes the gate in two ways. Before its end nothing passes at all ([`Life::pauses_clients`]). While
 //! clients change the image faster than it can be sent, what changes the image waits, and the rest passes. A listener
 //! closes it in the second way, too, while its disk still works for a sender that is gone: the next one is greeted and
 //! waits. Time in which a request is kept does not count against its client.
@@ -51,8 +51,9 @@ impl Gate {
         if life.pauses_clients() {
             return None;
         }
-        let keeps_changes =
-            self.orphans > 0 || life.plan().is_some_and(|plan| plan.keeps_changes_until(now_ms).is_some());
+        let keeps_changes = self.orphans > 0
+            || matches!(life, Life::Snapshot)
+            || life.plan().is_some_and(|plan| plan.keeps_changes_until(now_ms).is_some());
         Some(if keeps_changes { Allowed::Reads } else { Allowed::Everything })
     }
 
@@ -99,8 +100,8 @@ impl Gate {
     /// When a client that waits may pass, as far as can be told now; that is now when the gate has opened since the last
     /// [`Gate::wake`].
     pub(super) fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
-        // The completion of an orphan wakes the loop.
-        if self.kept.is_empty() || self.orphans > 0 {
+        // The completion of an orphan wakes the loop, and the end of a snapshot does.
+        if self.kept.is_empty() || self.orphans > 0 || matches!(life, Life::Snapshot) {
             return None;
         }
         Some(life.plan().and_then(|plan| plan.keeps_changes_until(now_ms)).unwrap_or(now_ms))

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  serve:   Serving <──> Sending ──> Over, or Relaying ──> Over
+//!           Serving <──> Snapshot
 //!  listen:  Receiving ──> Sealing ──> Over, or Serving
 //! ```
 
@@ -23,6 +24,8 @@ pub(super) enum Life {
         /// What the migration sends next.
         plan: Box<Plan>,
     },
+    /// It serves the image, and changes wait while a second file of it is made.
+    Snapshot,
     /// It awaits an image from a sender, which may be connected.
     Receiving {
         /// What the sender has covered.
@@ -50,7 +53,12 @@ impl Life {
     pub(super) fn plan(&mut self) -> Option<&mut Plan> {
         match self {
             Self::Sending { plan, .. } => Some(plan),
-            Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Relaying | Self::Over => None,
+            Self::Serving
+            | Self::Snapshot
+            | Self::Receiving { .. }
+            | Self::Sealing { .. }
+            | Self::Relaying
+            | Self::Over => None,
         }
     }
 
@@ -58,7 +66,12 @@ impl Life {
     pub(super) fn mirror(&self) -> Option<Key> {
         match self {
             Self::Sending { mirror, .. } => Some(*mirror),
-            Self::Serving | Self::Receiving { .. } | Self::Sealing { .. } | Self::Relaying | Self::Over => None,
+            Self::Serving
+            | Self::Snapshot
+            | Self::Receiving { .. }
+            | Self::Sealing { .. }
+            | Self::Relaying
+            | Self::Over => None,
         }
     }
 
@@ -78,7 +91,7 @@ impl Life {
     /// lost.
     pub(super) fn pauses_clients(&self) -> bool {
         match self {
-            Self::Serving | Self::Receiving { .. } | Self::Relaying => false,
+            Self::Serving | Self::Snapshot | Self::Receiving { .. } | Self::Relaying => false,
             Self::Sending { plan, .. } => plan.pauses_clients(),
             Self::Sealing { .. } | Self::Over => true,
         }

@@ -21,7 +21,7 @@
 //!  reactor      the slots and their queues   slot                             the kinds of slot
 //!  client, control, mirror, upstream, listener, signals                       one kind each
 //!  attempt      one try of a migration       trials                           all of them, counted
-//!  dial         an outgoing connection
+//!  dial         an outgoing connection         snapshot   a second file of the image
 //!  offer, change, outage                        what another server is like; how it is changed; when it is away
 //!  shared       what every slot is lent         backend     what stands behind the requests
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
@@ -55,6 +55,7 @@ mod reason;
 mod shared;
 mod signals;
 mod slot;
+mod snapshot;
 mod socket;
 mod start;
 mod status;
@@ -277,7 +278,7 @@ impl Reactor {
     /// A signal has come.
     fn stop(&mut self) -> Result<Flow, Fatal> {
         match &mut self.shared.life {
-            Life::Serving | Life::Relaying | Life::Over => Ok(Flow::Stop),
+            Life::Serving | Life::Snapshot | Life::Relaying | Life::Over => Ok(Flow::Stop),
             Life::Receiving { incoming, .. } if incoming.is_durable() => {
                 Err(Fatal(format!("{NOT_MIGRATED}; {ALL_HERE}")))
             }

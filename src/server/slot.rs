@@ -6,6 +6,7 @@ use super::listener::Listener;
 use super::mirror::Mirror;
 use super::reason::{Next, Reason};
 use super::shared::Shared;
+use super::snapshot::Snapshot;
 use super::upstream::Link;
 use crate::event::slots::Key;
 use crate::sys::SignalFd;
@@ -26,6 +27,8 @@ pub(super) enum Slot {
     Mirror(Box<Mirror>),
     /// The connection to the server that has the image.
     Upstream(Box<Link>),
+    /// A second file of the image that is being made.
+    Snapshot(Box<Snapshot>),
     /// The signals that stop the server.
     Signals(SignalFd),
 }
@@ -39,7 +42,7 @@ impl Slot {
             Self::Control(control) => control.socket().note(event),
             Self::Mirror(mirror) => mirror.note(event),
             Self::Upstream(link) => link.note(event),
-            Self::Signals(_) => {}
+            Self::Snapshot(_) | Self::Signals(_) => {}
         }
     }
 
@@ -51,6 +54,7 @@ impl Slot {
             Self::Control(control) => control.read_step(key, sh),
             Self::Mirror(mirror) => mirror.read_step(key, sh),
             Self::Upstream(link) => link.read_step(key, sh),
+            Self::Snapshot(snapshot) => snapshot.read_step(key, sh),
             Self::Signals(_) => Next::Idle,
         }
     }
@@ -60,8 +64,9 @@ impl Slot {
         match self {
             Self::Client(client) => client.disk_done(done, sh),
             Self::Mirror(mirror) => mirror.disk_done(done, key, sh),
+            Self::Snapshot(snapshot) => snapshot.disk_done(done, key, sh),
             Self::Listener(_) | Self::Control(_) | Self::Upstream(_) | Self::Signals(_) => {
-                debug_assert!(false, "only clients and migrations use the disk");
+                debug_assert!(false, "clients, migrations and snapshots use the disk");
                 Next::Idle
             }
         }
@@ -74,7 +79,7 @@ impl Slot {
             Self::Control(control) => control.write_step(),
             Self::Mirror(mirror) => mirror.write_step(key, sh),
             Self::Upstream(link) => link.write_step(key, sh),
-            Self::Listener(_) | Self::Signals(_) => Next::Idle,
+            Self::Listener(_) | Self::Snapshot(_) | Self::Signals(_) => Next::Idle,
         }
     }
 
@@ -85,6 +90,7 @@ impl Slot {
             Self::Control(control) => control.timeout(key, sh),
             Self::Mirror(mirror) => mirror.timeout(key, sh),
             Self::Upstream(link) => link.timeout(key, sh),
+            Self::Snapshot(snapshot) => snapshot.timeout(sh),
             // Accepting has rested.
             Self::Listener(_) => Next::Again,
             Self::Signals(_) => Next::Idle,
@@ -97,7 +103,7 @@ impl Slot {
             Self::Client(mut client) => client.closed(reason, sh),
             Self::Control(control) => control.closed(reason, sh),
             Self::Mirror(mut mirror) => mirror.closed(reason, sh),
-            Self::Listener(_) | Self::Upstream(_) | Self::Signals(_) => {}
+            Self::Listener(_) | Self::Upstream(_) | Self::Snapshot(_) | Self::Signals(_) => {}
         }
     }
 }

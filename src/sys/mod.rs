@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code, reason = "this is the place for it")]
 
+pub mod clone;
 pub mod file;
 pub mod memory;
 pub mod net;

@@ -28,6 +28,7 @@ mod read_only;
 mod reconnect;
 mod resize;
 mod slow_changes;
+mod snapshot;
 mod sockets;
 mod sparse;
 mod spec;

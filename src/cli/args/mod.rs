@@ -23,7 +23,7 @@ use proxy::{ProxyArgs, SwitchArgs};
 use values::{client_count, export, offset, pause, remote_port, size, speed};
 
 /// What `help` can explain: the names of all [`Mode`]s.
-pub(crate) const MODES: [&str; 13] = [
+pub(crate) const MODES: [&str; 14] = [
     "serve",
     "listen",
     "mirror",
@@ -32,6 +32,7 @@ pub(crate) const MODES: [&str; 13] = [
     "proxy",
     "switch",
     "resize",
+    "snapshot",
     "acl",
     "status",
     "read",
@@ -74,8 +75,8 @@ Exit codes:
   1   anything that ended the program abnormally; one line on stderr says what
   2   wrong usage; nothing was started
   The modes that take --sock SOCK of a running server (mirror, mirror-speed,
-  break, switch, resize, acl, status) exit with the code of its answer: 0 done,
-  1 refused, 9 missing command, 10 unknown command. mirror --wait exits with 0
+  break, switch, resize, snapshot, acl, status) exit with the code of its
+  answer: 0 done, 1 refused, 9 missing command, 10 unknown command. mirror --wait exits with 0
   when the migration is completed, with 1 when it ends otherwise.
 
 The exit code of serve is 0 after a signal or a completed migration, and 1 if a
@@ -202,6 +203,18 @@ Example:
   truncate --size +10G disk.img
   flexnbd resize --sock /run/disk.sock")]
     Resize(SockArgs),
+    /// Copy the image of a running server, sharing its blocks.
+    #[command(after_help = "\
+The copy has the image as it is at one moment: all writes that were answered
+before are in it, and none that comes later. Changes of clients wait until it is
+made, for 20 s at the most; reads go on. That takes a file system where files
+can share blocks, such as btrfs and xfs, and FILE has to be on the same one. It
+appears when it is whole and on stable storage, or not at all. What a guest has
+not flushed is missing in it, as after a power failure.
+
+Example:
+  flexnbd snapshot --sock /run/disk.sock --to /srv/disk.monday.img")]
+    Snapshot(SnapshotArgs),
     /// Replace the access control list of a running server.
     #[command(after_help = "\
 Connected clients that the new list refuses are disconnected, and what they
@@ -466,6 +479,21 @@ pub(crate) struct SockArgs {
     /// Control socket of the server.
     #[arg(short, long)]
     pub sock: PathBuf,
+    /// Verbosity given after the mode.
+    #[command(flatten)]
+    pub log: LogFlags,
+}
+
+/// Options of `snapshot`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+pub(crate) struct SnapshotArgs {
+    /// Control socket of the server.
+    #[arg(short, long)]
+    pub sock: PathBuf,
+    /// File to make. It must not exist.
+    #[arg(short, long, value_name = "FILE")]
+    pub to: PathBuf,
     /// Verbosity given after the mode.
     #[command(flatten)]
     pub log: LogFlags,
