@@ -62,7 +62,7 @@ test: tools ## All tests but the slow ones, installing the tools they need
 test-slow: tools ## The tests that take minutes of real time
 	$(call report,$(call run_tests,--tests -- --ignored))
 
-test-kernel: $(BINARY) tools-kernel ## A real kernel's disk on flexnbd, migrated, relayed, and behind a proxy (qemu; Debian on amd64, as root)
+test-kernel: $(BINARY) tools-kernel ## A real kernel's disk on flexnbd, migrated, relayed, copied, grown, and behind a proxy (qemu; Debian on amd64, as root)
 	FLEXNBD=$(BINARY) $(call within,1800) bash tests/kernel/run.sh
 
 test-cluster: $(BINARY) tools-cluster ## Images on a volume that loses copies and its quorum (GlusterFS; Debian, as root)
@@ -73,7 +73,7 @@ TOOLS := qemu-io:qemu-utils nbdkit:nbdkit nbdcopy:libnbd-bin nbdsh:python3-libnb
 	nbd-client:nbd-client strace:strace mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkfs.ext4:e2fsprogs ip:iproute2 \
 	unshare:util-linux losetup:mount
 tools-kernel: TOOLS := qemu-system-x86_64:qemu-system-x86 nbd-client:nbd-client busybox:busybox-static cpio:cpio \
-	modprobe:kmod mkfs.ext4:e2fsprogs fstrim:util-linux perl:perl-base
+	modprobe:kmod mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs fstrim:util-linux mount:mount perl:perl-base
 tools-cluster: TOOLS := glusterd:glusterfs-server gluster:glusterfs-cli mount.glusterfs:glusterfs-client fio:fio \
 	ip:iproute2 unshare:util-linux umount:mount
 # The library that drives the fuzz targets is compiled from C++.

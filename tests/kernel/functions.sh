@@ -85,14 +85,18 @@ write_on() {
     done
 }
 
-# Attaches the device, with $1 as the timeout of its connections, and makes and mounts a file system.
-attach() {
-    mkdir "$mnt" "$work/sums"
-    complaints=$(kernel_complaints)
-
+# Attaches the device, with $1 as the timeout of its connections.
+connect() {
     nbd-client "$host" "$port" "$device" -N "" -connections "$connections" -timeout "$1" >"$work/log" 2>&1 ||
         fail "nbd-client: $(cat "$work/log")"
     step "nbd-client attached $device, $(cat "/sys/block/$name/size") sectors, over $connections connections"
+}
+
+# The same, and makes and mounts a file system.
+attach() {
+    mkdir "$mnt" "$work/sums"
+    complaints=$(kernel_complaints)
+    connect "$1"
 
     mkfs.ext4 -q "$device" >"$work/log" 2>&1 || fail "mkfs.ext4: $(cat "$work/log")"
     mount -t ext4 "$device" "$mnt"

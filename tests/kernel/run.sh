@@ -1,7 +1,7 @@
 #!/bin/bash
 # Lets a real kernel use flexnbd as a disk while its servers change: in a guest of qemu with Debian's kernel, and where
 # there is /dev/nbd0 and one may, with the kernel of this machine too. `make test-kernel` runs it. It takes some minutes
-# and leaves nothing behind. ACCEL is qemu's accelerator: tcg, which works everywhere, or kvm.
+# and leaves nothing behind. ONLY names some of its exercises. ACCEL is qemu's accelerator: tcg, which works everywhere, or kvm.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 
@@ -15,10 +15,14 @@ size=134217728
 limit=240
 # The processes to end: the servers, the proxy, the one that waits for a migration, and the guest or the exercise.
 source= destination= last= proxy= migration= kernel=
+# Where files can share blocks, once it is mounted.
+pool=
 # What the exercise is told, on its standard input.
 mkfifo input
 exec 3<>input
 passed=0
+# Those that are run; ONLY names some of them.
+exercises=${ONLY:-migrate crash_behind_proxy relay copy_and_grow}
 
 clean_up() {
     # The exercise first: it undoes what it did to this machine, and may need the servers for it.
@@ -27,6 +31,7 @@ clean_up() {
         timeout 20 tail --pid="$job" -f /dev/null || kill -KILL "$job" 2>/dev/null || true
         wait "$job" 2>/dev/null || true
     done
+    [ -z "$pool" ] || umount "$pool" || true
     cd /
     rm -rf "$dir"
 }
@@ -122,7 +127,7 @@ add_modules() {
 make_initramfs() {
     local program perl_base
     mkdir -p root/{bin,dev,proc,sys,tmp}
-    for program in nbd-client mkfs.ext4 e2fsck fstrim perl; do
+    for program in nbd-client mkfs.ext4 e2fsck resize2fs fstrim perl; do
         add_program "$program"
     done
     install "$(command -v busybox)" root/bin/busybox
@@ -132,7 +137,7 @@ make_initramfs() {
     cp -r "$perl_base" "root$perl_base"
     add_modules virtio_pci virtio_net nbd
     install "$here/init.sh" root/init
-    cp "$here"/{functions.sh,exercise.sh,undisturbed.sh,reattach.pl} root
+    cp "$here"/{functions.sh,exercise.sh,undisturbed.sh,grown.sh,reattach.pl} root
     (cd root && find . | cpio --quiet -o -H newc -R 0:0) >initramfs
 }
 
@@ -343,10 +348,48 @@ relay() {
     check_image third
 }
 
+# A disk of which snapshots are made while it is written, and which grows.
+copy_and_grow() {
+    local shown=0 deadline=$((SECONDS + limit)) sum copy copies=100 longest
+    say "$copies snapshots, and a larger disk:"
+    : >console
+    truncate -s 4G btrfs
+    mkfs.btrfs -q btrfs >mkfs.log 2>&1 || fail "mkfs.btrfs: $(cat mkfs.log)"
+    mkdir files.d
+    mount -o loop btrfs files.d || fail "btrfs on a loop device; this takes root"
+    pool=$dir/files.d
+    start_new source "$pool/first" serve
+    "$1" grown "$(port_of "$pool/first.sock" newstyle_address)"
+
+    await_step "writing"
+    for copy in $(seq "$copies"); do
+        await_files 1
+        flexnbd snapshot --sock "$pool/first.sock" --to "$pool/copy" >>snapshot.log 2>&1 || fail "$(cat snapshot.log)"
+        # What a power failure leaves: the journal is replayed, and nothing else is to be mended.
+        e2fsck -E journal_only -y "$pool/copy" >fsck.log 2>&1 || [ $? = 1 ] || fail "snapshot $copy: $(cat fsck.log)"
+        e2fsck -fn "$pool/copy" >fsck.log 2>&1 || fail "e2fsck of snapshot $copy: $(cat fsck.log)"
+        rm "$pool/copy"
+    done
+    longest=$(sed -n 's/.*changes waited for \([0-9]*\) ms$/\1/p' snapshot.log | sort -n | tail -n 1)
+    say "e2fsck finds nothing wrong with $copies snapshots; changes waited for ${longest:-?} ms at most"
+    truncate -s "$((size * 3 / 2))" "$pool/first"
+    [ "$(flexnbd resize --sock "$pool/first.sock")" = "size=$((size * 3 / 2))" ] || fail "resize: $(cat "$pool/first.log")"
+    echo over >&3
+
+    await_detached
+    kill "$source"
+    await_exit source "$pool/first.log"
+    check_image "$pool/first"
+    umount "$pool"
+    pool=
+    rm btrfs
+    rmdir files.d
+}
+
 device=$(free_device)
 if [ -n "$device" ]; then
     say "the kernel of this machine, $device"
-    for exercise in migrate crash_behind_proxy relay; do
+    for exercise in $exercises; do
         "$exercise" start_here
     done
 else
@@ -357,7 +400,7 @@ say "a kernel in qemu (accelerator: ${ACCEL:-tcg})"
 fetch_kernel
 make_initramfs
 say "Debian's kernel $version, initramfs of $(du -m initramfs | cut -f 1) MiB"
-for exercise in migrate crash_behind_proxy relay; do
+for exercise in $exercises; do
     "$exercise" start_guest
 done
 
