@@ -34,6 +34,11 @@ impl Ready {
         self.hung_up
     }
 
+    /// True when the peer has closed its side, and what it sent before is not all read.
+    pub fn read_closed(self) -> bool {
+        self.read_closed
+    }
+
     /// True when reading may succeed.
     pub fn readable(self) -> bool {
         self.readable

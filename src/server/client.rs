@@ -158,6 +158,12 @@ impl Client {
                     sh.effects.push_back(Effect::CameBack);
                     return Next::Close(Reason::CameBack);
                 }
+                // Such a client asks again over another connection, which may be here already: done now, this would be done
+                // twice. After a while in which the process was stopped, both are found at once.
+                Step::Request(Request { action, .. }) if self.has_left() => {
+                    action.into_buffer().into_iter().for_each(|buffer| sh.pool.give(buffer));
+                    return Next::Close(Reason::HungUp);
+                }
                 Step::Request(Request { tag, action, .. }) => {
                     if let Some(range) = action.touches() {
                         sh.gate.passed(&mut sh.life, &range);
@@ -285,6 +291,11 @@ impl Client {
         self.stalled = true;
         self.arm(sh.now_ms.saturating_add(MEMORY_RETRY_MS), key, sh);
         Next::Idle
+    }
+
+    /// True when it has named its session and closed this connection of it.
+    fn has_left(&self) -> bool {
+        self.session.name().is_some() && self.socket.closed_by_peer()
     }
 
     /// Receives once. False: there was no memory to receive into.

@@ -53,6 +53,14 @@ impl Socket {
         }
     }
 
+    /// Whoever closes it does so at once, and drops what was not sent. A UNIX socket keeps what is on its way.
+    pub(super) fn reset_at_close(&self) {
+        if let Stream::Tcp(stream) = &self.stream {
+            // Else the peer hears of the end behind what is on its way, as ever.
+            let _ = sys::net::reset_at_close(stream.as_fd());
+        }
+    }
+
     /// How the peer takes what is sent to it. `None` for a UNIX socket, whose peer cannot vanish.
     pub(super) fn delivery(&self) -> Option<Delivery> {
         match &self.stream {
@@ -88,6 +96,11 @@ impl Socket {
     /// True when the peer takes nothing any more.
     pub(super) fn hung_up(&self) -> bool {
         self.ready.hung_up()
+    }
+
+    /// True when the peer has closed its side: what is to be received was sent before that.
+    pub(super) fn closed_by_peer(&self) -> bool {
+        self.ready.read_closed()
     }
 
     /// Receives once. Fewer bytes than there was room for mean that the socket is empty.

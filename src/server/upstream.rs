@@ -291,6 +291,10 @@ impl Link {
     /// The connection is of no use any more: what is not answered will be asked again over the next one.
     fn lost(&mut self, why: &Failure, sh: &mut Shared) -> Next {
         let was_open = self.is_open();
+        if let Some(dial) = &self.dial {
+            // What is on its way there will be asked again, and must not be done twice.
+            dial.socket().reset_at_close();
+        }
         self.drop_dial(sh);
         let Some(standby) = sh.backend.upstream() else { return Next::Idle };
         standby.core.lost();

@@ -54,6 +54,11 @@ pub fn set_tcp_options(fd: BorrowedFd, keepalive: Keepalive) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes the end of a TCP connection a reset: the peer hears of it at once, and not behind what it has not read yet.
+pub fn reset_at_close(fd: BorrowedFd) -> io::Result<()> {
+    set_option(fd, libc::SOL_SOCKET, libc::SO_LINGER, libc::linger { l_onoff: 1, l_linger: 0 })
+}
+
 /// How a TCP peer takes what is sent to it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Delivery {
