@@ -18,15 +18,15 @@ cd "$tree/src"
 declare -A folders=(
     [cli]="mod args"
     [cli/args]="mod proxy common values"
-    [disk]="mod engine ring changes kernel verify hint zero pace sparse reads commit queue open image"
+    [disk]="mod engine ring changes kernel verify hint zero pace sparse reads commit queue mark open image"
     [event]="mod alarm ready run_queue wheel slots"
-    [migrate]="mod plan flush pace pause pass changes holes incoming bucket meter"
+    [migrate]="mod plan settle flush pace pause pass changes holes incoming mark bucket meter"
     [proto]="mod client server outbox export error wire"
     [proto/client]="mod handshake unanswered account chunk cookies"
     [proto/server]="negotiation parting mod handshake write read reply step request unanswered inbox memory tally"
     [remote]="mod transfer progress connect"
     [server]="mod start apply commands status reactor slot client control mirror upstream snapshot listener signals attempt trials offer dial change outage \
-        shared backend gate grace admit complaints life inbound effect reason watch socket bind config"
+        mark shared backend gate grace admit complaints life inbound effect reason watch socket bind config"
     [upstream]="mod task dirty command"
     [sys]="ring pages memory file clone net mod"
 )

@@ -134,9 +134,9 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
         parsed => parsed?,
     };
     let (mode, log, job) = match line.mode {
-        Mode::Serve(args) => ("serve", args.log, server(args, server::Role::Serve)),
+        Mode::Serve(args) => ("serve", args.log, server(args, None)),
         Mode::Listen(ListenArgs { then_serve, serve }) => {
-            ("listen", serve.log, server(serve, server::Role::Listen { then_serve }))
+            ("listen", serve.log, server(serve, Some(server::Role::Listen { then_serve })))
         }
         Mode::Mirror(args) => ("mirror", args.log, mirror(args)),
         Mode::MirrorSpeed(MirrorSpeedArgs { sock, max_speed, log }) => (
@@ -182,7 +182,13 @@ fn verbosity(before: LogFlags, after: LogFlags) -> Verbosity {
     }
 }
 
-fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
+fn server(args: ServeArgs, listens: Option<server::Role>) -> Result<Job, String> {
+    if args.adopt && listens.is_some() {
+        return Err(
+            "--adopt does not go with listen, which takes a new image whatever the old one is; leave it out".into()
+        );
+    }
+    let role = listens.unwrap_or(server::Role::Serve { adopt: args.adopt });
     let image = server::Image {
         file: args.file,
         disk_engine: match args.disk_engine {
@@ -191,7 +197,7 @@ fn server(args: ServeArgs, role: server::Role) -> Result<Job, String> {
             args::Engine::Ring => EngineChoice::Ring,
         },
         access: match (args.read_only, args.shared_image) {
-            (true, _) if role != server::Role::Serve => {
+            (true, _) if listens.is_some() => {
                 return Err("--read-only does not go with listen, which writes the image; leave it out".into());
             }
             (true, _) => Access::ReadOnly,

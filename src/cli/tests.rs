@@ -74,7 +74,9 @@ fn serve_takes_every_option_in_any_order() {
                 --max-clients 7 10.0.0.2";
     let short = "serve -k -d -p4777 10.0.0.1 -s ctl 10.0.0.2 --max-clients=7 -l 127.0.0.1 -fdisk";
     let packed = "serve -dkp 4777 -l127.0.0.1 -f disk -sctl --max-clients 7 -- 10.0.0.1 10.0.0.2";
-    for (mode, role) in [("serve", server::Role::Serve), ("listen", server::Role::Listen { then_serve: false })] {
+    let roles =
+        [("serve", server::Role::Serve { adopt: false }), ("listen", server::Role::Listen { then_serve: false })];
+    for (mode, role) in roles {
         for line in [long, short, packed] {
             let line = line.replacen("serve", mode, 1);
             let config = config(&line);
@@ -98,6 +100,13 @@ fn listen_may_go_on_as_a_server() {
         assert_eq!(image(&config(&line)).role, server::Role::Listen { then_serve: true }, "{line}");
     }
     assert!(refused(&format!("{SERVE} --serve")).contains("--serve"));
+}
+
+#[test]
+fn a_marked_image_is_served_where_that_is_asked_for() {
+    assert_eq!(image(&config(&format!("{SERVE} --adopt"))).role, server::Role::Serve { adopt: true });
+    assert_eq!(image(&config(&format!("{SERVE} --adopt --read-only"))).role, server::Role::Serve { adopt: true });
+    assert!(refused(&format!("{LISTEN} --adopt")).contains("--adopt does not go with listen"));
 }
 
 #[test]

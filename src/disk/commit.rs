@@ -35,6 +35,11 @@ pub(super) struct Commit {
     company: (u64, u32),
     /// How much was to be written since the last fdatasync began, in bytes.
     written: u64,
+    /// The mark on the image has changed since then. The next one is an fsync: an fdatasync need not cover it, and on ext4 it
+    /// does not.
+    is_marked: bool,
+    /// The one that runs is an fsync.
+    syncs_all: bool,
 }
 
 impl Commit {
@@ -49,6 +54,16 @@ impl Commit {
         self.company = (op.owner, if op.owner == owner { row.saturating_add(1) } else { 1 });
         let bytes = op.action.touches().map_or(0, |range| range.end - range.start);
         self.written = self.written.saturating_add(bytes);
+    }
+
+    /// The mark on the image has changed.
+    pub(super) fn note_mark(&mut self) {
+        self.is_marked = true;
+    }
+
+    /// True when the sync that has begun is an fsync.
+    pub(super) fn syncs_all(&self) -> bool {
+        self.syncs_all
     }
 
     /// True when an fdatasync would be short, and only one owner would wait for it because no other has asked for
@@ -71,6 +86,7 @@ impl Commit {
         debug_assert!(self.syncing.is_empty(), "invariant 1");
         self.syncing = mem::take(&mut self.gathering);
         self.written = 0;
+        self.syncs_all = mem::take(&mut self.is_marked);
         let begins = self.errno.is_none();
         self.syncs += u64::from(begins);
         begins
@@ -78,7 +94,8 @@ impl Commit {
 
     /// The fdatasync of the group by this thread.
     pub(super) fn sync(&mut self, image: &Image, done: &mut VecDeque<Done>) {
-        self.ended(image.file.sync_data(), done);
+        let synced = if self.syncs_all { image.file.sync_all() } else { image.file.sync_data() };
+        self.ended(synced, done);
     }
 
     /// The fdatasync of the group has ended, or there was none. After one has failed there is no other: the kernel may have

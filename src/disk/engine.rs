@@ -173,6 +173,11 @@ impl Engine {
         self.done.pop_front()
     }
 
+    /// The mark on the image has changed.
+    pub(super) fn note_mark(&mut self) {
+        self.commit.note_mark();
+    }
+
     pub(super) fn syncs(&self) -> u64 {
         self.commit.syncs()
     }
@@ -397,7 +402,8 @@ impl Engine {
             || image.source == FileSystem::Local && is_idle && self.commit.serves_one();
         if !self.commit.start() {
             self.commit.ended(Ok(()), &mut self.done);
-        } else if is_inline || !self.flights.as_mut().is_some_and(Flights::push_sync) {
+        } else if is_inline || !self.flights.as_mut().is_some_and(|flights| flights.push_sync(self.commit.syncs_all()))
+        {
             self.commit.sync(image, &mut self.done);
         }
     }

@@ -3,7 +3,7 @@
 //! The way through is always [`Disk::submit`], [`Disk::kick`], [`Disk::pop_done`]. An operation owns its buffer until
 //! it is done, so whoever asked may vanish meanwhile. What becomes of it is in `engine`; what the kernel does of it while
 //! this thread goes on, in `ring` and `changes`; what waits is in `queue`; how long a step may take, in `pace`; what can be read at once,
-//! in `reads`. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is in
+//! in `reads`. What is said of the image where its file is, is in `mark`. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is in
 //! `open`. There is no socket here and no word of a protocol.
 //!
 //! Operations that are queued together may be carried out in any order, and long ones in steps between others, so two
@@ -19,6 +19,7 @@ mod engine;
 mod hint;
 mod image;
 mod kernel;
+mod mark;
 mod open;
 mod pace;
 mod queue;
@@ -172,6 +173,28 @@ impl Disk {
     /// Removes the name of the file; what is open stays.
     pub fn unlink(&self) -> io::Result<()> {
         open::unlink(&self.image, &self.path)
+    }
+
+    /// The mark on the image, if there is one and it can be had.
+    pub fn mark(&self) -> io::Result<Option<Vec<u8>>> {
+        mark::get(&self.image)
+    }
+
+    /// Sets the mark, or removes it; the next [`Action::Flush`](crate::work::Action::Flush) makes that durable. False: there
+    /// can be none, on a block device and on some file systems.
+    pub fn set_mark(&mut self, mark: Option<&str>) -> io::Result<bool> {
+        let can_be = mark::set(&self.image, mark)?;
+        match &mut self.engine {
+            Engine::Real(engine) => engine.note_mark(),
+            #[cfg(test)]
+            Engine::Slow(_) => {}
+        }
+        Ok(can_be)
+    }
+
+    /// Puts the mark on stable storage at once. The thread waits for that: it is for the start, when there are no clients.
+    pub fn sync_mark(&self) -> io::Result<()> {
+        self.image.file.sync_all()
     }
 
     /// Queues an operation, or hands it back when [`OPS_MAX`] are in flight. It has to lie inside the image.

@@ -141,9 +141,9 @@ impl Flights {
         }
     }
 
-    /// Pushes an fdatasync. False: the ring is full.
-    pub(super) fn push_sync(&mut self) -> bool {
-        self.kernel.push_sync(SYNC)
+    /// Pushes an fdatasync or, when `all` is true, an fsync. False: the ring is full.
+    pub(super) fn push_sync(&mut self, all: bool) -> bool {
+        self.kernel.push_sync(SYNC, all)
     }
 
     /// The next that has ended, of what was collected. The rest of a short read waits again.

@@ -78,7 +78,7 @@ impl Kernel for Told {
         self.script.borrow_mut().push(Pushed::Punch { id, offset, length }).is_ok()
     }
 
-    fn push_sync(&mut self, id: u32) -> bool {
+    fn push_sync(&mut self, id: u32, _all: bool) -> bool {
         self.script.borrow_mut().push(Pushed::Sync { id }).is_ok()
     }
 

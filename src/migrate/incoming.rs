@@ -21,6 +21,17 @@ enum Durable {
     Yes,
 }
 
+/// Whether the image is marked as one that comes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Marking {
+    /// Nobody has changed it.
+    Due,
+    /// It is being marked.
+    Asked,
+    /// It is, or it can have no mark.
+    Over,
+}
+
 /// What has come of an image, exact to the byte, whatever the order and the sizes of the writes.
 ///
 /// It never claims a byte that was not noted. When a sender leaves more unfinished blocks behind than are remembered,
@@ -38,6 +49,7 @@ pub struct Incoming {
     whole: Bitmap,
     pieces: BTreeMap<u64, u64>,
     durable: Durable,
+    mark: Marking,
 }
 
 impl Incoming {
@@ -53,13 +65,39 @@ impl Incoming {
     /// Awaits an image of `size` bytes.
     pub fn new(size: u64) -> Self {
         let block = Self::block_of(size);
-        Self { size, block, whole: Bitmap::new(size, block), pieces: BTreeMap::new(), durable: Durable::No }
+        Self {
+            size,
+            block,
+            whole: Bitmap::new(size, block),
+            pieces: BTreeMap::new(),
+            durable: Durable::No,
+            mark: Marking::Due,
+        }
     }
 
     /// A sender has come: nothing of an earlier one counts. What that has made durable stays so until it is changed.
     pub fn begin(&mut self) {
         self.whole.clear_range(0, self.size);
         self.pieces.clear();
+    }
+
+    /// True when the image may be changed: it is durable that it is marked, or there can be no mark.
+    pub fn may_change(&self) -> bool {
+        self.mark == Marking::Over
+    }
+
+    /// A sender wants to change the image. True: mark it, make that durable, and say so with [`Incoming::marked`].
+    pub fn wants_mark(&mut self) -> bool {
+        let is_due = self.mark == Marking::Due;
+        if is_due {
+            self.mark = Marking::Asked;
+        }
+        is_due
+    }
+
+    /// The mark is durable, or there can be none.
+    pub fn marked(&mut self) {
+        self.mark = Marking::Over;
     }
 
     /// The disk begins to change the image.
@@ -220,6 +258,10 @@ mod tests {
             incoming.is_durable()
         };
         let mut incoming = Incoming::new(SIZE);
+        assert!(!incoming.may_change() && incoming.wants_mark() && !incoming.may_change() && !incoming.wants_mark());
+        incoming.marked();
+        incoming.begin();
+        assert!(incoming.may_change() && !incoming.wants_mark(), "one mark is for all senders");
         write(&mut incoming, 0..SIZE - 1);
         assert!(!flush(&mut incoming), "a byte is missing");
         write(&mut incoming, SIZE - 1..SIZE);

@@ -18,6 +18,14 @@ pub(super) enum Phase {
     LastPass {
         since_ms: u64,
     },
+    /// The mark that the image has moved is being made durable.
+    Marking {
+        since_ms: u64,
+    },
+    /// It is durable.
+    Marked {
+        since_ms: u64,
+    },
     Committed {
         since_ms: u64,
     },
@@ -73,16 +81,22 @@ impl Pause {
     fn since_ms(&self) -> Option<u64> {
         match self.phase {
             Phase::Copying | Phase::Released { .. } => None,
-            Phase::Quiescing { since_ms } | Phase::LastPass { since_ms } | Phase::Committed { since_ms } => {
-                Some(since_ms)
-            }
+            Phase::Quiescing { since_ms }
+            | Phase::LastPass { since_ms }
+            | Phase::Marking { since_ms }
+            | Phase::Marked { since_ms }
+            | Phase::Committed { since_ms } => Some(since_ms),
         }
     }
 
     /// When the pause has to end, if it can end without a commit.
     pub(super) fn ends_ms(&self) -> Option<u64> {
         match self.phase {
-            Phase::Copying | Phase::Committed { .. } | Phase::Released { .. } => None,
+            Phase::Copying
+            | Phase::Marking { .. }
+            | Phase::Marked { .. }
+            | Phase::Committed { .. }
+            | Phase::Released { .. } => None,
             Phase::Quiescing { since_ms } | Phase::LastPass { since_ms } => {
                 let least_ms = self.target_ms.saturating_mul(5).max(GIVE_UP_MIN_MS);
                 let limit_ms = least_ms.saturating_mul(1 << self.given_up.min(16));
@@ -101,8 +115,20 @@ impl Pause {
         }
     }
 
-    pub(super) fn commit(&mut self) {
+    pub(super) fn mark(&mut self) {
         if let Phase::LastPass { since_ms } = self.phase {
+            self.phase = Phase::Marking { since_ms };
+        }
+    }
+
+    pub(super) fn marked(&mut self) {
+        if let Phase::Marking { since_ms } = self.phase {
+            self.phase = Phase::Marked { since_ms };
+        }
+    }
+
+    pub(super) fn commit(&mut self) {
+        if let Phase::LastPass { since_ms } | Phase::Marked { since_ms } = self.phase {
             self.phase = Phase::Committed { since_ms };
         }
     }
@@ -145,6 +171,23 @@ mod tests {
                 assert_eq!((pause.phase(), pause.not_before_ms()), (Phase::Copying, now_ms));
             }
         }
+    }
+
+    #[test]
+    fn nobody_goes_on_between_the_mark_and_the_commit() {
+        let mut pause = Pause::new(100, 0);
+        pause.mark();
+        assert_eq!(pause.phase(), Phase::Copying);
+        pause.begin(5);
+        pause.quiesced();
+        pause.mark();
+        pause.commit();
+        assert_eq!((pause.phase(), pause.ends_ms()), (Phase::Marking { since_ms: 5 }, None));
+        assert!(!pause.give_up());
+        pause.marked();
+        assert_eq!((pause.pauses_clients(), pause.ends_ms(), pause.lasted_ms(8)), (true, None, 3));
+        pause.commit();
+        assert_eq!(pause.phase(), Phase::Committed { since_ms: 5 });
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::holes::Holes;
 use super::pace::Pace;
 use super::pass::{Pass, Taken, BLOCK, IN_FLIGHT_MAX};
 use super::pause::{Pause, Phase};
+use super::settle::Settling;
 use crate::bitmap::Bitmap;
 use crate::work::Extent;
 use std::mem;
@@ -51,7 +52,11 @@ pub enum Step {
     WaitUntil(u64),
     /// Pause clients and, when none of their operations is in flight, say so with [`Plan::quiesced`].
     Quiesce,
-    /// Everything is there: end the connection in the way that says so.
+    /// Flush the image here, and say so with [`Plan::settled`].
+    Settle,
+    /// Everything is there: mark the image here as moved, make that durable, and say so with [`Plan::marked`].
+    Mark,
+    /// End the connection in the way that says that everything is there.
     Commit,
 }
 
@@ -95,6 +100,8 @@ struct Attempt {
     holes: Holes,
     flushes: Flushes,
     pause: Pause,
+    /// `None`: the image stays here, or can have no mark.
+    settling: Option<Settling>,
     pace: Pace,
     sent_bytes: u64,
     zeroed_bytes: u64,
@@ -125,15 +132,23 @@ impl Plan {
         }
     }
 
+    /// The image is marked as moved before the commit.
+    pub fn mark_at_end(&mut self) {
+        self.attempt.settling = Some(Settling::default());
+    }
+
     /// Starts an attempt with a destination that holds nothing yet.
     pub fn begin(&mut self, can: Abilities, now_ms: u64) {
         let flushes = self.attempt.flushes.of_next_attempt(can.flush, now_ms);
         let pass = mem::replace(&mut self.attempt.pass, Pass::new(0)).again();
+        let settling = self.attempt.settling.take();
         self.attempt = Attempt::new(pass, self.pause_target_ms, can, flushes, now_ms);
+        self.attempt.settling = settling.map(|_| Settling::default());
     }
 
     /// The destination is gone, and what it has is worth nothing any more. Clients go on. Even [`Step::Commit`] may
-    /// fail like this, up to the moment in which the destination could have been told.
+    /// fail like this, up to the moment in which the destination could have been told. Where the image
+    /// [is marked](Plan::is_marked), the mark has to be gone, and durably so, before a client goes on.
     pub fn lost(&mut self, now_ms: u64) {
         self.begin(Abilities::default(), now_ms);
     }
@@ -197,6 +212,23 @@ impl Plan {
         self.attempt.pause.quiesced();
     }
 
+    /// From [`Step::Mark`] on: the image here may be marked as moved.
+    pub fn is_marked(&self) -> bool {
+        let phase = self.attempt.pause.phase();
+        let is_late = matches!(phase, Phase::Marking { .. } | Phase::Marked { .. } | Phase::Committed { .. });
+        self.attempt.settling.is_some() && is_late
+    }
+
+    /// The mark is durable.
+    pub fn marked(&mut self) {
+        self.attempt.pause.marked();
+    }
+
+    /// The image here is flushed, or cannot be.
+    pub fn settled(&mut self, now_ms: u64) {
+        self.attempt.settling.iter_mut().for_each(|settling| settling.answered(now_ms));
+    }
+
     /// When the pause has to end, if there is one that can end without a commit.
     pub fn pause_ends_ms(&self) -> Option<u64> {
         self.attempt.pause.ends_ms()
@@ -217,6 +249,7 @@ impl Plan {
     pub fn give_up_pause(&mut self) {
         if self.attempt.pause.give_up() {
             self.attempt.flushes.note_given_up();
+            self.attempt.settling.iter_mut().for_each(|settling| *settling = Settling::default());
             // What should have fitted did not, so the way may have become slower.
             self.attempt.pace.meter().halve();
         }
@@ -288,6 +321,7 @@ impl Attempt {
             holes: Holes::default(),
             flushes,
             pause: Pause::new(pause_target_ms, now_ms),
+            settling: None,
             pace: Pace::new(now_ms),
             sent_bytes: 0,
             zeroed_bytes: 0,
@@ -307,21 +341,32 @@ impl Attempt {
             }
             Phase::LastPass { .. } if self.pass.left_bytes() == 0 => return self.finish(now_ms),
             Phase::LastPass { .. } => {}
-            Phase::Quiescing { .. } | Phase::Committed { .. } | Phase::Released { .. } => return Step::Wait,
+            Phase::Marked { .. } => return self.commit(),
+            Phase::Quiescing { .. } | Phase::Marking { .. } | Phase::Committed { .. } | Phase::Released { .. } => {
+                return Step::Wait
+            }
         }
         self.send(limit, changes, now_ms)
     }
 
-    /// The end of the copy: a flush while clients still go on, so that the one in the pause is short; then the pause.
+    /// The end of the copy: flushes of both images while clients still go on, so that those in the pause are short; then
+    /// the pause.
     fn approach_end(&mut self, most_bytes: u64, changes: &Changes, now_ms: u64) -> Option<Step> {
         let is_all_there = self.pass.left_bytes() == 0;
         let is_near = is_all_there || self.pass.is_settled();
         if !is_near || !self.fits(most_bytes, changes) {
             return is_all_there.then_some(Step::WaitForClients);
         }
-        match self.flushes.need(Why::Pause { target_ms: self.pause.target_ms() }) {
+        let target_ms = self.pause.target_ms();
+        let settles = self.settling.as_ref().map_or(Need::Nothing, |settling| settling.need(target_ms, now_ms));
+        if let (Need::Flush, Some(settling)) = (settles, &mut self.settling) {
+            settling.ask(now_ms);
+            return Some(Step::Settle);
+        }
+        match self.flushes.need(Why::Pause { target_ms }) {
             Need::Answer => return None,
-            Need::Flush => return Some(self.flush(Why::Pause { target_ms: self.pause.target_ms() }, now_ms)),
+            Need::Flush => return Some(self.flush(Why::Pause { target_ms }, now_ms)),
+            Need::Nothing if settles == Need::Answer => return None,
             Need::Nothing => {}
         }
         let not_before_ms = self.pause.not_before_ms();
@@ -332,17 +377,23 @@ impl Attempt {
         Some(Step::Quiesce)
     }
 
-    /// Nothing is left: a last flush covers what was sent since the one before, then the commit.
+    /// Nothing is left: a last flush covers what was sent since the one before, then come the mark and the commit.
     fn finish(&mut self, now_ms: u64) -> Step {
         match self.flushes.need(Why::Commit) {
             Need::Answer => Step::Wait,
             Need::Flush => self.flush(Why::Commit, now_ms),
-            Need::Nothing => {
-                debug_assert!(self.pass.left_bytes() == 0, "invariant 4");
-                self.pause.commit();
-                Step::Commit
+            Need::Nothing if self.settling.is_some() => {
+                self.pause.mark();
+                Step::Mark
             }
+            Need::Nothing => self.commit(),
         }
+    }
+
+    fn commit(&mut self) -> Step {
+        debug_assert!(self.pass.left_bytes() == 0, "invariant 4");
+        self.pause.commit();
+        Step::Commit
     }
 
     fn flush(&mut self, why: Why, now_ms: u64) -> Step {

@@ -3,14 +3,16 @@
 
 use super::config::Destination;
 use super::dial::{Dial, Failure};
+use super::reason::Next;
 use super::shared::Shared;
 use crate::buffer::{Buffer, SLICE};
+use crate::command::Ending;
 use crate::disk;
 use crate::event::slots::Key;
 use crate::migrate::{Plan, DATA_MAX};
 use crate::proto::error::Errno;
 use crate::proto::wire::kind;
-use crate::work::{Action, Op};
+use crate::work::{Action, Done, Extent, Op};
 use log::info;
 use std::fmt;
 use std::io;
@@ -55,6 +57,10 @@ pub(super) enum Task {
     Read(Range<u64>),
     /// The answer to a [`crate::migrate::Step::Look`] at this offset.
     Look(u64),
+    /// A [`crate::migrate::Step::Settle`].
+    Settle,
+    /// A [`crate::migrate::Step::Mark`].
+    Mark,
 }
 
 /// One connection to the destination, and what is under way on its behalf.
@@ -123,8 +129,52 @@ impl Attempt {
         self.tasks.len()
     }
 
+    /// Takes what the disk has done. Data goes out in the write step of the same turn.
+    pub(super) fn disk_done(&mut self, done: Done, sh: &mut Shared) -> Result<Next, Failure> {
+        let (now_ms, task) = (sh.now_ms, self.take_task(done.tag));
+        match (task, done.buffer, sh.life.plan()) {
+            (Some(Task::Read(range)), Some(buffer), _) => {
+                self.read_done(range, buffer, done.result, sh)?;
+                return Ok(Next::Idle);
+            }
+            (Some(Task::Look(offset)), _, Some(plan)) => {
+                // What the disk cannot tell counts as data.
+                let found = done.extents.into_iter().next();
+                plan.note_extent(found.unwrap_or(Extent { range: offset..u64::MAX, is_hole: false }));
+            }
+            // Where it cannot be flushed, to mark it will fail and say why.
+            (Some(Task::Settle), _, Some(plan)) => plan.settled(now_ms),
+            (Some(Task::Mark), _, Some(plan)) => {
+                done.result
+                    .map_err(|error| Failure::Broken(format!("cannot make the image's mark durable: {error}")))?;
+                plan.marked();
+            }
+            // It belongs to an attempt that is over.
+            (_, buffer, _) => {
+                if let Some(buffer) = buffer {
+                    sh.pool.give(buffer);
+                }
+                return Ok(Next::Idle);
+            }
+        }
+        Ok(Next::Again)
+    }
+
+    /// Everything is at the destination and durable there: the file goes, if asked, and DISC says that the copy counts.
+    /// Once DISC has gone there is no way back; with `--unlink`, there is none once the file is gone.
+    pub(super) fn commit(&mut self, ending: Ending, sh: &mut Shared) -> Result<(), Failure> {
+        self.dial.check_quiet()?;
+        let unlinked = ending == Ending::Unlink;
+        if unlinked {
+            sh.unlink_image().map_err(Failure::Broken)?;
+        }
+        self.dial.session.disconnect();
+        self.stage = Stage::Committing { unlinked };
+        Ok(())
+    }
+
     /// Takes what a finished operation was for; `None` when it belonged to an earlier attempt.
-    pub(super) fn take_task(&mut self, tag: u32) -> Option<Task> {
+    fn take_task(&mut self, tag: u32) -> Option<Task> {
         let at = self.tasks.iter().position(|(own, _)| *own == tag)?;
         Some(self.tasks.swap_remove(at).1)
     }
@@ -138,7 +188,7 @@ impl Attempt {
     }
 
     /// Takes what was read, and queues it as a WRITE, or without its bytes when they are zero.
-    pub(super) fn read_done(
+    fn read_done(
         &mut self,
         range: Range<u64>,
         buffer: Buffer,

@@ -115,7 +115,10 @@ pub enum Dialect {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// To serve the image.
-    Serve,
+    Serve {
+        /// Even if its mark says that it is not to be served.
+        adopt: bool,
+    },
     /// To take an image from another server, and then to end or to serve it.
     Listen {
         /// Serve it.

@@ -1,9 +1,12 @@
 //! Between clients and a migration: whether a client's request may pass now, and which clients wait for that.
 //!
-//! A snapshot keeps what changes the image, and lets the rest pass. A migration closes the gate in two ways. Before its end nothing passes at all ([`Life::pauses_clients`]). While
-//! clients change the image faster than it can be sent, what changes the image waits, and the rest passes. A listener
-//! closes it in the second way, too, while its disk still works for a sender that is gone: the next one is greeted and
-//! waits. Time in which a request is kept does not count against its client.
+//! A snapshot keeps what changes the image, and lets the rest pass. A migration closes the gate in two ways. Before its end
+//! nothing passes at all ([`Life::pauses_clients`]). While clients change the image faster than it can be sent, what changes
+//! the image waits, and the rest passes. A listener closes it in the second way, too, until the image is marked as one that
+//! comes, and while its disk still works for a sender that is gone: the next one is greeted and waits. Time in which a
+//! request is kept does not count against its client.
+//!
+//! An image that was marked as moved and stays nevertheless keeps it closed until the mark is gone for good.
 //!
 //! A request of this server's own migration never passes: it comes when the destination is this server, behind a
 //! forwarder or under another name. What it writes may be older than what clients have written meanwhile. It is known by
@@ -28,12 +31,14 @@ pub(super) struct Gate {
     changing: usize,
     /// Of these, the operations of a sender that is gone. While there are some, no other change passes.
     orphans: usize,
+    /// Flushes that make durable that the image stays.
+    taking_back: usize,
 }
 
 impl Gate {
     /// Nobody waits. The cookies have to be as good as random.
     pub(super) fn new(own_cookies: Cookies) -> Self {
-        Self { own_cookies, kept: RunQueue::default(), changing: 0, orphans: 0 }
+        Self { own_cookies, kept: RunQueue::default(), changing: 0, orphans: 0, taking_back: 0 }
     }
 
     /// What a migration of this process gives its requests.
@@ -48,11 +53,11 @@ impl Gate {
 
     /// What may pass now. `None`: nothing, and clients are not read from.
     pub(super) fn allows(&self, life: &mut Life, now_ms: u64) -> Option<Allowed> {
-        if life.pauses_clients() {
+        if life.pauses_clients() || self.taking_back > 0 {
             return None;
         }
         let keeps_changes = self.orphans > 0
-            || matches!(life, Life::Snapshot)
+            || life.keeps_changes()
             || life.plan().is_some_and(|plan| plan.keeps_changes_until(now_ms).is_some());
         Some(if keeps_changes { Allowed::Reads } else { Allowed::Everything })
     }
@@ -81,6 +86,17 @@ impl Gate {
         self.orphans = self.changing;
     }
 
+    /// The mark that the image has moved is taken back; nothing passes until that is durable.
+    pub(super) fn take_back(&mut self) {
+        self.taking_back += 1;
+    }
+
+    /// It is durable.
+    pub(super) fn taken_back(&mut self) {
+        debug_assert!(self.taking_back > 0, "it was taken back");
+        self.taking_back = self.taking_back.saturating_sub(1);
+    }
+
     /// How many operations have passed that may change the image and are not done yet.
     pub(super) fn changing(&self) -> usize {
         self.changing
@@ -100,8 +116,8 @@ impl Gate {
     /// When a client that waits may pass, as far as can be told now; that is now when the gate has opened since the last
     /// [`Gate::wake`].
     pub(super) fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
-        // The completion of an orphan wakes the loop, and the end of a snapshot does.
-        if self.kept.is_empty() || self.orphans > 0 || matches!(life, Life::Snapshot) {
+        // The completion of an orphan wakes the loop, and so does that of a mark or a snapshot.
+        if self.kept.is_empty() || self.orphans > 0 || life.keeps_changes() {
             return None;
         }
         Some(life.plan().and_then(|plan| plan.keeps_changes_until(now_ms)).unwrap_or(now_ms))

@@ -9,8 +9,16 @@
 use crate::event::slots::Key;
 use crate::migrate::{Incoming, Plan};
 
-/// Owner of the operation that makes a received image durable; no slot has this key.
-pub(super) const SEAL: u64 = u64::MAX;
+/// Owner of the flushes of the server itself; no slot has this key. The tag of each is what has become durable with it.
+pub(super) const OWN: u64 = u64::MAX;
+/// A received image.
+pub(super) const IMAGE: u32 = 0;
+/// That it is an image: its mark is cleared.
+pub(super) const ARRIVED: u32 = 1;
+/// The mark that an image comes.
+pub(super) const INCOMING: u32 = 2;
+/// That the image stays here, after it was marked as moved.
+pub(super) const STAYS: u32 = 3;
 
 /// What a server is doing.
 #[derive(Debug)]
@@ -79,6 +87,15 @@ impl Life {
     pub(super) fn seal(&mut self, sender: Key) {
         if let Self::Receiving { then_serve, .. } = self {
             *self = Self::Sealing { sender, then_serve: *then_serve, stop: false };
+        }
+    }
+
+    /// True while what changes the image waits: until it is marked as one that comes, and while a snapshot is made.
+    pub(super) fn keeps_changes(&self) -> bool {
+        match self {
+            Self::Snapshot => true,
+            Self::Receiving { incoming, .. } => !incoming.may_change(),
+            Self::Serving | Self::Sending { .. } | Self::Sealing { .. } | Self::Relaying | Self::Over => false,
         }
     }
 

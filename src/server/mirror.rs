@@ -28,7 +28,7 @@ use crate::proto::client::{ClientSession, Event};
 use crate::proto::export::Offer;
 use crate::proto::wire::kind;
 use crate::sys::net::Keepalive;
-use crate::work::{Action, Done, Extent};
+use crate::work::{Action, Done};
 use log::{info, warn};
 use std::fmt;
 
@@ -123,32 +123,13 @@ impl Mirror {
         next
     }
 
-    /// Takes what the disk has done. Data goes out in the write step of the same turn.
+    /// Takes what the disk has done.
     pub(super) fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
-        let task = self.attempt.as_mut().and_then(|attempt| Some((attempt.take_task(done.tag)?, attempt)));
-        match (task, done.buffer) {
-            (Some((Task::Read(range), attempt)), Some(buffer)) => {
-                match attempt.read_done(range, buffer, done.result, sh) {
-                    Ok(()) => Next::Idle,
-                    Err(why) => self.failed(&why, key, sh),
-                }
-            }
-            (Some((Task::Look(offset), _)), _) => {
-                // What the disk cannot tell counts as data.
-                let found = done.extents.into_iter().next();
-                if let Some(plan) = sh.life.plan() {
-                    plan.note_extent(found.unwrap_or(Extent { range: offset..u64::MAX, is_hole: false }));
-                }
-                Next::Again
-            }
-            // It belongs to an attempt that is over.
-            (_, buffer) => {
-                if let Some(buffer) = buffer {
-                    sh.pool.give(buffer);
-                }
-                Next::Idle
-            }
-        }
+        let Some(attempt) = &mut self.attempt else {
+            done.buffer.into_iter().for_each(|buffer| sh.pool.give(buffer));
+            return Next::Idle;
+        };
+        attempt.disk_done(done, sh).unwrap_or_else(|why| self.failed(&why, key, sh))
     }
 
     /// Sends once.
@@ -331,9 +312,9 @@ impl Mirror {
                 return Ok(Next::Idle);
             };
             let Some(plan) = sh.life.plan() else { return Ok(Next::Idle) };
+            self.last_tag = self.last_tag.wrapping_add(1);
             let step = match plan.next(sh.now_ms) {
                 Step::Data(range) => {
-                    self.last_tag = self.last_tag.wrapping_add(1);
                     attempt.read(range, buffer, self.last_tag, key, sh);
                     continue;
                 }
@@ -348,7 +329,6 @@ impl Mirror {
                 Step::Look(offset) => {
                     let length = sh.backend.export().size.saturating_sub(offset);
                     let action = Action::Map { offset, length, most: 1 };
-                    self.last_tag = self.last_tag.wrapping_add(1);
                     attempt.submit(action, Task::Look(offset), self.last_tag, key, sh);
                 }
                 Step::Zero(range) => attempt.ask_for_zeroes(range),
@@ -366,27 +346,21 @@ impl Mirror {
                     self.wake_ms = Some(at_ms);
                     return Ok(Next::Idle);
                 }
-                Step::Commit => return self.commit(sh),
+                Step::Settle => attempt.submit(Action::Flush, Task::Settle, self.last_tag, key, sh),
+                Step::Mark => {
+                    sh.mark_moved(&self.settings.destination).map_err(Failure::Broken)?;
+                    attempt.submit(Action::Flush, Task::Mark, self.last_tag, key, sh);
+                }
+                Step::Commit => {
+                    attempt.commit(self.settings.ending, sh)?;
+                    self.deadline_ms = sh.now_ms.saturating_add(LEAVING_MS);
+                    return Ok(Next::Idle);
+                }
                 Step::WaitForClients => return Ok(Next::WaitDisk),
                 Step::Data(_) | Step::Wait => return Ok(Next::Idle),
             }
         }
         Ok(Next::Again)
-    }
-
-    /// Everything is at the destination and durable there: the file goes, if asked, and DISC says that the copy counts.
-    /// Once DISC has gone there is no way back; with `--unlink`, there is none once the file is gone.
-    fn commit(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
-        let Some(attempt) = &mut self.attempt else { return Ok(Next::Idle) };
-        attempt.dial.check_quiet()?;
-        let unlinked = self.settings.ending == Ending::Unlink;
-        if unlinked {
-            sh.unlink_image().map_err(Failure::Broken)?;
-        }
-        attempt.dial.session.disconnect();
-        attempt.stage = Stage::Committing { unlinked };
-        self.deadline_ms = sh.now_ms.saturating_add(LEAVING_MS);
-        Ok(Next::Idle)
     }
 
     /// DISC has gone. Where the image stays here, too, nobody has to wait for what the destination does now.
@@ -419,6 +393,7 @@ impl Mirror {
         }
         self.trials.failed(why);
         self.drop_attempt(sh);
+        sh.keep_image(Some(&self.settings.destination));
         if let Some(plan) = sh.life.plan() {
             plan.lost(sh.now_ms);
         }
@@ -475,6 +450,7 @@ impl Mirror {
         } else if migrated && self.settings.ending != Ending::Nothing {
             sh.life = Life::Over;
         } else {
+            sh.keep_image(None);
             sh.life = Life::Serving;
             sh.share_image();
             sh.effects.push_back(Effect::ResumeClients);

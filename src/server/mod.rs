@@ -21,7 +21,8 @@
 //!  reactor      the slots and their queues   slot                             the kinds of slot
 //!  client, control, mirror, upstream, listener, signals                       one kind each
 //!  attempt      one try of a migration       trials                           all of them, counted
-//!  dial         an outgoing connection         snapshot   a second file of the image
+//!  dial         an outgoing connection       snapshot   a second file of the image
+//!  mark         what the image is marked as
 //!  offer, change, outage                        what another server is like; how it is changed; when it is away
 //!  shared       what every slot is lent         backend     what stands behind the requests
 //!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
@@ -47,6 +48,7 @@ mod grace;
 mod inbound;
 mod life;
 mod listener;
+mod mark;
 mod mirror;
 mod offer;
 mod outage;
@@ -127,7 +129,7 @@ pub fn serve(config: &Config) -> Result<(), Fatal> {
 fn stopped_early(backing: &Backing) -> Result<(), Fatal> {
     match backing {
         Backing::Image(Image { role: Role::Listen { .. }, .. }) => Err(Fatal(NOT_MIGRATED.into())),
-        Backing::Image(Image { role: Role::Serve, .. }) | Backing::Upstream(_) => Ok(()),
+        Backing::Image(Image { role: Role::Serve { .. }, .. }) | Backing::Upstream(_) => Ok(()),
     }
 }
 
@@ -260,8 +262,8 @@ impl Reactor {
             self.shared.gate.done(&mut self.shared.life, range);
         }
         self.run.append(&mut self.wait_disk);
-        if done.owner == life::SEAL {
-            return self.sealed(done.result);
+        if done.owner == life::OWN {
+            return self.flushed(done.tag, done.result);
         }
         let key = Key::from_u64(done.owner);
         self.out.push(key);
@@ -292,9 +294,13 @@ impl Reactor {
                     info!("the destination has everything; not waiting for it to close");
                     Ok(Flow::Stop)
                 }
-                _ => Err(Fatal(
-                    "stopped by a signal while a migration was running; the image here is the one that counts".into(),
-                )),
+                _ => {
+                    self.shared.keep_image(None);
+                    Err(Fatal(
+                        "stopped by a signal while a migration was running; the image here is the one that counts"
+                            .into(),
+                    ))
+                }
             },
         }
     }

@@ -9,6 +9,7 @@ use super::gate::Gate;
 use super::grace::Grace;
 use super::life::Life;
 use super::listener::Listener;
+use super::mark;
 use super::reactor::Reactor;
 use super::shared::{warn_of_tail, Limits, Shared};
 use super::slot::Slot;
@@ -73,12 +74,12 @@ impl Reactor {
     }
 
     /// The same with what stands behind the requests.
-    pub(super) fn new(backend: Backend, signals: SignalFd, config: &Config) -> Result<Self, Fatal> {
+    pub(super) fn new(mut backend: Backend, signals: SignalFd, config: &Config) -> Result<Self, Fatal> {
         let poll = Poll::new().map_err(cannot_wait)?;
         let now_ms = sys::monotonic_ms();
         let registry = poll.registry().try_clone().map_err(cannot_wait)?;
         let (life, request_limit_ms, sync) = match &config.backing {
-            Backing::Image(image) => (life_with(&backend, image)?, image.request_limit_ms, image.sync),
+            Backing::Image(image) => (life_with(&mut backend, image)?, image.request_limit_ms, image.sync),
             Backing::Upstream(_) => (Life::Serving, config.upstream_limit_ms, false),
         };
         let queues_clients = matches!(config.backing, Backing::Upstream(_));
@@ -195,19 +196,26 @@ fn keep_reserve() -> Result<(), Fatal> {
     sys::memory::keep_reserve().then_some(()).ok_or_else(|| Fatal(NO_MEMORY.into()))
 }
 
+fn is_listener(image: &Image) -> bool {
+    matches!(image.role, Role::Listen { .. })
+}
+
 /// What a server with an image begins with. It says to others that the image is open here.
-fn life_with(backend: &Backend, image: &Image) -> Result<Life, Fatal> {
+fn life_with(backend: &mut Backend, image: &Image) -> Result<Life, Fatal> {
     let size = backend.export().size;
-    if let Some(disk) = backend.disk() {
+    if let Some(disk) = backend.disk_mut() {
         // A listener overwrites the image, so it is alone with it until it serves it.
-        let alone = image.role != Role::Serve || image.access == Access::Alone;
+        let alone = is_listener(image) || image.access == Access::Alone;
         if image.access != Access::ReadOnly {
             disk.lock(alone).map_err(|error| Fatal(error.to_string()))?;
+        }
+        if let Role::Serve { adopt } = image.role {
+            mark::check(disk, adopt)?;
         }
         warn_of_tail(disk);
     }
     Ok(match image.role {
-        Role::Serve => Life::Serving,
+        Role::Serve { .. } => Life::Serving,
         Role::Listen { .. } if !sys::memory::has_room(Incoming::memory_for(size)) => {
             return Err(Fatal("there is no memory for the map of what has come of the image".into()));
         }

@@ -42,7 +42,7 @@ struct House {
 impl House {
     /// A server whose disk takes `delay` for each operation.
     fn new(name: &str, delay: Duration) -> Self {
-        Self::of(name, Role::Serve, delay)
+        Self::of(name, Role::Serve { adopt: false }, delay)
     }
 
     fn of(name: &str, role: Role, delay: Duration) -> Self {
@@ -69,6 +69,10 @@ impl House {
         let disk = Backend::Disk(Box::new(Disk::open_slow(&path, delay)));
         let mut server = Reactor::new(disk, SignalFd::new().unwrap(), &config).unwrap();
         assert!(server.open(&config).unwrap());
+        if let Life::Receiving { incoming, .. } = &mut server.shared.life {
+            // So that the only operations are those of senders.
+            incoming.marked();
+        }
         Self { path, server }
     }
 

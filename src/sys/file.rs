@@ -1,7 +1,7 @@
-//! Files: holes, locks, hints, and the permissions of what is created.
+//! Files: holes, locks, hints, extended attributes, and the permissions of what is created.
 
 use super::{check, retry};
-use std::ffi::c_int;
+use std::ffi::{c_int, CStr};
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -105,6 +105,28 @@ pub fn seek_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
 /// Where a hole begins at or after `offset`; the end of the file counts as one. Moves the position of the file.
 pub fn seek_hole(file: &File, offset: u64) -> io::Result<u64> {
     seek(file, offset, libc::SEEK_HOLE)
+}
+
+/// Reads an extended attribute into `room` and says how long it is, in bytes. ENODATA where there is none, ERANGE where it is
+/// longer than the room.
+pub fn attribute(file: &File, name: &CStr, room: &mut [u8]) -> io::Result<usize> {
+    let (to, most) = (room.as_mut_ptr(), room.len());
+    // SAFETY: the kernel writes at most `most` bytes to `room`, and the name ends with a zero.
+    let length = unsafe { libc::fgetxattr(file.as_raw_fd(), name.as_ptr(), to.cast(), most) };
+    usize::try_from(length).map_err(|_| io::Error::last_os_error())
+}
+
+/// Sets an extended attribute.
+pub fn set_attribute(file: &File, name: &CStr, value: &[u8]) -> io::Result<()> {
+    let (from, length) = (value.as_ptr(), value.len());
+    // SAFETY: the kernel reads `length` bytes of `value`, and the name ends with a zero.
+    check(unsafe { libc::fsetxattr(file.as_raw_fd(), name.as_ptr(), from.cast(), length, 0) }).map(drop)
+}
+
+/// Removes an extended attribute; ENODATA where there is none.
+pub fn remove_attribute(file: &File, name: &CStr) -> io::Result<()> {
+    // SAFETY: the name ends with a zero.
+    check(unsafe { libc::fremovexattr(file.as_raw_fd(), name.as_ptr()) }).map(drop)
 }
 
 /// Runs `create` so that only this user may use what it creates in the file system.

@@ -116,10 +116,11 @@ impl Ring {
         Ok(())
     }
 
-    /// Pushes an fdatasync. False: the ring is full.
+    /// Pushes an fdatasync or, when `all` is true, an fsync. False: the ring is full.
     #[must_use]
-    pub fn push_sync(&mut self, id: u32) -> bool {
-        let sync = opcode::Fsync::new(self.fd()).flags(FsyncFlags::DATASYNC).build();
+    pub fn push_sync(&mut self, id: u32, all: bool) -> bool {
+        let flags = if all { FsyncFlags::empty() } else { FsyncFlags::DATASYNC };
+        let sync = opcode::Fsync::new(self.fd()).flags(flags).build();
         // SAFETY: no memory is named.
         unsafe { self.push_bare(id, sync) }
     }
@@ -393,7 +394,7 @@ mod tests {
             }
             let refused = ring.push_read(READS, filled(b"mine"), 0, 0, BLOCK).unwrap_err();
             assert_eq!(refused.filled(), b"mine", "a full ring hands the buffer back");
-            assert!(!ring.push_sync(READS));
+            assert!(!ring.push_sync(READS, false));
             assert_eq!((ring.in_flight(), ring.queued()), (128, 128));
 
             let mut ended = finish(&mut ring);
@@ -456,7 +457,7 @@ mod tests {
         file.read_exact_at(&mut bytes, 99).unwrap();
         assert_eq!(bytes, *b"\0written\0");
 
-        assert!(ring.push_sync(2));
+        assert!(ring.push_sync(2, false));
         let ended = finish_one(&mut ring);
         assert_eq!((ended.id, ended.result.unwrap(), ended.buffer.is_none()), (2, 0, true));
 

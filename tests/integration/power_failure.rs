@@ -223,7 +223,6 @@ fn a_migration_that_unlinks_has_a_whole_copy_somewhere() {
 #[test]
 fn a_destination_that_lost_power_is_filled_anew() {
     let Some(mut disk) = Disk::mount(4 * SIZE) else { return };
-    disk.hold(Op::Fsync, ..);
     let ledger = Ledger::new(SECTORS);
     let mut source = Server::serve().content(&ledger.content()).start();
     let mut listener = listen(0).file(disk.furnish_sparse("image", SIZE)).start();
@@ -232,18 +231,15 @@ fn a_destination_that_lost_power_is_filled_anew() {
     start_mirror(&source, listener.address(), "--max-speed 2000000");
     for seed in 0..3 {
         // With some of it there; with all of it, before the first FLUSH is answered.
-        if seed == 0 {
-            wait_for("a write", SOON, || (disk.count(Op::Write) > 0).then_some(()));
-        } else {
+        wait_for("a write", SOON, || (disk.count(Op::Write) > 0).then_some(()));
+        if seed > 0 {
+            disk.hold(Op::Fsync, ..);
             disk.wait_for_waiting(Op::Fsync, 1);
         }
         let remains = disk.power_failures(seed).next().unwrap();
         listener.process.signal("KILL");
         listener.process.wait(SOON);
         disk = Disk::mount_remains(&remains, 4 * SIZE).unwrap();
-        if seed < 2 {
-            disk.hold(Op::Fsync, ..);
-        }
         listener = listen(port).file(disk.path("image")).start();
     }
     expect_exit(&mut source, 0);

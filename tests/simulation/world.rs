@@ -93,6 +93,11 @@ pub struct Setup {
     pub flush_blocks: bool,
     /// The connection is lost when a flush is not answered in this time.
     pub answer_max_ms: u64,
+    /// The image is marked as moved before the commit.
+    pub marks: bool,
+    /// What a flush of the source's disk may take, at random, and one in so many of those that make a mark durable fails.
+    pub sync_us: u64,
+    pub mark_fails: u64,
     pub clients: Vec<Client>,
     /// The limit at the start, and from some millisecond on.
     pub limit: Option<u64>,
@@ -129,6 +134,9 @@ impl Setup {
             flush_us_per_mib: 100,
             flush_blocks: true,
             answer_max_ms: 60_000,
+            marks: true,
+            sync_us: 1_000,
+            mark_fails: 0,
             clients: Vec::new(),
             limit: None,
             limits: Vec::new(),
@@ -154,6 +162,10 @@ pub struct Outcome {
     pub given_up: u32,
     pub flushes: u32,
     pub flushes_in_pause: u32,
+    /// How often the image was flushed before a pause.
+    pub settles: u32,
+    /// How often the mark was taken back.
+    pub taken_back: u32,
     pub passes: u32,
     /// The longest a write waited because writes were limited.
     pub kept_ms: u64,
@@ -179,6 +191,8 @@ enum Event {
     Ack { request: u64 },
     Flushed { attempt: u32 },
     Late { flush: u32 },
+    Settled { attempt: u32 },
+    Synced { change: u64 },
     Limit(Option<u64>),
     Link(u64),
     Break,
@@ -205,6 +219,28 @@ struct Look {
 struct Request {
     range: Range<u64>,
     data: Option<Vec<u32>>,
+}
+
+/// What the mark on the source's image says: moved, or nothing that matters.
+#[derive(Default)]
+struct Mark {
+    is_moved: bool,
+    /// Whether a crash may leave it as moved, and whether it is sure to.
+    may_be_moved: bool,
+    must_be_moved: bool,
+    /// Counts its changes; a sync is about the last one before it.
+    changes: u64,
+    /// The changes that clients wait for.
+    taken_back: BTreeSet<u64>,
+}
+
+impl Mark {
+    fn set(&mut self, is_moved: bool) {
+        self.changes += 1;
+        self.is_moved = is_moved;
+        self.may_be_moved |= is_moved;
+        self.must_be_moved &= is_moved;
+    }
 }
 
 pub struct World {
@@ -242,6 +278,9 @@ pub struct World {
     cached_bytes: u64,
     /// What the flush on its way covers.
     covered: Option<BTreeSet<u64>>,
+    mark: Mark,
+    /// The source's disk is flushed before a pause.
+    settling: bool,
     paused_us: Option<u64>,
     resumed: Option<(u64, u64)>,
     sent_before: u64,
@@ -260,6 +299,15 @@ fn half_of(range: &Range<u64>, second: bool) -> Range<u64> {
     } else {
         range.start..middle
     }
+}
+
+/// A new migration. It knows nothing of the one before.
+fn plan_of(setup: &Setup, now_ms: u64) -> Plan {
+    let mut plan = Plan::new(setup.size, setup.max_pause_ms, setup.answer_max_ms, setup.limit, now_ms);
+    if setup.marks {
+        plan.mark_at_end();
+    }
+    plan
 }
 
 /// Runs a migration until it is done, and checks at every step what has to hold.
@@ -283,7 +331,7 @@ impl World {
         }
         let clients = setup.clients.len();
         let mut world = Self {
-            plan: Plan::new(setup.size, setup.max_pause_ms, setup.answer_max_ms, setup.limit, 0),
+            plan: plan_of(&setup, 0),
             random,
             now_us: 0,
             events: BinaryHeap::new(),
@@ -309,6 +357,8 @@ impl World {
             not_durable: BTreeSet::new(),
             cached_bytes: 0,
             covered: None,
+            mark: Mark::default(),
+            settling: false,
             paused_us: None,
             resumed: None,
             sent_before: 0,
@@ -393,8 +443,14 @@ impl World {
                 self.plan.set_limit(limit, now_ms);
             }
             Event::Link(rate) => self.setup.link_bytes_per_s = rate,
+            Event::Settled { attempt } if attempt == self.out.attempts && self.connected => {
+                self.settling = false;
+                self.plan.settled(self.now_ms());
+            }
+            Event::Synced { change } => self.synced(change),
             Event::Break => {
                 self.disconnect();
+                self.keep_image();
                 self.running = false;
                 self.begin_in(500);
             }
@@ -403,7 +459,7 @@ impl World {
             Event::Wake => {
                 self.wakes.remove(&self.now_ms());
             }
-            Event::Begin { .. } | Event::Flushed { .. } | Event::Late { .. } => {}
+            Event::Begin { .. } | Event::Flushed { .. } | Event::Late { .. } | Event::Settled { .. } => {}
         }
     }
 
@@ -414,9 +470,7 @@ impl World {
 
     fn begin(&mut self) {
         if !self.running {
-            // A new migration knows nothing of the one before.
-            let Setup { size, max_pause_ms, answer_max_ms, limit, .. } = self.setup;
-            self.plan = Plan::new(size, max_pause_ms, answer_max_ms, limit, self.now_ms());
+            self.plan = plan_of(&self.setup, self.now_ms());
             self.plan.note_earlier_changes(self.ops.len());
             self.running = true;
         }
@@ -432,6 +486,7 @@ impl World {
         self.connected = false;
         self.requests.clear();
         self.look = None;
+        self.settling = false;
         self.not_durable.clear();
         self.covered = None;
         self.target.fill(STALE);
@@ -439,10 +494,52 @@ impl World {
 
     fn lose(&mut self) {
         self.disconnect();
+        self.keep_image();
         self.plan.lost(self.now_ms());
         assert!(!self.plan.pauses_clients(), "clients go on after a failure");
         assert_eq!(self.plan.pause_ends_ms(), None);
         self.begin_in(1_000);
+    }
+
+    // The mark.
+
+    /// The plan wants the image marked as moved.
+    fn mark(&mut self) {
+        self.check_copy();
+        assert!(self.plan.is_marked() && self.plan.pauses_clients());
+        self.mark.set(true);
+        self.sync();
+    }
+
+    /// The image stays here. What the server does then: it takes the mark back, and clients wait until that is durable.
+    fn keep_image(&mut self) {
+        if self.plan.is_marked() {
+            self.mark.set(false);
+            self.mark.taken_back.insert(self.mark.changes);
+            self.out.taken_back += 1;
+            self.sync();
+        }
+        assert!(!self.mark.is_moved, "the plan forgets that the image is marked");
+    }
+
+    fn sync(&mut self) {
+        let sync_us = self.random.below(self.setup.sync_us);
+        self.after(sync_us, Event::Synced { change: self.mark.changes });
+    }
+
+    /// The mark is durable as it was after a change, unless that has failed.
+    fn synced(&mut self, change: u64) {
+        let is_awaited = self.mark.taken_back.remove(&change);
+        if change != self.mark.changes {
+            return;
+        }
+        if self.mark.is_moved && self.random.one_in(self.setup.mark_fails) {
+            return self.lose();
+        }
+        (self.mark.may_be_moved, self.mark.must_be_moved) = (self.mark.is_moved, self.mark.is_moved);
+        if !is_awaited && self.mark.is_moved {
+            self.plan.marked();
+        }
     }
 
     // The clients.
@@ -479,9 +576,10 @@ impl World {
     fn admit(&mut self) {
         let now_ms = self.now_ms();
         while !self.waiting.is_empty() {
-            if self.running && self.plan.pauses_clients() {
+            if self.running && self.plan.pauses_clients() || !self.mark.taken_back.is_empty() {
                 return;
             }
+            assert!(!self.mark.may_be_moved, "a client goes on, and a crash would leave its image refused");
             let kept = if self.running { self.plan.keeps_changes_until(now_ms) } else { None };
             if let Some(until_ms) = kept {
                 assert!(until_ms > now_ms && until_ms <= now_ms + KEPT_MAX_MS, "kept until {until_ms} at {now_ms}");
@@ -564,10 +662,13 @@ impl World {
                     assert!(!self.ops.is_empty(), "stuck: {:?}", self.plan);
                     return false;
                 }
+                Step::Settle => self.settle(),
+                Step::Mark => self.mark(),
                 Step::Wait => {
+                    let waits_for_itself = self.settling || self.mark.is_moved;
                     let waits_for_clients = self.plan.is_quiescing() && !self.ops.is_empty();
                     let waits_for_answers = !self.requests.is_empty() || self.covered.is_some() || self.look.is_some();
-                    assert!(waits_for_clients || waits_for_answers, "stuck: {:?}", self.plan);
+                    assert!(waits_for_clients || waits_for_answers || waits_for_itself, "stuck: {:?}", self.plan);
                     return false;
                 }
                 Step::WaitUntil(at_ms) => {
@@ -736,11 +837,12 @@ impl World {
 
     /// Lets clients go on when it takes too long.
     fn watch_pause(&mut self) {
-        if !self.running || self.plan.pause_ends_ms().is_none() {
+        if !self.running || !self.plan.pauses_clients() {
             self.paused_us = None;
             return;
         }
-        let (paused_us, ends_ms) = (self.paused_us.unwrap(), self.plan.pause_ends_ms().unwrap());
+        let Some(ends_ms) = self.plan.pause_ends_ms() else { return };
+        let paused_us = self.paused_us.unwrap();
         let now_ms = self.now_ms();
         if now_ms >= ends_ms {
             self.plan.give_up_pause();
@@ -754,13 +856,27 @@ impl World {
         }
     }
 
-    fn commit(&mut self) {
+    fn settle(&mut self) {
+        assert!(self.setup.marks && !self.plan.pauses_clients());
+        self.out.settles += 1;
+        self.settling = true;
+        let sync_us = self.random.below(self.setup.sync_us);
+        self.after(sync_us, Event::Settled { attempt: self.out.attempts });
+    }
+
+    /// The copy is the image, and nothing is on its way that could change that.
+    fn check_copy(&self) {
         assert!(self.ops.is_empty(), "a client's operation is still on its way");
         assert!(self.requests.is_empty() && self.covered.is_none(), "an answer is still on its way");
         assert!(self.look.is_none(), "a question is still on its way");
         assert!(!self.setup.can.flush || self.not_durable.is_empty(), "something is not durable");
         let differs = self.source.iter().zip(&self.target).position(|(source, target)| source != target);
         assert_eq!(differs, None, "the first cell that is not what it was");
+    }
+
+    fn commit(&mut self) {
+        self.check_copy();
+        assert_eq!(self.mark.must_be_moved, self.setup.marks, "whatever crashes, the image here is refused");
         let now_ms = self.now_ms();
         assert_eq!(self.plan.next(now_ms), Step::Wait, "nothing comes after the commit");
         assert!(self.plan.pauses_clients() && self.plan.pause_ends_ms().is_none(), "no way back");

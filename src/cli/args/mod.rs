@@ -296,6 +296,13 @@ pub(crate) struct ServeArgs {
     /// be open in other servers, one of which may write it.
     #[arg(long, conflicts_with = "shared_image", verbatim_doc_comment)]
     pub read_only: bool,
+    /// Serve an image although its mark says that it has moved, or that
+    /// not all of it may have come, and clear the mark (with --read-only,
+    /// leave it). Be sure first that nothing serves the other copy: what
+    /// clients write to two copies of a disk is lost with one of them. A
+    /// person has to decide that; no unit or script should.
+    #[arg(long, verbatim_doc_comment)]
+    pub adopt: bool,
     /// Answer no write, zeroing or trim before it is on stable storage, as
     /// if its client had set the FUA flag. For clients that reconnect by
     /// themselves and forget which of their writes were not flushed.

@@ -70,7 +70,7 @@ fn the_image_may_come_back_under_the_same_name() {
     start_mirror(&source, destination.address(), "--relay");
     wait_for_relay(&source);
     assert_eq!(client.write(4096, &pattern(2, 512)), 0);
-    let mut again = Server::serve().file(source.image.clone()).start();
+    let mut again = Server::serve().file(source.image.clone()).arg("--adopt").start();
     assert_eq!(again.connect().read(4096, 512).unwrap(), pattern(1, SIZE)[4096..4608], "the relay does not touch it");
     assert_eq!(destination.connect().read(4096, 512).unwrap(), pattern(2, 512));
     drop(client);
