@@ -82,9 +82,10 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Opens a regular file or a block device.
-    pub fn open(path: &Path, access: Access, choice: EngineChoice) -> Result<Self, OpenError> {
-        let (image, tail) = open::open(path, access)?;
+    /// Opens a regular file or a block device. Where it is to be overwritten (`claim`), a block device must be in nobody's use,
+    /// and nobody mounts it as long as it is open.
+    pub fn open(path: &Path, access: Access, claim: bool, choice: EngineChoice) -> Result<Self, OpenError> {
+        let (image, tail) = open::open(path, access, claim)?;
         let flights = Self::flights(&image, choice).map_err(|error| OpenError::no_ring(path, error))?;
         let engine = Engine::Real(Box::new(engine::Engine::new(&image, flights)));
         Ok(Self { image, path: path.to_owned(), access, tail, engine, in_flight: 0 })
@@ -111,7 +112,7 @@ impl Disk {
     /// An image of which each operation takes so long, and the thread that kicks does not wait.
     #[cfg(test)]
     pub(crate) fn open_slow(path: &Path, delay: std::time::Duration) -> Self {
-        let disk = Self::open(path, Access::Alone, EngineChoice::Sync).unwrap();
+        let disk = Self::open(path, Access::Alone, false, EngineChoice::Sync).unwrap();
         Self { engine: Engine::Slow(Box::new(slow::Engine::new(delay, &disk.image))), ..disk }
     }
 
@@ -380,7 +381,7 @@ mod tests {
     }
 
     fn open(path: &Path) -> Result<Disk, OpenError> {
-        Disk::open(path, Access::Alone, EngineChoice::Sync)
+        Disk::open(path, Access::Alone, false, EngineChoice::Sync)
     }
 
     fn error(path: &Path) -> String {

@@ -28,20 +28,22 @@ pub enum Access {
 
 /// Opens a regular file or a block device. Also returns the number of bytes beyond its last whole
 /// sector.
-pub(super) fn open(path: &Path, access: Access) -> Result<(Image, u64), OpenError> {
-    try_open(path, access).map_err(|problem| OpenError { path: path.to_owned(), problem })
+pub(super) fn open(path: &Path, access: Access, claim: bool) -> Result<(Image, u64), OpenError> {
+    try_open(path, access, claim).map_err(|problem| OpenError { path: path.to_owned(), problem })
 }
 
-fn try_open(path: &Path, access: Access) -> Result<(Image, u64), Problem> {
+fn try_open(path: &Path, access: Access, claim: bool) -> Result<(Image, u64), Problem> {
     // Look at the kind before opening: opening a FIFO or a character device can wait, or have an effect.
     let kind = fs::metadata(path).map_err(Problem::from_lookup)?.file_type();
     if let Some(name) = unfit(kind) {
         return Err(Problem::Kind(name));
     }
     let mut options = OpenOptions::new();
+    let claims = if claim && kind.is_block_device() { libc::O_EXCL } else { 0 };
     // If it has become a FIFO meanwhile, O_NONBLOCK keeps this from waiting, and the seek fails.
-    options.read(true).write(access != Access::ReadOnly).custom_flags(libc::O_NONBLOCK);
+    options.read(true).write(access != Access::ReadOnly).custom_flags(libc::O_NONBLOCK | claims);
     let mut file = options.open(path).map_err(|error| match File::open(path) {
+        _ if claims != 0 && error.raw_os_error() == Some(libc::EBUSY) => Problem::Claimed,
         Ok(_) if access != Access::ReadOnly => Problem::NotWritable(error),
         Ok(_) => Problem::NotReadable(error),
         Err(error) => Problem::NotReadable(error),
@@ -150,6 +152,7 @@ enum Problem {
     NotWritable(io::Error),
     TooSmall(u64),
     InUse { alone: bool },
+    Claimed,
     NoRing(io::Error),
 }
 
@@ -186,6 +189,10 @@ impl fmt::Display for OpenError {
             ),
             Problem::InUse { alone: false } => f.write_str(
                 "another server has it open as the only one; stop that one, or start it with --shared-image, too",
+            ),
+            Problem::Claimed => f.write_str(
+                "it is a block device in use: mounted, swapped to, a part of a volume, or open in a program that wants it \
+                 alone. lsblk may show by what; free it, or give another",
             ),
             Problem::NoRing(error) => write!(
                 f,

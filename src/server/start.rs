@@ -62,7 +62,8 @@ impl Reactor {
         }
         let backend = match &config.backing {
             Backing::Image(image) => Backend::Disk(Box::new(
-                Disk::open(&image.file, image.access, image.disk_engine).map_err(|error| Fatal(error.to_string()))?,
+                Disk::open(&image.file, image.access, is_listener(image), image.disk_engine)
+                    .map_err(|error| Fatal(error.to_string()))?,
             )),
             Backing::Upstream(upstream) => Backend::Upstream(Box::new(Standby {
                 core: Upstream::new(upstream.replay, upstream.replay_limit),
