@@ -18,7 +18,7 @@ cd "$tree/src"
 declare -A folders=(
     [cli]="mod args"
     [cli/args]="mod proxy common values"
-    [disk]="mod engine ring changes kernel verify hint zero pace sparse reads commit queue mark open image"
+    [disk]="mod engine ring changes kernel verify hint zero pace sparse reads mark commit queue open image"
     [event]="mod alarm ready run_queue wheel slots"
     [migrate]="mod plan settle flush pace pause pass changes holes incoming mark bucket meter"
     [proto]="mod client server outbox export error wire"

@@ -7,8 +7,8 @@
 //! for holes, ranges of zeroes, trims, hints for long ranges. It is done in steps, each owner in turn, within the time that
 //! a kick has.
 //!
-//! Invariant 1: an operation is in `quick`, in `dear`, in `flights`, in `last_pieces`, in `commit` or, as its `Done`, in
-//! `done`.
+//! Invariant 1: an operation is in `quick`, in `dear`, in `flights`, in `last_pieces`, in `marks`, in `commit` or, as its
+//! `Done`, in `done`.
 //!
 //! Invariant 2: a step stays inside what is left of its range.
 //!
@@ -20,6 +20,7 @@ use super::commit::Commit;
 use super::hint::Hints;
 use super::image::Image;
 use super::kernel::Landed;
+use super::mark::Marks;
 use super::pace::Budget;
 use super::queue::{Job, Lanes};
 use super::reads::Way;
@@ -50,6 +51,7 @@ pub(super) struct Engine {
     pub(super) flights: Option<Flights>,
     /// Last pieces of requests that ask for stable storage. Their own work has ended, that of earlier pieces has not.
     last_pieces: Vec<Job>,
+    marks: Marks,
     commit: Commit,
     done: VecDeque<Done>,
     pub(super) way: Way,
@@ -89,6 +91,7 @@ impl Engine {
             dear: Lanes::default(),
             flights,
             last_pieces: Vec::new(),
+            marks: Marks::default(),
             commit: Commit::default(),
             done: VecDeque::new(),
             way: Way::of(image),
@@ -108,6 +111,11 @@ impl Engine {
         self.quick.push_back(job);
     }
 
+    /// As [`super::Disk::submit_mark`].
+    pub(super) fn submit_mark(&mut self, owner: u64, tag: u32, mark: Option<String>, durable: bool) {
+        self.marks.push(owner, tag, mark, durable);
+    }
+
     /// Takes over what the kernel has done. Does what is quick, then what is dear as far as its time goes. Then begins the
     /// fdatasync for all that wait for one, and gives the kernel its work.
     pub(super) fn kick(&mut self, image: &Image) {
@@ -125,6 +133,9 @@ impl Engine {
                 break;
             }
         }
+        if self.may_mark() {
+            self.marks.set(image, &mut self.commit, &mut self.done);
+        }
         if self.commit.may_start() && !has_synced {
             self.start_sync(image);
         }
@@ -137,7 +148,8 @@ impl Engine {
         !self.quick.is_empty()
             || !self.dear.is_empty()
             || self.commit.may_start()
-            || self.flights.as_ref().is_some_and(Flights::has_work)
+            || self.may_mark()
+            || self.flights.as_ref().is_some_and(|flights| flights.has_work(self.holds_changes()))
     }
 
     /// True when the kernel does what would keep this thread waiting.
@@ -173,11 +185,6 @@ impl Engine {
         self.done.pop_front()
     }
 
-    /// The mark on the image has changed.
-    pub(super) fn note_mark(&mut self) {
-        self.commit.note_mark();
-    }
-
     pub(super) fn syncs(&self) -> u64 {
         self.commit.syncs()
     }
@@ -190,6 +197,7 @@ impl Engine {
         (self.quick, self.last_pieces) = (quick, stay);
         let waiting = self.flights.as_mut().map(|flights| flights.forget(owner)).unwrap_or_default();
         let rest = self.dear.remove(owner).into_iter().chain(waiting).chain(last).chain(self.commit.remove(owner));
+        let rest = rest.chain(self.marks.remove(owner));
         self.done.extend(gone.into_iter().chain(rest).map(|job| job.finish(Err(ErrorKind::ConnectionAborted.into()))));
     }
 
@@ -314,7 +322,7 @@ impl Engine {
             return Some(job);
         }
         // Of many that are quick the last would still be waited for.
-        let is_held = self.has_changed || self.commit.is_syncing();
+        let is_held = self.has_changed || self.commit.is_syncing() || self.holds_changes();
         let flies =
             |changes: &Changes| is_flush && changes.precede(&job) || is_change && (is_held || changes.are_slow());
         match &mut self.flights {
@@ -351,7 +359,8 @@ impl Engine {
 
     /// Gives the kernel what it can take, and collects what has ended.
     fn depart(&mut self) {
-        self.flights.iter_mut().for_each(Flights::depart);
+        let holds_changes = self.holds_changes();
+        self.flights.iter_mut().for_each(|flights| flights.depart(holds_changes));
     }
 
     /// Takes over what has ended of what the kernel had in hand. True: an fdatasync was among it.
@@ -376,6 +385,17 @@ impl Engine {
             self.complete(flush, Ok(()));
         }
         has_synced
+    }
+
+    /// True while a mark waits: what changes the image and does not fly yet flies after it, so that its moment comes.
+    fn holds_changes(&self) -> bool {
+        !self.marks.is_empty()
+    }
+
+    /// True when a mark waits, and the call would wait for nothing.
+    fn may_mark(&self) -> bool {
+        let flies = self.flights.as_ref().is_some_and(Flights::flies_changes);
+        !self.marks.is_empty() && !self.commit.is_syncing() && !flies
     }
 
     /// Does a step, waiting for the disk, of what the kernel has no thread for.

@@ -181,21 +181,27 @@ impl Disk {
         mark::get(&self.image)
     }
 
-    /// Sets the mark, or removes it; the next [`Action::Flush`](crate::work::Action::Flush) makes that durable. False: there
-    /// can be none, on a block device and on some file systems.
-    pub fn set_mark(&mut self, mark: Option<&str>) -> io::Result<bool> {
-        let can_be = mark::set(&self.image, mark)?;
-        match &mut self.engine {
-            Engine::Real(engine) => engine.note_mark(),
-            #[cfg(test)]
-            Engine::Slow(_) => {}
-        }
-        Ok(can_be)
+    /// Removes the mark, durably. The thread waits for that: it is for the start, when there are no clients.
+    pub fn clear_mark(&self) -> io::Result<()> {
+        mark::set(&self.image, None)?;
+        self.image.file.sync_all()
     }
 
-    /// Puts the mark on stable storage at once. The thread waits for that: it is for the start, when there are no clients.
-    pub fn sync_mark(&self) -> io::Result<()> {
-        self.image.file.sync_all()
+    /// Queues a change of the mark, or its removal: one more operation, which is done when it is on stable storage with all
+    /// that was done before, or, where it need not be `durable`, at once. False: [`OPS_MAX`] are in flight.
+    /// [`io::ErrorKind::Unsupported`]: there can be no mark, on a block device and on some file systems.
+    #[must_use]
+    pub fn submit_mark(&mut self, owner: u64, tag: u32, mark: Option<String>, durable: bool) -> bool {
+        let has_room = self.has_room();
+        if has_room {
+            self.in_flight += 1;
+            match &mut self.engine {
+                Engine::Real(engine) => engine.submit_mark(owner, tag, mark, durable),
+                #[cfg(test)]
+                Engine::Slow(engine) => engine.submit_mark(owner, tag, mark, durable),
+            }
+        }
+        has_room
     }
 
     /// Queues an operation, or hands it back when [`OPS_MAX`] are in flight. It has to lie inside the image.

@@ -123,9 +123,11 @@ impl Flights {
         &mut self.changes
     }
 
-    /// Pushes what there is room for, hands it to the kernel, and collects what has ended.
-    pub(super) fn depart(&mut self) {
-        self.changes.depart(&mut *self.kernel);
+    /// Pushes what there is room for, hands it to the kernel, and collects what has ended. Changes stay, if they are held.
+    pub(super) fn depart(&mut self, holds_changes: bool) {
+        if !holds_changes {
+            self.changes.depart(&mut *self.kernel);
+        }
         while self.flying.len() < FLYING_MAX {
             let Some(job) = self.next() else { break };
             if let Some(job) = self.push(job) {
@@ -201,11 +203,16 @@ impl Flights {
     }
 
     /// True when [`Flights::depart`] would get something on its way.
-    pub(super) fn has_work(&self) -> bool {
+    pub(super) fn has_work(&self, holds_changes: bool) -> bool {
         let mut waiting = self.reads.heads().chain(self.verifications.heads().filter(|_| self.may_verify()));
         self.flying.len() < FLYING_MAX && waiting.any(|job| may_fly(&self.flying, self.cost, job))
-            || self.changes.has_work()
+            || !holds_changes && self.changes.has_work()
             || self.kernel.is_stuck()
+    }
+
+    /// True while a change is in the kernel's hands.
+    pub(super) fn flies_changes(&self) -> bool {
+        self.changes.owners().next().is_some()
     }
 
     /// True when nothing flies or waits, apart from an fdatasync.
@@ -232,7 +239,7 @@ impl Flights {
     /// Waits until no change flies, but no longer than this; says whether none does. What else lands meanwhile is dropped.
     pub(super) fn end_changes(&mut self, patience: Duration) -> bool {
         let began = Instant::now();
-        while self.changes.owners().next().is_some() {
+        while self.flies_changes() {
             if began.elapsed() >= patience {
                 return false;
             }

@@ -29,6 +29,10 @@ impl Engine {
         self.inner.submit(op);
     }
 
+    pub(super) fn submit_mark(&mut self, owner: u64, tag: u32, mark: Option<String>, durable: bool) {
+        self.inner.submit_mark(owner, tag, mark, durable);
+    }
+
     pub(super) fn kick(&mut self, image: &Image) {
         while self.inner.has_work() {
             self.inner.kick(image);

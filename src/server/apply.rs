@@ -6,7 +6,7 @@ use super::complaints::Complaint;
 use super::config::{Dialect, Fatal, Purpose};
 use super::control::Control;
 use super::effect::Effect;
-use super::life::{self, Life};
+use super::life::Life;
 use super::mirror::Mirror;
 use super::reactor::Reactor;
 use super::reason::{Next, Reason};
@@ -109,35 +109,8 @@ impl Reactor {
         }
     }
 
-    /// A flush of the server itself has ended.
-    pub(super) fn flushed(&mut self, tag: u32, result: io::Result<()>) -> Result<(), Fatal> {
-        let sh = &mut self.shared;
-        match tag {
-            life::INCOMING => {
-                result.map_err(|error| Fatal(format!("cannot mark the image that comes: {error}")))?;
-                sh.marked_incoming();
-            }
-            life::STAYS => {
-                // If it has failed, no FLUSH succeeds any more, and no client is promised what would be lost with the mark.
-                sh.gate.taken_back();
-                sh.effects.push_back(Effect::ResumeClients);
-            }
-            life::IMAGE => {
-                result.map_err(|error| Fatal(format!("cannot make the migrated image durable: {error}")))?;
-                if !sh.clear_incoming().map_err(cannot_clear)? {
-                    self.sealed();
-                }
-            }
-            _ => {
-                result.map_err(cannot_clear)?;
-                self.sealed();
-            }
-        }
-        Ok(())
-    }
-
     /// A received image is durable, and so is that it is one.
-    fn sealed(&mut self) {
+    pub(super) fn sealed(&mut self) {
         let sh = &mut self.shared;
         let Life::Sealing { sender, then_serve, stop } = sh.life else { return };
         info!("the migration is complete: {} bytes are here and durable", sh.backend.export().size);
@@ -236,11 +209,4 @@ impl Reactor {
         self.shared.admission.admit_control();
         Ok(())
     }
-}
-
-#[allow(clippy::needless_pass_by_value, reason = "as `map_err` calls it")]
-fn cannot_clear(error: io::Error) -> Fatal {
-    Fatal(format!(
-        "the image is here and durable, but the mark that it is not cannot be cleared: {error}; serve --adopt does"
-    ))
 }

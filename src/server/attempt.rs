@@ -3,6 +3,7 @@
 
 use super::config::Destination;
 use super::dial::{Dial, Failure};
+use super::mark;
 use super::reason::Next;
 use super::shared::Shared;
 use crate::buffer::{Buffer, SLICE};
@@ -124,6 +125,13 @@ impl Attempt {
         self.tasks.push((tag, task));
     }
 
+    /// Has the image marked as moved. The disk has room for that.
+    pub(super) fn mark_moved(&mut self, to: &Destination, tag: u32, key: Key, sh: &mut Shared) {
+        let taken = sh.backend.submit_mark(key.to_u64(), tag, Some(mark::moved(to)), true);
+        debug_assert!(taken, "it had room");
+        self.tasks.push((tag, Task::Mark));
+    }
+
     /// How many operations the disk has for it.
     pub(super) fn in_disk(&self) -> usize {
         self.tasks.len()
@@ -145,8 +153,7 @@ impl Attempt {
             // Where it cannot be flushed, to mark it will fail and say why.
             (Some(Task::Settle), _, Some(plan)) => plan.settled(now_ms),
             (Some(Task::Mark), _, Some(plan)) => {
-                done.result
-                    .map_err(|error| Failure::Broken(format!("cannot make the image's mark durable: {error}")))?;
+                done.result.map_err(|error| Failure::Broken(mark::cannot_mark(&error)))?;
                 plan.marked();
             }
             // It belongs to an attempt that is over.

@@ -92,6 +92,15 @@ impl Backend {
         }
     }
 
+    /// Takes a change of the mark on the image, as [`Disk::submit_mark`] does. False: there is no room, or no image.
+    #[must_use]
+    pub(super) fn submit_mark(&mut self, owner: u64, tag: u32, mark: Option<String>, durable: bool) -> bool {
+        match self {
+            Self::Disk(disk) => disk.submit_mark(owner, tag, mark, durable),
+            Self::Upstream(_) => false,
+        }
+    }
+
     /// Works for a while. What another server is asked, its slot sends.
     pub(super) fn kick(&mut self) {
         match self {

@@ -4,7 +4,7 @@ use super::complaints::Complaint;
 use super::config::Dialect;
 use super::effect::Effect;
 use super::inbound;
-use super::life::{Life, IMAGE};
+use super::life::{Life, IMAGE, OWN};
 use super::reason::{Next, Reason};
 use super::shared::{Shared, MEMORY_RETRY_MS};
 use super::socket::{Peer, Received, Socket};
@@ -16,7 +16,7 @@ use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
 use crate::proto::server::{Completed, End, Failed, ServerSession, Step, Tally};
 use crate::sys;
-use crate::work::{Done, Op};
+use crate::work::{Action, Done, Op};
 use log::{info, warn};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -366,7 +366,9 @@ impl Client {
             (None, _) | (Some(_), Life::Sealing { .. }) => Next::Idle,
             (Some(End::Disconnect), Life::Receiving { incoming, .. }) if incoming.is_complete() => {
                 sh.life.seal(key);
-                sh.flush(IMAGE);
+                // The loop takes the completion, because it has to be taken even if this slot is gone by then.
+                let taken = sh.backend.submit(Op { owner: OWN, tag: IMAGE, action: Action::Flush });
+                debug_assert!(taken.is_ok(), "one sender does not fill the queue");
                 Next::Idle
             }
             (Some(end), _) => Next::Close(Reason::End(end)),

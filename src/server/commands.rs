@@ -159,22 +159,14 @@ impl Reactor {
             relay: wanted.relay,
             request_limit_ms: sh.limits.request_limit_ms,
         };
-        let marks = settings.ending != Ending::Nothing
-            && sh.mark_sending(&settings.destination).inspect_err(|_| sh.share_image())?;
         let started = self
             .slots
             .try_insert_with(|key| Mirror::start(settings, from, key, sh).map(|mirror| Slot::Mirror(Box::new(mirror))));
-        let mirror = started.inspect_err(|_| {
-            sh.keep_image(None);
-            sh.share_image();
-        })?;
+        let mirror = started.inspect_err(|_| sh.share_image())?;
         let max_pause_ms = wanted.max_pause_ms.unwrap_or(DEFAULT_PAUSE_MS);
         let answer_max_ms = sh.limits.request_limit_ms;
         let mut plan = Box::new(Plan::new(size, max_pause_ms, answer_max_ms, wanted.max_bytes_per_s, sh.now_ms));
         plan.note_earlier_changes(sh.gate.changing());
-        if marks {
-            plan.mark_at_end();
-        }
         sh.life = Life::Sending { mirror, plan };
         Ok(())
     }

@@ -9,16 +9,18 @@
 use crate::event::slots::Key;
 use crate::migrate::{Incoming, Plan};
 
-/// Owner of the flushes of the server itself; no slot has this key. The tag of each is what has become durable with it.
+/// Owner of the operations of the server itself; no slot has this key. Their tags say what is so when they have ended.
 pub(super) const OWN: u64 = u64::MAX;
-/// A received image.
+/// A received image is durable.
 pub(super) const IMAGE: u32 = 0;
-/// That it is an image: its mark is cleared.
+/// It is durable that it is one: its mark is cleared.
 pub(super) const ARRIVED: u32 = 1;
-/// The mark that an image comes.
+/// It is durable that an image comes.
 pub(super) const INCOMING: u32 = 2;
-/// That the image stays here, after it was marked as moved.
+/// It is durable that the image stays, which may have been marked as moved.
 pub(super) const STAYS: u32 = 3;
+/// The mark of a migration is gone that has ended without that.
+pub(super) const ENDED: u32 = 4;
 
 /// What a server is doing.
 #[derive(Debug)]

@@ -1,26 +1,22 @@
 //! The mark on the image: when it is set and cleared, and the words of a server that finds one. What marks say is in
 //! [`Mark`]; what is durable before what, in the module of it.
 //!
-//! To set a mark is a call that changes memory; a flush of the disk's queue makes it durable, so that nobody else waits.
+//! All changes of the mark go through the queue of the disk, but for the one at the start, so that nobody else waits.
 
 use super::config::{Destination, Fatal};
 use super::effect::Effect;
-use super::life::{Life, ARRIVED, INCOMING, OWN, STAYS};
+use super::life::{Life, ARRIVED, ENDED, IMAGE, INCOMING, OWN, STAYS};
 use super::shared::Shared;
 use crate::disk::{Access, Disk};
+use crate::event::slots::Key;
 use crate::migrate::{Mark, Where};
 use crate::printable;
-use crate::work::{Action, Op};
 use log::warn;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// What a server of an image without a mark says when a migration begins.
-const UNPROTECTED: &str = "no mark can be set on it (user.flexnbd.state): nothing keeps it from being served when a \
-                           migration has made it the wrong image";
-
 /// Lets an image be served that is marked as none to be served only where `adopt` says so, and then clears the mark.
-pub(super) fn check(disk: &mut Disk, adopt: bool) -> Result<(), Fatal> {
+pub(super) fn check(disk: &Disk, adopt: bool) -> Result<(), Fatal> {
     let Some(why) = refusal(disk.mark()) else { return Ok(()) };
     let path = disk.path().display().to_string();
     if !adopt {
@@ -30,8 +26,7 @@ pub(super) fn check(disk: &mut Disk, adopt: bool) -> Result<(), Fatal> {
         warn!("serving {path:?} as it is, with its mark: {why}");
         return Ok(());
     }
-    let cleared = disk.set_mark(None).and_then(|_| disk.sync_mark());
-    cleared.map_err(|error| Fatal(format!("cannot serve {path:?}: cannot clear its mark: {error}")))?;
+    disk.clear_mark().map_err(|error| Fatal(format!("cannot serve {path:?}: cannot clear its mark: {error}")))?;
     warn!("adopted {path:?} and cleared its mark: {why}");
     Ok(())
 }
@@ -65,87 +60,9 @@ fn refusal(mark: io::Result<Option<Vec<u8>>>) -> Option<String> {
     })
 }
 
-impl Shared {
-    /// A migration begins that makes the image another server's. False: there can be no mark. An error is a sentence: nothing
-    /// has changed.
-    pub(super) fn mark_sending(&mut self, to: &Destination) -> Result<bool, String> {
-        let can_be = self.set_mark(Some(&Mark::Sends(now_at(to)))).map_err(cannot_mark)?;
-        if !can_be {
-            warn!("{}: {UNPROTECTED}", self.backend.name());
-        }
-        Ok(can_be)
-    }
-
-    /// The destination has everything, and is told so once this mark is durable. An error is a sentence.
-    pub(super) fn mark_moved(&mut self, to: &Destination) -> Result<(), String> {
-        self.set_mark(Some(&Mark::Moved(now_at(to)))).map(drop).map_err(cannot_mark)
-    }
-
-    /// The image stays here: it may be migrated to `next` again, or is not migrated any more. Where it may be marked as moved,
-    /// clients wait until that is durable. To be called before the plan hears of it.
-    pub(super) fn keep_image(&mut self, next: Option<&Destination>) {
-        let is_marked = self.life.plan().is_some_and(|plan| plan.is_marked());
-        if !is_marked && next.is_some() {
-            return;
-        }
-        let sends = next.map(|to| Mark::Sends(now_at(to)));
-        let kept = self.set_mark(sends.as_ref()).or_else(|_| self.set_mark(None));
-        if !is_marked {
-            // What is left then is no mark that refuses.
-            return;
-        }
-        if let Err(error) = kept {
-            return self.effects.push_back(Effect::Fail(format!(
-                "cannot clear the mark that the image has moved: {error}; it has not, and clients would write what no server \
-                 finds again. serve --adopt clears it"
-            )));
-        }
-        self.gate.take_back();
-        self.flush(STAYS);
-    }
-
-    /// A sender wants to change the image, which is allowed once it is marked.
-    pub(super) fn mark_incoming(&mut self) {
-        let Life::Receiving { incoming, .. } = &mut self.life else { return };
-        if !incoming.wants_mark() {
-            return;
-        }
-        match self.set_mark(Some(&Mark::Incoming)) {
-            Ok(true) => self.flush(INCOMING),
-            Ok(false) => {
-                warn!("{}: {UNPROTECTED}", self.backend.name());
-                self.marked_incoming();
-            }
-            Err(error) => self.effects.push_back(Effect::Fail(cannot_mark(error))),
-        }
-    }
-
-    /// The sender may change the image.
-    pub(super) fn marked_incoming(&mut self) {
-        if let Life::Receiving { incoming, .. } = &mut self.life {
-            incoming.marked();
-        }
-    }
-
-    /// The image has arrived and is durable. False: there was no mark that says that it has not.
-    pub(super) fn clear_incoming(&mut self) -> io::Result<bool> {
-        let was_marked = self.set_mark(None)?;
-        if was_marked {
-            self.flush(ARRIVED);
-        }
-        Ok(was_marked)
-    }
-
-    fn set_mark(&mut self, mark: Option<&Mark>) -> io::Result<bool> {
-        let text = mark.map(ToString::to_string);
-        self.backend.disk_mut().map_or(Ok(false), |disk| disk.set_mark(text.as_deref()))
-    }
-
-    /// Makes durable what was done until now; the loop takes the completion, which is never dropped.
-    pub(super) fn flush(&mut self, tag: u32) {
-        let taken = self.backend.submit(Op { owner: OWN, tag, action: Action::Flush });
-        debug_assert!(taken.is_ok(), "one sender does not fill the queue, and in a pause it is empty");
-    }
+/// The mark of an image of which the destination has everything.
+pub(super) fn moved(to: &Destination) -> String {
+    Mark::Moved(now_at(to)).to_string()
 }
 
 /// Where the image goes now.
@@ -154,8 +71,101 @@ fn now_at(to: &Destination) -> Where {
     Where::at(to.to.clone(), since_1970.as_secs())
 }
 
-#[allow(clippy::needless_pass_by_value, reason = "as `map_err` calls it")]
-fn cannot_mark(error: io::Error) -> String {
+impl Shared {
+    /// A migration begins that makes the image another server's. The first completion of its slot says what came of the mark.
+    pub(super) fn mark_sending(&mut self, to: &Destination, mirror: Key) -> Result<(), &'static str> {
+        let mark = Mark::Sends(now_at(to)).to_string();
+        let taken = self.backend.submit_mark(mirror.to_u64(), 0, Some(mark), false);
+        taken.then_some(()).ok_or("the disk has too much to do; try again")
+    }
+
+    /// That has ended. An error: the migration cannot begin.
+    pub(super) fn marked_sending(&mut self, result: io::Result<()>) -> io::Result<()> {
+        if let (true, Some(plan)) = (self.is_set(result)?, self.life.plan()) {
+            plan.mark_at_end();
+        }
+        Ok(())
+    }
+
+    /// Whether a mark is set. If there can be none, that has been said.
+    fn is_set(&self, result: io::Result<()>) -> io::Result<bool> {
+        match result {
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                warn!(
+                    "{}: no mark can be set on it (user.flexnbd.state): nothing keeps it from being served when a migration \
+                     has made it the wrong image",
+                    self.backend.name()
+                );
+                Ok(false)
+            }
+            result => result.map(|()| true),
+        }
+    }
+
+    /// No attempt to migrate the image has come to its end. If it may be marked as moved, clients wait until that is gone for
+    /// good. To be called before the plan hears of it.
+    pub(super) fn keep_image(&mut self) {
+        let is_marked = self.life.plan().is_some_and(|plan| plan.is_marked());
+        if self.backend.submit_mark(OWN, if is_marked { STAYS } else { ENDED }, None, is_marked) && is_marked {
+            self.gate.take_back();
+        }
+    }
+
+    /// A sender wants to change the image, which is allowed once it is marked.
+    pub(super) fn mark_incoming(&mut self) {
+        if let Life::Receiving { incoming, .. } = &mut self.life {
+            if incoming.wants_mark() {
+                let taken = self.backend.submit_mark(OWN, INCOMING, Some(Mark::Incoming.to_string()), true);
+                debug_assert!(taken, "one sender does not fill the queue");
+            }
+        }
+    }
+
+    /// A change of the mark of its own has ended, or a flush. True: a received image is durable, and so is that it is one.
+    pub(super) fn flushed(&mut self, tag: u32, result: io::Result<()>) -> Result<bool, Fatal> {
+        match tag {
+            INCOMING => {
+                self.is_set(result).map_err(|error| Fatal(cannot_mark(&error)))?;
+                if let Life::Receiving { incoming, .. } = &mut self.life {
+                    incoming.marked();
+                }
+            }
+            IMAGE => {
+                result.map_err(|error| Fatal(format!("cannot make the migrated image durable: {error}")))?;
+                let taken = self.backend.submit_mark(OWN, ARRIVED, None, true);
+                debug_assert!(taken, "one sender does not fill the queue");
+            }
+            ARRIVED => match result {
+                Err(error) if error.kind() != ErrorKind::Unsupported => {
+                    return Err(Fatal(format!(
+                        "the image is here and durable, but the mark that it is not cannot be cleared: {error}; serve --adopt \
+                         does that"
+                    )));
+                }
+                _ => return Ok(true),
+            },
+            STAYS => {
+                // Where only the sync has failed, no FLUSH succeeds any more, so that no client is promised anything that
+                // would be lost with the image.
+                let is_there = self.backend.disk().is_some_and(|disk| !matches!(disk.mark(), Ok(None)));
+                if let (Err(error), true) = (result, is_there) {
+                    return Err(Fatal(format!(
+                        "cannot clear the mark that the image has moved: {error}; it has not, and what clients wrote would be \
+                         found nowhere. serve --adopt clears it"
+                    )));
+                }
+                self.gate.taken_back();
+                self.effects.push_back(Effect::ResumeClients);
+            }
+            // A mark that stays after a migration that has ended is none that refuses.
+            _ => {}
+        }
+        Ok(false)
+    }
+}
+
+/// The sentence for whoever has asked.
+pub(super) fn cannot_mark(error: &io::Error) -> String {
     format!("cannot mark the image (user.flexnbd.state): {error}")
 }
 

@@ -14,6 +14,7 @@ use super::config::Destination;
 use super::dial::{Dial, Failure};
 use super::effect::Effect;
 use super::life::Life;
+use super::mark;
 use super::offer;
 use super::reason::{Next, Reason};
 use super::shared::{Shared, MEMORY_RETRY_MS};
@@ -31,6 +32,7 @@ use crate::sys::net::Keepalive;
 use crate::work::{Action, Done};
 use log::{info, warn};
 use std::fmt;
+use std::io;
 
 /// How long after a failure the next attempt begins, in milliseconds.
 const RETRY_MS: u64 = 1_000;
@@ -76,7 +78,7 @@ pub(super) struct Mirror {
 }
 
 impl Mirror {
-    /// Begins to connect. The error is what the one who asked is told.
+    /// Marks the image, then begins to connect. The error is what the one who asked is told.
     pub(super) fn start(settings: Settings, starter: Key, key: Key, sh: &mut Shared) -> Result<Self, &'static str> {
         let mut mirror = Self {
             settings,
@@ -89,8 +91,20 @@ impl Mirror {
             alarm: Alarm::default(),
             last_tag: 0,
         };
-        mirror.connect(key, sh).map_err(|failure| failure.answer())?;
+        if mirror.settings.ending == Ending::Nothing {
+            mirror.connect(key, sh).map_err(|failure| failure.answer())?;
+            return Ok(mirror);
+        }
+        sh.mark_sending(&mirror.settings.destination, key)?;
         Ok(mirror)
+    }
+
+    /// The image is marked as one that is sent, unless it can have no mark: then the migration begins.
+    fn marked(&mut self, result: io::Result<()>, key: Key, sh: &mut Shared) -> Next {
+        match sh.marked_sending(result) {
+            Ok(()) => self.connect(key, sh).unwrap_or_else(|why| self.failed(&why, key, sh)),
+            Err(error) => Next::Close(Reason::NotStarted(mark::cannot_mark(&error))),
+        }
     }
 
     fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
@@ -125,6 +139,9 @@ impl Mirror {
 
     /// Takes what the disk has done.
     pub(super) fn disk_done(&mut self, done: Done, key: Key, sh: &mut Shared) -> Next {
+        if self.trials.begun() == 0 {
+            return self.marked(done.result, key, sh);
+        }
         let Some(attempt) = &mut self.attempt else {
             done.buffer.into_iter().for_each(|buffer| sh.pool.give(buffer));
             return Next::Idle;
@@ -224,7 +241,11 @@ impl Mirror {
 
     /// What it is doing, in one word.
     pub(super) fn phase(&self, plan: &Plan) -> &'static str {
-        self.attempt.as_ref().map_or("retrying", |attempt| attempt.phase(plan))
+        match &self.attempt {
+            Some(attempt) => attempt.phase(plan),
+            None if self.starter.is_some() => "connecting",
+            None => "retrying",
+        }
     }
 
     /// True when the destination offers no FLUSH, so that only it knows how durable the copy is.
@@ -347,10 +368,7 @@ impl Mirror {
                     return Ok(Next::Idle);
                 }
                 Step::Settle => attempt.submit(Action::Flush, Task::Settle, self.last_tag, key, sh),
-                Step::Mark => {
-                    sh.mark_moved(&self.settings.destination).map_err(Failure::Broken)?;
-                    attempt.submit(Action::Flush, Task::Mark, self.last_tag, key, sh);
-                }
+                Step::Mark => attempt.mark_moved(&self.settings.destination, self.last_tag, key, sh),
                 Step::Commit => {
                     attempt.commit(self.settings.ending, sh)?;
                     self.deadline_ms = sh.now_ms.saturating_add(LEAVING_MS);
@@ -393,7 +411,7 @@ impl Mirror {
         }
         self.trials.failed(why);
         self.drop_attempt(sh);
-        sh.keep_image(Some(&self.settings.destination));
+        sh.keep_image();
         if let Some(plan) = sh.life.plan() {
             plan.lost(sh.now_ms);
         }
@@ -450,7 +468,7 @@ impl Mirror {
         } else if migrated && self.settings.ending != Ending::Nothing {
             sh.life = Life::Over;
         } else {
-            sh.keep_image(None);
+            sh.keep_image();
             sh.life = Life::Serving;
             sh.share_image();
             sh.effects.push_back(Effect::ResumeClients);

@@ -263,7 +263,10 @@ impl Reactor {
         }
         self.run.append(&mut self.wait_disk);
         if done.owner == life::OWN {
-            return self.flushed(done.tag, done.result);
+            if self.shared.flushed(done.tag, done.result)? {
+                self.sealed();
+            }
+            return Ok(());
         }
         let key = Key::from_u64(done.owner);
         self.out.push(key);
@@ -294,13 +297,14 @@ impl Reactor {
                     info!("the destination has everything; not waiting for it to close");
                     Ok(Flow::Stop)
                 }
-                _ => {
-                    self.shared.keep_image(None);
-                    Err(Fatal(
-                        "stopped by a signal while a migration was running; the image here is the one that counts"
-                            .into(),
-                    ))
-                }
+                _ if self.shared.life.plan().is_some_and(|plan| plan.is_marked()) => Err(Fatal(
+                    "stopped by a signal after the image was marked as moved, and before the destination was told; the image \
+                     here is the one that counts, once serve --adopt has cleared its mark"
+                        .into(),
+                )),
+                _ => Err(Fatal(
+                    "stopped by a signal while a migration was running; the image here is the one that counts".into(),
+                )),
             },
         }
     }

@@ -75,12 +75,12 @@ impl Reactor {
     }
 
     /// The same with what stands behind the requests.
-    pub(super) fn new(mut backend: Backend, signals: SignalFd, config: &Config) -> Result<Self, Fatal> {
+    pub(super) fn new(backend: Backend, signals: SignalFd, config: &Config) -> Result<Self, Fatal> {
         let poll = Poll::new().map_err(cannot_wait)?;
         let now_ms = sys::monotonic_ms();
         let registry = poll.registry().try_clone().map_err(cannot_wait)?;
         let (life, request_limit_ms, sync) = match &config.backing {
-            Backing::Image(image) => (life_with(&mut backend, image)?, image.request_limit_ms, image.sync),
+            Backing::Image(image) => (life_with(&backend, image)?, image.request_limit_ms, image.sync),
             Backing::Upstream(_) => (Life::Serving, config.upstream_limit_ms, false),
         };
         let queues_clients = matches!(config.backing, Backing::Upstream(_));
@@ -202,9 +202,9 @@ fn is_listener(image: &Image) -> bool {
 }
 
 /// What a server with an image begins with. It says to others that the image is open here.
-fn life_with(backend: &mut Backend, image: &Image) -> Result<Life, Fatal> {
+fn life_with(backend: &Backend, image: &Image) -> Result<Life, Fatal> {
     let size = backend.export().size;
-    if let Some(disk) = backend.disk_mut() {
+    if let Some(disk) = backend.disk() {
         // A listener overwrites the image, so it is alone with it until it serves it.
         let alone = is_listener(image) || image.access == Access::Alone;
         if image.access != Access::ReadOnly {

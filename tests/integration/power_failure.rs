@@ -3,7 +3,7 @@
 //! A moment is what the disks may hold and what the clients know, taken at once. It is looked at later, so that nobody
 //! waits for that.
 
-use crate::support::fuse::{Disk, Op, PowerFailures};
+use crate::support::fuse::{Disk, Op, Remains};
 use crate::support::ledger::{Expected, Habits, Ledger, Writer, SECTOR};
 use crate::support::peers::{expect_exit, listen, start_mirror, wait_for_status};
 use crate::support::{kind, request, wait_for, Server, SOON};
@@ -26,8 +26,8 @@ struct Tried {
 }
 
 /// The first power failure of this moment that loses what was promised.
-fn loss(expected: &Expected, failures: PowerFailures) -> Option<String> {
-    failures.into_iter().find_map(|remains| {
+fn loss(expected: &Expected, mut failures: impl Iterator<Item = Remains>) -> Option<String> {
+    failures.find_map(|remains| {
         let image = remains.content("image").expect("the file is there");
         let sector = expected.lost(&image)?;
         Some(format!("sector {sector} is lost {remains}"))
@@ -144,6 +144,17 @@ fn a_listener_is_done_when_all_is_durable() {
     expect_served(&ledger, &disk, 7);
 }
 
+/// Whether the image is there, and `serve` takes it.
+fn is_served(remains: &Remains) -> bool {
+    let mark = remains.xattr("image", "user.flexnbd.state").map(String::from_utf8_lossy);
+    remains.content("image").is_some() && mark.is_none_or(|mark| mark.starts_with("sends "))
+}
+
+/// Whether nothing was written to the image.
+fn is_blank(remains: &Remains) -> bool {
+    remains.content("image").is_none_or(|image| image.iter().all(|&byte| byte == 0))
+}
+
 /// A migration between two disks that both lose power at every moment that matters, and in between. Clients write all the
 /// time, to whoever has the image.
 fn is_whole_somewhere(options: &str) {
@@ -154,8 +165,14 @@ fn is_whole_somewhere(options: &str) {
     let habits = Habits { depth: 4, flushes: 2, fua: 2, may_end: true };
     let clients = writers(&ledger, &source, [habits; 4]);
     let unlinks = options.contains("--unlink");
-    let held = [(&there, Op::Fsync), (&here, Op::Unlink), (&here, Op::FsyncFolder)];
-    let (mut is_over, mut seed, mut met) = (false, 0, [false; 3]);
+    let held = [
+        (&there, Op::Fsync),
+        (&here, Op::Unlink),
+        (&here, Op::FsyncFolder),
+        (&there, Op::FsyncAll),
+        (&here, Op::FsyncAll),
+    ];
+    let (mut is_over, mut seed, mut met) = (false, 0, [false; 5]);
     for (disk, op) in held {
         disk.hold(op, ..);
     }
@@ -174,9 +191,18 @@ fn is_whole_somewhere(options: &str) {
             disk.hold(*op, ..);
         }
         let [at_source, at_destination] = failures;
-        let destination_lost = loss(&expected, at_destination);
+        let mut serves_there = false;
+        // Beyond the first loss, all of them are looked at.
+        let destination_lost = at_destination.fold(None, |lost, remains| {
+            let is_copy = is_served(&remains) && !is_blank(&remains);
+            serves_there |= is_copy;
+            let lost_here = loss(&expected, std::iter::once(remains));
+            assert!(!is_copy || lost_here.is_none(), "a part would be served: {lost_here:?}");
+            lost.or(lost_here)
+        });
         let (mut source_lost, mut is_gone) = (None, false);
         for remains in at_source {
+            assert!(!(serves_there && is_served(&remains)), "there would be two: {remains}");
             match remains.content("image") {
                 Some(image) => source_lost = source_lost.or(expected.lost(&image).map(|at| (at, remains.to_string()))),
                 None => is_gone = true,
@@ -187,13 +213,13 @@ fn is_whole_somewhere(options: &str) {
         assert!(!is_left || unlinks && destination_lost.is_none(), "the file is gone too early: {destination_lost:?}");
         let has_moved = !unlinks && destination_lost.is_none();
         assert!(source_lost.is_none() || has_moved, "lost: {source_lost:?}; at the destination: {destination_lost:?}");
-        (0..3).for_each(|n| met[n] |= waiting[n]);
+        (0..5).for_each(|n| met[n] |= waiting[n]);
         seed += 1;
     }
     for (disk, op) in held {
         disk.heal(op);
     }
-    assert_eq!(met, [true, unlinks, unlinks], "the moments that matter");
+    assert_eq!(met, [true, unlinks, unlinks, true, true], "the moments that matter");
     expect_exit(&mut source, 0);
     clients.into_iter().map(Writer::stop).for_each(drop);
     // The destination's copy counts.
@@ -223,6 +249,7 @@ fn a_migration_that_unlinks_has_a_whole_copy_somewhere() {
 #[test]
 fn a_destination_that_lost_power_is_filled_anew() {
     let Some(mut disk) = Disk::mount(4 * SIZE) else { return };
+    disk.hold(Op::Fsync, ..);
     let ledger = Ledger::new(SECTORS);
     let mut source = Server::serve().content(&ledger.content()).start();
     let mut listener = listen(0).file(disk.furnish_sparse("image", SIZE)).start();
@@ -231,15 +258,18 @@ fn a_destination_that_lost_power_is_filled_anew() {
     start_mirror(&source, listener.address(), "--max-speed 2000000");
     for seed in 0..3 {
         // With some of it there; with all of it, before the first FLUSH is answered.
-        wait_for("a write", SOON, || (disk.count(Op::Write) > 0).then_some(()));
-        if seed > 0 {
-            disk.hold(Op::Fsync, ..);
+        if seed == 0 {
+            wait_for("a write", SOON, || (disk.count(Op::Write) > 0).then_some(()));
+        } else {
             disk.wait_for_waiting(Op::Fsync, 1);
         }
         let remains = disk.power_failures(seed).next().unwrap();
         listener.process.signal("KILL");
         listener.process.wait(SOON);
         disk = Disk::mount_remains(&remains, 4 * SIZE).unwrap();
+        if seed < 2 {
+            disk.hold(Op::Fsync, ..);
+        }
         listener = listen(port).file(disk.path("image")).start();
     }
     expect_exit(&mut source, 0);

@@ -2,7 +2,7 @@
 //!
 //! [`world`] is everything around the plan: a file that clients write, a link, a destination that answers in any order.
 //! It holds the plan to its promises at every step. [`seeds`] makes worlds up, thousands of them; [`faults`] lets an
-//! attempt fail at every step there is; [`pace`] asks for figures: how long, how much, how late.
+//! attempt fail at every step there is; [`marks`] kills either side at every moment and serves both; [`pace`] asks for figures: how long, how much, how late.
 //!
 //! A failed seed is printed; `FLEXNBD_SEED=that cargo test --test simulation seeds` runs it again. With
 //! `FLEXNBD_SEEDS=200000` there are so many, instead of 2,000.
@@ -12,6 +12,7 @@
 #![allow(clippy::print_stderr, reason = "figures and seeds are said aloud")]
 
 mod faults;
+mod marks;
 mod pace;
 mod random;
 mod seeds;

@@ -4,6 +4,7 @@ mod disc;
 mod faults;
 mod itself;
 mod load;
+mod marks;
 mod net;
 mod ordinary;
 mod relay;

@@ -15,8 +15,10 @@ pub enum Op {
     Fallocate,
     /// The search for data or a hole; its range is where it begins.
     Seek,
-    /// Both fsync(2) and fdatasync(2) of a file.
+    /// fdatasync(2) of a file.
     Fsync,
+    /// fsync(2) of a file, which covers its extended attributes, too.
+    FsyncAll,
     /// fsync(2) of the folder.
     FsyncFolder,
     /// ftruncate(2).
