@@ -575,15 +575,15 @@ fn whoever_is_killed_at_most_one_image_is_served_and_no_part_of_one() {
             let (call, when) = point.split_once(':').unwrap();
             let inject = format!("inject={call}:signal=KILL:when={when}");
             let trace = format!("trace={call}");
-            let killer = ["strace", "-D", "-f", "-o", "/dev/null", "-e", &trace, "-e", &inject];
+            let strace = ["strace", "-D", "-f", "-o", "/dev/null", "-e", &trace, "-e", &inject];
             let is_source = n < at_source.len();
             let source = Server::serve().content(&content);
             // What a ring does strace does not see, and the kernel unlocks the image some time after a killed server's end.
             let (mut source, mut destination) = if is_source {
                 let destination = listen(0).engine("sync").size(SIZE as u64);
-                (source.engine("sync").through(&killer).start(), destination.start())
+                (source.engine("sync").through(&strace).start(), destination.start())
             } else {
-                let killed = listen_after(0, &format!("exec {}", killer.join(" "))).engine("sync");
+                let killed = listen_after(0, &format!("exec {}", strace.join(" "))).engine("sync");
                 (source.engine("sync").start(), killed.size(SIZE as u64).start())
             };
             mirror(&source, destination.address(), if unlinks { "--unlink" } else { "" });
@@ -597,22 +597,22 @@ fn whoever_is_killed_at_most_one_image_is_served_and_no_part_of_one() {
             }
             let (here, there) = (&source.image, &destination.image);
             let is_blank = fs::read(there).unwrap().iter().all(|&byte| byte == 0);
-            let serves_here = here.exists() && is_served(here);
-            let serves_there = !is_blank && is_served(there);
-            assert!(!(serves_here && serves_there), "{point}: two");
-            if serves_there {
+            let old_serves = here.exists() && is_served(here);
+            let copy_serves = !is_blank && is_served(there);
+            assert!(!(old_serves && copy_serves), "{point}: two");
+            if copy_serves {
                 assert!(fs::read(there).unwrap() == content, "{point}: a part");
             }
-            if serves_here {
+            if old_serves {
                 assert!(fs::read(here).unwrap() == content, "{point}: the source has changed");
             }
-            if !serves_here && !serves_there {
+            if !old_serves && !copy_serves {
                 // Where the source says that it has moved, the copy is whole.
                 assert!(!here.exists() || mark_of(here).unwrap().starts_with("moved "), "{point}");
                 serve(there).arg("--adopt").start().expect_healthy();
                 assert!(fs::read(there).unwrap() == content, "{point}: a part was adopted");
             }
-            ends[usize::from(serves_here) + 2 * usize::from(serves_there)] += 1;
+            ends[usize::from(old_serves) + 2 * usize::from(copy_serves)] += 1;
         }
     }
     eprintln!("{killed} were killed; then neither, the source, the destination was served: {ends:?}");
