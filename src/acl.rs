@@ -51,7 +51,7 @@ pub fn parse_ip(text: &str) -> Result<IpAddr, AddressError> {
 /// (`10.0.0.0/8`, `2001:db8::/32`).
 ///
 /// Invariant 1: `network` has no bit set beyond `prefix`, and is no IPv4-mapped address.
-/// Invariant 2: `prefix` is 1 to 32 for IPv4, 1 to 128 for IPv6.
+/// Invariant 2: `prefix` is 0 to 32 for IPv4, 0 to 128 for IPv6.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Entry {
     network: IpAddr,
@@ -68,15 +68,14 @@ impl Entry {
 impl FromStr for Entry {
     type Err = AddressError;
 
-    /// Bits beyond the mask are ignored. A mask of 0 is refused: to let everybody in, leave the list empty. An IPv4-mapped
-    /// IPv6 address stands for the IPv4 address in it; a mask shorter than the mapped part is refused, because no client
-    /// would match the entry.
+    /// Bits beyond the mask are ignored. An IPv4-mapped IPv6 address stands for the IPv4 address in it; a mask shorter than
+    /// the mapped part is refused, because no client would match the entry.
     fn from_str(text: &str) -> Result<Self, AddressError> {
         let (address, mask) = match text.split_once('/') {
             Some((address, mask)) => (address, Some(mask)),
             None => (text, None),
         };
-        let written: IpAddr = address.parse().map_err(|_| AddressError::Address)?;
+        let written = if address == "0" { Err(AddressError::Address) } else { parse_ip(address) }?;
         let address = written.to_canonical();
         let (outer, most) = match (written, address) {
             (IpAddr::V6(_), IpAddr::V4(_)) => (MAPPED_PREFIX, 128),
@@ -86,8 +85,8 @@ impl FromStr for Entry {
         let mask = match mask {
             None => most,
             Some(mask) => parse_mask(mask)
-                .filter(|&mask| mask > outer && mask <= most)
-                .ok_or(AddressError::Mask { least: outer + 1, most })?,
+                .filter(|&mask| mask >= outer && mask <= most)
+                .ok_or(AddressError::Mask { least: outer, most })?,
         };
         let prefix = mask - outer;
         Ok(Self { network: masked(address, prefix), prefix })
@@ -177,6 +176,11 @@ mod tests {
             ("10.1.2.3/32", "10.1.2.3"),
             ("10.1.2.3/8", "10.0.0.0/8"),
             ("255.255.255.255/1", "128.0.0.0/1"),
+            ("10.1.2.3/0", "0.0.0.0/0"),
+            ("ffff::/0", "::/0"),
+            ("::ffff:10.0.0.1/96", "0.0.0.0/0"),
+            ("[2001:db8::1]", "2001:db8::1"),
+            ("[2001:db8::1]/32", "2001:db8::/32"),
             ("2001:db8::1", "2001:db8::1"),
             ("2001:db8::1/128", "2001:db8::1"),
             ("2001:db8:ffff::1/32", "2001:db8::/32"),
@@ -195,36 +199,33 @@ mod tests {
     #[test]
     fn bad_entries_are_told_what_is_wrong() {
         for bad in
-            ["", "/", "/8", "x", "10.0.0/8", "0", "[::1]", "[::1]/64", "localhost", "10.0.0.1 ", "\u{661}0.0.0.1"]
+            ["", "/", "/8", "x", "10.0.0/8", "0", "[::1", "[10.0.0.1]", "localhost", "10.0.0.1 ", "\u{661}0.0.0.1"]
         {
             assert_eq!(bad.parse::<Entry>(), Err(AddressError::Address), "{bad:?}");
         }
         for (bad, least, most) in [
-            ("10.0.0.0/", 1, 32),
-            ("10.0.0.0/0", 1, 32),
-            ("10.0.0.0/33", 1, 32),
-            ("10.0.0.0/+8", 1, 32),
-            ("10.0.0.0/-8", 1, 32),
-            ("10.0.0.0/8/8", 1, 32),
-            ("10.0.0.0/255.0.0.0", 1, 32),
-            ("10.0.0.0/99999999999999999999", 1, 32),
-            ("::/0", 1, 128),
-            ("::/129", 1, 128),
-            ("::/257", 1, 128),
-            ("::ffff:10.0.0.1/96", 97, 128),
-            ("::ffff:10.0.0.1/32", 97, 128),
-            ("::ffff:10.0.0.1/129", 97, 128),
+            ("10.0.0.0/", 0, 32),
+            ("10.0.0.0/33", 0, 32),
+            ("10.0.0.0/+8", 0, 32),
+            ("10.0.0.0/-8", 0, 32),
+            ("10.0.0.0/8/8", 0, 32),
+            ("10.0.0.0/255.0.0.0", 0, 32),
+            ("10.0.0.0/99999999999999999999", 0, 32),
+            ("::/129", 0, 128),
+            ("::/257", 0, 128),
+            ("::ffff:10.0.0.1/32", 96, 128),
+            ("::ffff:10.0.0.1/129", 96, 128),
         ] {
             assert_eq!(bad.parse::<Entry>(), Err(AddressError::Mask { least, most }), "{bad:?}");
         }
         let error = "1.2.3.4/64".parse::<Entry>().unwrap_err();
-        assert_eq!(error.to_string(), "the mask must be a number from 1 to 32");
+        assert_eq!(error.to_string(), "the mask must be a number from 0 to 32");
     }
 
     #[test]
     fn every_mask_matches_its_bits_and_no_others() {
         let base = ip("170.85.170.85");
-        for prefix in 1..=32_u8 {
+        for prefix in 0..=32_u8 {
             let list = acl(&[&format!("{base}/{prefix}")]);
             for bit in 0..32_u8 {
                 let IpAddr::V4(v4) = base else { unreachable!() };
@@ -234,7 +235,7 @@ mod tests {
             }
         }
         let base: Ipv6Addr = "2001:db8:aaaa:5555:f0f0:0f0f:1234:8765".parse().unwrap();
-        for prefix in 1..=128_u8 {
+        for prefix in 0..=128_u8 {
             let list = acl(&[&format!("{base}/{prefix}")]);
             for bit in 0..128_u8 {
                 let flipped = Ipv6Addr::from_bits(base.to_bits() ^ (1 << (127 - bit)));

@@ -16,7 +16,7 @@ cd "$tree/src"
 # The files of each folder, top down: NAME stands for NAME.rs and for the folder NAME, mod for the mod.rs of the folder. A
 # file names only what stands below it; what it takes from `super` itself stands in mod.rs.
 declare -A folders=(
-    [cli]="mod args"
+    [cli]="mod doors address args"
     [cli/args]="mod proxy common values"
     [disk]="mod engine ring changes kernel verify hint zero pace sparse reads mark commit queue open image"
     [event]="mod alarm ready run_queue wheel slots"
@@ -28,7 +28,7 @@ declare -A folders=(
     [server]="mod start apply commands status reactor slot client control mirror upstream snapshot listener signals attempt trials offer dial change outage \
         mark shared backend gate grace admit complaints life inbound effect reason watch socket bind config"
     [upstream]="mod task dirty command"
-    [sys]="ring pages memory file clone net mod"
+    [sys]="ring pages memory passed file clone net mod"
 )
 
 pure="acl bitmap command migrate proto upstream work"

@@ -4,29 +4,31 @@
 //! before anything starts. Whatever is wrong there is a usage error with exit code 2, like `clap`'s own. An error of the
 //! mode itself is one `F` line and exit code 1.
 
+mod address;
 mod args;
+mod doors;
 
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
 use std::io::{self, IsTerminal};
-use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser};
 use log::warn;
 
-use crate::acl::{self, Acl};
+use crate::acl::Acl;
 use crate::command;
 use crate::disk::{Access, EngineChoice};
-use crate::endpoint::Endpoint;
 use crate::logging::{self, fatal, Verbosity};
 use crate::proto::wire;
-use crate::remote::{self, ProgressForm, Target};
+use crate::remote::{self, Migration, ProgressForm, Switch, Target};
 use crate::server;
+use crate::sys;
 use crate::upstream::Replay;
+use address::{acl_entry, invalid, Options};
 use args::common::{AccessArgs, DoorArgs, LogFlags};
 use args::proxy::{ProxyArgs, ReplayKind, SwitchArgs};
 use args::values;
@@ -56,12 +58,12 @@ const _: () = assert!(command::LINE_MAX <= wire::STRING_MAX, "a name that fits a
 enum Job {
     Serve(server::Config),
     Proxy { config: server::Config, reads_ahead: bool },
-    Switch { sock: PathBuf, words: Vec<String>, wait_for: Option<String> },
+    Switch { sock: PathBuf, switch: Switch, wait: bool },
     Read(Target),
     Write(Target),
     Control { sock: PathBuf, words: Vec<String> },
     Status { sock: PathBuf, json: bool, clients: bool },
-    Mirror { sock: PathBuf, words: Vec<String>, wait: bool },
+    Mirror { sock: PathBuf, migration: Migration, wait: bool },
 }
 
 /// Does what the arguments ask for, the first of which is the program's name, and returns the exit code: 0 for a clean
@@ -89,15 +91,15 @@ fn is_proxy(args: &[OsString]) -> bool {
 
 fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
     match job {
-        Job::Serve(config) => ended(server::serve(&config).map(|()| 0)),
+        Job::Serve(config) => ended(server::serve(config).map(|()| 0)),
         Job::Proxy { config, reads_ahead } => {
             if reads_ahead {
                 warn!("--cache does nothing: requests are sent to the server while others wait for its answers");
             }
-            ended(server::serve(&config).map(|()| 0))
+            ended(server::serve(config).map(|()| 0))
         }
-        Job::Switch { sock, words, wait_for } => {
-            ended(remote::switch(&sock, &words, wait_for.as_deref(), &mut io::stdout(), &mut io::stderr()))
+        Job::Switch { sock, switch, wait } => {
+            ended(remote::switch(&sock, &switch, wait, &mut io::stdout(), &mut io::stderr()))
         }
         Job::Read(target) => ended(remote::read(&target, &mut io::stdout()).map(|()| 0)),
         Job::Write(target) => ended(remote::write(&target).map(|()| 0)),
@@ -105,13 +107,13 @@ fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
         Job::Status { sock, json, clients } => {
             ended(remote::status(&sock, json, clients, &mut io::stdout(), &mut io::stderr()))
         }
-        Job::Mirror { sock, words, wait } => {
+        Job::Mirror { sock, migration, wait } => {
             let progress = wait.then(|| match verbosity {
                 Verbosity::Quiet => ProgressForm::Silent,
                 _ if io::stderr().is_terminal() => ProgressForm::Redrawn,
                 _ => ProgressForm::Lines,
             });
-            ended(remote::mirror(&sock, &words, progress, &mut io::stdout(), &mut io::stderr()))
+            ended(remote::mirror(&sock, &migration, progress, &mut io::stdout(), &mut io::stderr()))
         }
     }
 }
@@ -131,7 +133,7 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
     let line = match CommandLine::try_parse_from(args) {
         // Options without a mode get the same help on stderr as no arguments at all.
         Err(error) if error.kind() == ErrorKind::MissingSubcommand => return parse([PROGRAM]),
-        parsed => parsed?,
+        parsed => parsed.map_err(without_tip)?,
     };
     let (mode, log, job) = match line.mode {
         Mode::Serve(args) => ("serve", args.log, server(args, None)),
@@ -166,7 +168,8 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
 /// The same for the program that is the mode `proxy` alone.
 fn parse_proxy(args: Vec<OsString>) -> Result<(Verbosity, Job), clap::Error> {
     let mut program = args::proxy_program();
-    let args = ProxyArgs::from_arg_matches(&program.try_get_matches_from_mut(args)?)?;
+    let matches = program.try_get_matches_from_mut(args).map_err(without_tip)?;
+    let args = ProxyArgs::from_arg_matches(&matches)?;
     let verbosity = verbosity(args.log, args.log);
     let job = proxy(args).map_err(|why| program.error(ErrorKind::ValueValidation, why))?;
     Ok((verbosity, job))
@@ -212,10 +215,12 @@ fn server(args: ServeArgs, listens: Option<server::Role>) -> Result<Job, String>
 }
 
 fn proxy(args: ProxyArgs) -> Result<Job, String> {
-    let server = server_endpoint(args.conn_addr, args.conn_port)?;
-    let bind = bind_for(&server, args.bind.as_deref(), "--conn-addr")?;
+    let server = address::server(Options::CONN, args.conn_addr, args.conn_port)?;
+    let bind = address::bind_for(&server, args.bind.as_deref(), Options::CONN)?;
     let upstream = server::Upstream {
-        server: server::Destination { to: server, bind, export: args.export.unwrap_or_default() },
+        server,
+        bind,
+        export: args.export.unwrap_or_default(),
         replay: match args.replay {
             ReplayKind::Dirty => Replay::Dirty,
             ReplayKind::Inflight => Replay::Unanswered,
@@ -232,34 +237,23 @@ fn proxy(args: ProxyArgs) -> Result<Job, String> {
 
 /// What servers of both kinds are told.
 fn config(
-    doors: DoorArgs,
+    mut doors: DoorArgs,
     access: AccessArgs,
     max_clients: usize,
     backing: server::Backing,
 ) -> Result<server::Config, String> {
-    let listen = endpoint(doors.addr, doors.port)?;
+    let export_name = doors.export_name.take();
+    let doors = doors::doors(doors, access.sock, sys::passed::take_passed()?)?;
     Ok(server::Config {
-        newstyle: newstyle(&listen, doors.newstyle_port, doors.newstyle_sock)?,
-        listen,
-        export_name: doors.export_name.unwrap_or_default(),
-        control: access.sock,
+        doors: doors.nbd,
+        export_name: export_name.unwrap_or_default(),
+        control: doors.control,
         acl: Acl::new(access.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, access.default_deny),
         killswitch_ms: access.killswitch_ms,
         max_clients,
         upstream_limit_ms: upstream_limit_ms(env::var_os(UPSTREAM_LIMIT).as_deref())?,
         backing,
     })
-}
-
-/// The server that a proxy connects to.
-fn server_endpoint(addr: String, port: Option<u16>) -> Result<Endpoint, String> {
-    if addr.starts_with('/') {
-        return Ok(Endpoint::Unix(addr.into()));
-    }
-    let ip = ip("--conn-addr <CONN_ADDR>", &addr)?;
-    let port =
-        port.ok_or("--conn-port <CONN_PORT> is required, unless --conn-addr <CONN_ADDR> is the path of a UNIX socket")?;
-    Ok(Endpoint::Tcp(SocketAddr::new(ip, port)))
 }
 
 /// The whole seconds of [`UPSTREAM_LIMIT`], in milliseconds.
@@ -274,32 +268,8 @@ fn upstream_limit_ms(value: Option<&OsStr>) -> Result<u64, String> {
 }
 
 fn switch(args: SwitchArgs) -> Result<Job, String> {
-    let port = args.conn_port.unwrap_or_default().to_string();
-    let server = server_endpoint(args.conn_addr, args.conn_port)?;
-    let addr = match &server {
-        Endpoint::Tcp(to) => to.ip().to_string(),
-        Endpoint::Unix(path) => path.display().to_string(),
-    };
-    let when = if args.when_lost { "when-lost" } else { "now" };
-    let words = vec!["upstream".into(), addr, port, when.into()];
-    Ok(Job::Switch { sock: args.sock, words, wait_for: args.wait.then(|| server.to_string()) })
-}
-
-/// Where newstyle clients connect, beside the main `listen`.
-fn newstyle(listen: &Endpoint, port: Option<u16>, sock: Option<PathBuf>) -> Result<Vec<Endpoint>, String> {
-    let tcp = match (port, listen) {
-        (None, _) => None,
-        (Some(_), Endpoint::Unix(_)) => {
-            return Err("--newstyle-port <PORT> needs an IP address as --addr <ADDR>; for a UNIX socket there is \
-                        --newstyle-sock <PATH>"
-                .into());
-        }
-        (Some(port @ 1..), Endpoint::Tcp(addr)) if port == addr.port() => {
-            return Err(invalid("--newstyle-port <PORT>", &port.to_string(), "this is --port <PORT>, for oldstyle"));
-        }
-        (Some(port), Endpoint::Tcp(addr)) => Some(Endpoint::Tcp(SocketAddr::new(addr.ip(), port))),
-    };
-    Ok(tcp.into_iter().chain(sock.map(Endpoint::Unix)).collect())
+    let to = address::server(Options::CONN, args.conn_addr, args.conn_port)?;
+    Ok(Job::Switch { sock: args.sock, switch: Switch { to, when_lost: args.when_lost }, wait: args.wait })
 }
 
 fn request_limit_ms(value: Option<&OsStr>) -> Result<u64, String> {
@@ -310,12 +280,15 @@ fn request_limit_ms(value: Option<&OsStr>) -> Result<u64, String> {
 }
 
 fn mirror(args: MirrorArgs) -> Result<Job, String> {
-    let addr = ip("--addr <ADDR>", &args.addr)?;
-    let bind = local_address(args.bind.as_deref())?;
-    bind.map_or(Ok(()), |bind| check_reach(bind, "--addr", addr))?;
+    if args.addr.starts_with('/') {
+        let why = "a migration goes to an IP address; the path of a UNIX socket will not do";
+        return Err(invalid(Options::MAIN.addr, &args.addr, why));
+    }
+    let to = address::server(Options::MAIN, args.addr, Some(args.port))?;
+    let bind = address::bind_for(&to, args.bind.as_deref(), Options::MAIN)?;
     let max_speed = args.max_speed.filter(|&speed| speed != 0);
     let action = if args.unlink { "unlink" } else { "exit" };
-    let mut words = vec!["mirror".into(), addr.to_string(), args.port.to_string(), action.into()];
+    let mut words = vec![action.into()];
     // The predecessor's servers know only positional arguments and refuse keywords: send no more than what is needed.
     if bind.is_some() || max_speed.is_some() {
         words.push(bind.map_or_else(|| "0".into(), |bind| bind.to_string()));
@@ -324,7 +297,7 @@ fn mirror(args: MirrorArgs) -> Result<Job, String> {
     words.extend(args.max_pause_ms.map(|ms| format!("max_pause_ms={ms}")));
     words.extend(args.relay.then(|| "relay=yes".into()));
     words.extend(args.export.filter(|name| !name.is_empty()).map(|name| export_keyword(&name)).transpose()?);
-    Ok(Job::Mirror { sock: args.sock, words, wait: args.wait })
+    Ok(Job::Mirror { sock: args.sock, migration: Migration { to, bind, words }, wait: args.wait })
 }
 
 fn snapshot(args: SnapshotArgs) -> Result<Job, String> {
@@ -356,63 +329,30 @@ fn export_keyword(name: &str) -> Result<String, String> {
 }
 
 fn transfer(args: TransferArgs) -> Result<Target, String> {
-    let server = endpoint(args.addr, args.port)?;
-    let bind = bind_for(&server, args.bind.as_deref(), "--addr")?;
+    let server = address::server(Options::MAIN, args.addr, args.port)?;
+    let bind = address::bind_for(&server, args.bind.as_deref(), Options::MAIN)?;
     Ok(Target { server, bind, export: args.export.unwrap_or_default(), offset: args.from, length: args.size })
-}
-
-/// The local address to connect to a server from.
-fn bind_for(server: &Endpoint, bind: Option<&str>, option: &str) -> Result<Option<IpAddr>, String> {
-    let bind = local_address(bind)?;
-    match (server, bind) {
-        (Endpoint::Unix(_), Some(_)) => Err("--bind <BIND_ADDR> does not go with a UNIX socket; leave it out".into()),
-        (Endpoint::Tcp(remote), Some(local)) => check_reach(local, option, remote.ip()).map(|()| bind),
-        (_, None) => Ok(None),
-    }
-}
-
-fn local_address(bind: Option<&str>) -> Result<Option<IpAddr>, String> {
-    bind.map(|text| ip("--bind <BIND_ADDR>", text)).transpose()
-}
-
-fn check_reach(local: IpAddr, option: &str, remote: IpAddr) -> Result<(), String> {
-    if local.is_ipv4() == remote.is_ipv4() {
-        return Ok(());
-    }
-    Err(format!("--bind {local} cannot reach {option} {remote}; both must be IPv4 or both IPv6"))
 }
 
 fn replace_acl(args: AclArgs) -> Result<Job, String> {
     args.acl.iter().try_for_each(|text| acl_entry(text).map(drop))?;
-    Ok(Job::Control { sock: args.sock, words: std::iter::once("acl".into()).chain(args.acl).collect() })
-}
-
-fn endpoint(addr: String, port: Option<u16>) -> Result<Endpoint, String> {
-    if addr.starts_with('/') {
-        return Ok(Endpoint::Unix(addr.into()));
-    }
-    let ip = ip("--addr <ADDR>", &addr)?;
-    let port = port.ok_or("--port <PORT> is required, unless --addr <ADDR> is the path of a UNIX socket")?;
-    Ok(Endpoint::Tcp(SocketAddr::new(ip, port)))
-}
-
-fn ip(option: &str, text: &str) -> Result<IpAddr, String> {
-    acl::parse_ip(text).map_err(|why| invalid(option, text, why))
-}
-
-fn acl_entry(text: &str) -> Result<acl::Entry, String> {
-    text.parse().map_err(|why| invalid("[ACL_ENTRY]", text, why))
-}
-
-/// In the words of `clap`'s own errors.
-fn invalid(option: &str, value: &str, why: impl Display) -> String {
-    format!("invalid value '{value}' for '{option}': {why}")
+    // No entry at all would mean what --default-deny says.
+    let entries = if args.any { vec!["0.0.0.0/0".into(), "::/0".into()] } else { args.acl };
+    Ok(Job::Control { sock: args.sock, words: std::iter::once("acl".into()).chain(entries).collect() })
 }
 
 fn usage_error(mode: &str, why: String) -> clap::Error {
     let mut command = CommandLine::command();
     command.build();
     command.find_subcommand(mode).cloned().unwrap_or(command).error(ErrorKind::ValueValidation, why)
+}
+
+/// Without the tip of `clap` to write `-- --OPTION`: that would make an option of another mode an ACL entry.
+fn without_tip(mut error: clap::Error) -> clap::Error {
+    if error.kind() == ErrorKind::UnknownArgument && error.get(ContextKind::SuggestedArg).is_none() {
+        error.remove(ContextKind::Suggested);
+    }
+    error
 }
 
 #[cfg(test)]

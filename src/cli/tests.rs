@@ -2,6 +2,8 @@
 
 use super::args::MODES;
 use super::*;
+use crate::endpoint::{Endpoint, Place};
+use std::net::{IpAddr, SocketAddr};
 
 const SERVE: &str = "serve -l 127.0.0.1 -p 4777 -f disk";
 const LISTEN: &str = "listen -l 127.0.0.1 -p 4777 -f disk";
@@ -32,9 +34,26 @@ fn config(line: &str) -> server::Config {
 
 /// The words a control mode sends, between spaces.
 fn words(line: &str) -> String {
-    let (Job::Control { sock, words } | Job::Mirror { sock, words, .. }) = job(line) else { panic!("{line}") };
+    let (sock, words) = match job(line) {
+        Job::Control { sock, words } => (sock, words),
+        Job::Mirror { sock, migration: Migration { to, words, .. }, .. } => {
+            let (addr, port) = to.look_up(None).unwrap()[0].words();
+            (sock, ["mirror".into(), addr, port].into_iter().chain(words).collect())
+        }
+        other => panic!("{line}: {other:?}"),
+    };
     assert_eq!(sock, PathBuf::from("ctl"), "{line}");
     words.join(" ")
+}
+
+/// Where the server listens for NBD, with the letter of the style: `o` or `n`.
+fn doors(line: &str) -> Vec<String> {
+    let style = |dialect| if dialect == server::Dialect::Oldstyle { 'o' } else { 'n' };
+    let doors = config(line).doors.into_iter().map(|(door, dialect)| match door {
+        server::Door::At(endpoint) => format!("{}{endpoint}", style(dialect)),
+        server::Door::Passed(passed) => panic!("nothing was passed: {passed:?}"),
+    });
+    doors.collect()
 }
 
 fn target(line: &str) -> Target {
@@ -80,12 +99,10 @@ fn serve_takes_every_option_in_any_order() {
         for line in [long, short, packed] {
             let line = line.replacen("serve", mode, 1);
             let config = config(&line);
-            assert_eq!(config.listen, Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777))), "{line}");
-            assert_eq!(
-                (&*image(&config).file, config.control.as_deref()),
-                (Path::new("disk"), Some(Path::new("ctl"))),
-                "{line}"
-            );
+            assert_eq!(doors(&line), ["o127.0.0.1:4777"], "{line}");
+            assert_eq!(image(&config).file, Path::new("disk"), "{line}");
+            let Some(server::ControlDoor::At(sock)) = &config.control else { panic!("{line}") };
+            assert_eq!(sock, Path::new("ctl"), "{line}");
             assert_eq!((config.killswitch_ms, config.max_clients), (Some(120_000), 7), "{line}");
             assert_eq!(image(&config).role, role, "{line}");
         }
@@ -125,7 +142,8 @@ fn the_request_limit_comes_from_the_environment() {
 #[test]
 fn serve_has_defaults() {
     let config = config(SERVE);
-    assert_eq!((config.control.clone(), config.killswitch_ms, config.max_clients), (None, None, 100));
+    assert!(config.control.is_none());
+    assert_eq!((config.killswitch_ms, config.max_clients), (None, 100));
     assert_eq!(image(&config).disk_engine, EngineChoice::Auto);
 }
 
@@ -144,15 +162,115 @@ fn the_disk_engine_is_one_of_three() {
 
 #[test]
 fn addresses_come_in_every_form() {
-    for (text, address) in [("127.0.0.1", "127.0.0.1:0"), ("0", "0.0.0.0:0"), ("::1", "[::1]:0"), ("[::1]", "[::1]:0")]
-    {
-        let expected = Endpoint::Tcp(address.parse().unwrap());
-        assert_eq!(config(&format!("serve -p 0 -f disk --addr {text}")).listen, expected);
+    for (text, address) in [
+        ("127.0.0.1", "127.0.0.1:0"),
+        ("localhost", "127.0.0.1:0"),
+        ("0", "0.0.0.0:0"),
+        ("*", "0.0.0.0:0"),
+        ("::1", "[::1]:0"),
+        ("[::1]", "[::1]:0"),
+    ] {
+        assert_eq!(doors(&format!("serve -p 0 -f disk --addr {text}")), [format!("o{address}")]);
     }
-    let unix = Endpoint::Unix("/run/nbd".into());
-    assert_eq!(config("serve -f disk -l /run/nbd").listen, unix);
-    assert_eq!(config("serve -f disk -l /run/nbd -p 4777").listen, unix);
-    assert_eq!(target("read -l /run/nbd -F 0 -S 1").server, Endpoint::Unix("/run/nbd".into()));
+    assert_eq!(doors("serve -f disk -l /run/nbd"), ["o/run/nbd"]);
+    assert_eq!(doors("serve -f disk -l /run/nbd -p 4777"), ["o/run/nbd"]);
+    let at = |line: &str| target(line).server;
+    assert_eq!(at("read -l /run/nbd -F 0 -S 1"), Place::At(Endpoint::Unix("/run/nbd".into())));
+    let named = |host: &str| Place::Named { host: host.into(), port: 4777 };
+    for host in ["localhost", "disks.example.org", "node-1", "x."] {
+        assert_eq!(at(&format!("write -l {host} -p 4777 -F 0 -S 1")), named(host));
+    }
+    for text in ["1.2.3", "0x7f", "1.2.3.4.5", "a..b", "-a", "fe80::1%lo", "", ".", "a b"] {
+        let words = ["read", "-p", "1", "-F", "0", "-S", "1", "-l", text];
+        assert!(parse([PROGRAM].into_iter().chain(words)).is_err(), "{text}");
+    }
+}
+
+/// What people type where an address is wanted, and what they are told.
+#[test]
+fn addresses_that_are_none_are_told_what_to_write() {
+    let conn = "proxy -l 127.0.0.1 -p 4777 --conn-port 4778 --conn-addr";
+    for (addr, told) in [
+        ("10.0.0.1:4777", "the port goes to --port <PORT>"),
+        ("[::1]:4777", "the port goes to --port <PORT>"),
+        ("host:4777", "the port goes to --port <PORT>"),
+        ("nbd://10.0.0.1:4777", "not an address but a URI; --addr <ADDR> takes the host"),
+        ("./x.sock", "the path of a UNIX socket begins with '/'"),
+        ("x.sock", "the path of a UNIX socket begins with '/'"),
+        ("10.0.0.0/8", "a network; expected one address"),
+    ] {
+        for line in ["serve -p 1 -f disk", "read -p 1 -F 0 -S 1", "mirror -p 1 -s ctl"] {
+            let message = refused(&format!("{line} --addr {addr}"));
+            assert!(
+                message.contains(&format!("'{addr}' for '--addr <ADDR>': ")) && message.contains(told),
+                "{message}"
+            );
+        }
+        let message = refused(&format!("{conn} {addr}"));
+        let told = told
+            .replace("--port <PORT>", "--conn-port <CONN_PORT>")
+            .replace("--addr <ADDR>", "--conn-addr <CONN_ADDR>");
+        assert!(message.contains(&told), "{message}");
+    }
+    assert!(
+        refused("serve -p 1 -f disk -l disks.example.org").contains("expected an IP address of this machine, 0 or *")
+    );
+    assert!(refused("read -p 1 -F 0 -S 1 -l *").contains("expected the address of one server"));
+    assert!(refused("mirror -p 1 -s ctl -l /run/nbd").contains("the path of a UNIX socket will not do"));
+    assert!(refused("read -l ::1 -p 1 -F 0 -S 1 -b eth0").contains("expected one of this machine"));
+}
+
+#[test]
+fn entries_that_are_none_are_told_what_to_write() {
+    for (entry, told) in [
+        ("30", "stands behind '=', as in --killswitch=30"),
+        ("/srv/second.img", "another file needs a server of its own"),
+        ("Cargo.toml", "another file needs a server of its own"),
+        ("10.0.0.1:4777", "an entry has no port"),
+        ("localhost", "names are not looked up here"),
+        ("vm1.example.org", "names are not looked up here"),
+        ("*", "0.0.0.0/0 and ::/0"),
+        ("10.0.0.0/33", "from 0 to 32"),
+    ] {
+        for line in [&format!("{SERVE} -k"), "acl -s ctl"] {
+            let message = refused(&format!("{line} {entry}"));
+            assert!(message.contains(&format!("'{entry}' for '[ACL_ENTRY]': ")) && message.contains(told), "{message}");
+        }
+    }
+    assert_eq!(words("acl -s ctl [::1] 10.0.0.0/0"), "acl [::1] 10.0.0.0/0");
+    assert_eq!(words("acl -s ctl --any"), "acl 0.0.0.0/0 ::/0");
+    assert!(refused("acl -s ctl --any ::1").contains("--any"));
+    assert!(refused("acl -s ctl").contains("ACL_ENTRY"));
+}
+
+/// An option of another mode is not made an entry of the list.
+#[test]
+fn no_tip_makes_an_option_an_entry() {
+    for line in [&format!("{SERVE} --unlink"), "acl -s ctl ::1 --read-only", "proxy --read-only"] {
+        let message = refused(line);
+        assert!(message.contains("unexpected argument") && !message.contains("-- --"), "{message}");
+    }
+    assert!(refused(&format!("{SERVE} --kilswitch")).contains("a similar argument exists: '--killswitch'"));
+}
+
+#[test]
+fn sizes_have_units() {
+    let size = |text: &str| target(&READ.replace("512", text)).length;
+    for (text, bytes) in [("4k", 4096), ("4K", 4096), ("1M", 1 << 20), ("1G", 1 << 30), ("0", 0), ("0T", 0)] {
+        assert_eq!(size(text), bytes, "{text}");
+    }
+    assert_eq!(target(&READ.replace("-F 0", "-F 4194304T")).offset, 1 << 62);
+    assert_eq!(words("mirror-speed -s ctl -m 10M"), "mirror_max_bps 10485760");
+    assert_eq!(words(&format!("{MIRROR} -m 1k")), "mirror 10.0.0.1 4777 exit 0 1024");
+    for text in
+        ["k", "4kb", "4KiB", "4 k", "+4k", "1.5M", "-1M", "4P", "k4", "4kk", "1é", "2G", "18446744073709551615K"]
+    {
+        let line = READ.split(' ').chain(["-S", text]).filter(|word| *word != "512");
+        let line: Vec<_> = line.enumerate().filter(|(n, _)| *n != 7).map(|(_, word)| word).collect();
+        let error = parse([PROGRAM].into_iter().chain(line)).expect_err(text);
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("with K, M, G or T"), "{error}");
+    }
 }
 
 #[test]
@@ -180,7 +298,7 @@ fn the_killswitch_takes_seconds_only_with_an_equals_sign() {
 #[test]
 fn transfers_take_every_option() {
     let expected = Target {
-        server: Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777))),
+        server: Place::At(Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], 4777)))),
         bind: Some(IpAddr::from([127, 0, 0, 2])),
         export: "a disk".into(),
         offset: 1 << 62,
@@ -276,27 +394,48 @@ fn status_has_two_forms() {
 }
 
 #[test]
-fn newstyle_clients_get_listeners_of_their_own() {
-    let tcp = |port| Endpoint::Tcp(SocketAddr::from(([127, 0, 0, 1], port)));
-    let unix = || Endpoint::Unix("new".into());
+fn each_style_has_listeners_of_its_own() {
+    let (tcp, new) = ("o127.0.0.1:4777", "nnew");
     for (options, expected) in [
-        ("", vec![]),
-        ("--newstyle-port 10809", vec![tcp(10809)]),
-        ("--newstyle-port 0", vec![tcp(0)]),
-        ("--newstyle-sock new", vec![unix()]),
-        ("--newstyle-sock=new --newstyle-port=1", vec![tcp(1), unix()]),
+        ("-l 127.0.0.1 -p 4777", vec![tcp]),
+        ("-l 127.0.0.1 -p 4777 --newstyle-port 10809", vec![tcp, "n127.0.0.1:10809"]),
+        ("-l 127.0.0.1 -p 4777 --newstyle-port 0", vec![tcp, "n127.0.0.1:0"]),
+        ("-l 127.0.0.1 -p 4777 --newstyle-sock new", vec![tcp, new]),
+        ("-l 127.0.0.1 -p 4777 --newstyle-sock=new --newstyle-port=1", vec![tcp, "n127.0.0.1:1", new]),
+        ("-l 0 -p 0 --newstyle-port 0", vec!["o0.0.0.0:0", "n0.0.0.0:0"]),
+        ("-l /run/nbd --newstyle-sock new", vec!["o/run/nbd", new]),
+        ("-l 127.0.0.1 --newstyle-port 1", vec!["n127.0.0.1:1"]),
+        ("-l 127.0.0.1 --newstyle-port 1 --newstyle-sock new", vec!["n127.0.0.1:1", new]),
+        ("--newstyle-sock new", vec![new]),
     ] {
-        for line in [SERVE, LISTEN] {
-            assert_eq!(config(&format!("{line} {options}")).newstyle, expected, "{line} {options}");
+        for mode in ["serve -f disk", "listen -f disk", "proxy -C ::1 -P 1"] {
+            let line = format!("{mode} {options}");
+            let config = match job(&line) {
+                Job::Serve(config) | Job::Proxy { config, .. } => config,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(config.doors.len(), expected.len(), "{line}");
+            if !mode.starts_with("proxy") {
+                assert_eq!(doors(&line), expected, "{line}");
+            }
         }
     }
-    assert_eq!(config("serve -l 0 -p 0 -f disk --newstyle-port 0").newstyle.len(), 1);
-    assert_eq!(config("serve -l /run/nbd -f disk --newstyle-sock new").newstyle, [unix()]);
-    let message = refused("serve -l /run/nbd -f disk --newstyle-port 1");
-    assert!(message.contains("--newstyle-port <PORT> needs an IP address"), "{message}");
+    for (options, told) in [
+        ("-l /run/nbd --newstyle-port 1", "--newstyle-port <PORT> needs an IP address"),
+        ("", "--addr <ADDR> is required"),
+        ("-p 1", "--addr <ADDR> is required where a port is given"),
+        ("--newstyle-port 1 --newstyle-sock new", "--addr <ADDR> is required where a port is given"),
+        ("-l ::1", "--port <PORT> is required, or --newstyle-port <PORT>"),
+        ("-l ::1 --newstyle-sock new", "--port <PORT> is required, or --newstyle-port <PORT>"),
+        ("--newstyle-sock ctl -s ctl", "--newstyle-sock and --sock are both ctl"),
+        ("-l /tmp/nbd --newstyle-sock /tmp/../tmp/nbd", "--addr and --newstyle-sock are both /tmp/nbd"),
+        ("--newstyle-sock ''", "--newstyle-sock <PATH>"),
+    ] {
+        let message = refused(&format!("serve -f disk {options}"));
+        assert!(message.contains(told), "{options}: {message}");
+    }
     refused_value(&format!("{SERVE} --newstyle-port 4777"), "--newstyle-port <PORT>", "4777");
     refused_value(&format!("{SERVE} --newstyle-port 65536"), "--newstyle-port <PORT>", "65536");
-    assert!(refused(&format!("{SERVE} --newstyle-sock ''")).contains("--newstyle-sock <PATH>"));
 }
 
 #[test]
@@ -330,7 +469,7 @@ fn the_last_of_verbose_and_quiet_wins() {
 #[test]
 fn missing_options_are_named() {
     for (line, missing) in [
-        ("serve", "--addr <ADDR>"),
+        ("serve -f disk", "--addr <ADDR>"),
         ("serve", "--file <FILE>"),
         ("serve -p 1 -f disk", "--addr <ADDR>"),
         ("serve -l ::1 -p 1", "--file <FILE>"),
@@ -394,7 +533,8 @@ fn bad_numbers_are_refused() {
         ("read -l ::1 -p 1 -F 0 --size", "--size <SIZE>", "1073741825"),
         ("write -l ::1 -p 1 -S 0 --from", "--from <OFFSET>", "4611686018427387905"),
     ] {
-        for value in junk.into_iter().chain([limit]) {
+        let is_size = ["<BYTES_PER_SECOND>", "<SIZE>", "<OFFSET>"].iter().any(|name| option.ends_with(name));
+        for value in junk.into_iter().chain([limit]).filter(|value| !is_size || *value != "1k") {
             let shown = if value == "''" { "" } else { value };
             refused_value(&format!("{line} {value}"), option, shown);
             refused_value(&format!("{line}={shown}"), option, shown);
@@ -404,7 +544,7 @@ fn bad_numbers_are_refused() {
 
 #[test]
 fn bad_addresses_are_refused() {
-    for value in ["localhost", "1.2.3", "1.2.3.4.5", "300.0.0.1", "::g", "[::1", "1.2.3.4:5", "fe80::1%lo", "./sock"] {
+    for value in ["1.2.3", "1.2.3.4.5", "300.0.0.1", "::g", "[::1", "1.2.3.4:5", "fe80::1%lo", "./sock"] {
         refused_value(&format!("serve -p 1 -f disk -l {value}"), "--addr <ADDR>", value);
         refused_value(&format!("read -p 1 -F 0 -S 1 -l {value}"), "--addr <ADDR>", value);
         refused_value(&format!("{READ} -b {value}"), "--bind <BIND_ADDR>", value);
@@ -494,13 +634,13 @@ fn the_program_of_the_proxy_is_a_program_of_its_own() {
     assert!(!is_proxy(&args("flexnbd")) && !is_proxy(&args("flexnbd flexnbd-proxy")) && !is_proxy(&[]));
     let answer = |line| parse_proxy(args(line)).expect_err(line).to_string();
     let (help, mode) = (answer("flexnbd-proxy --help"), shown("help proxy"));
-    assert!(help.contains("Usage: flexnbd-proxy [OPTIONS] --conn-addr <CONN_ADDR> --addr <ADDR>"), "{help}");
+    assert!(help.contains("Usage: flexnbd-proxy --conn-addr <CONN_ADDR> --conn-port <CONN_PORT>"), "{help}");
     assert!(help.contains("\n  flexnbd-proxy --addr ") && !help.contains("flexnbd proxy "), "{help}");
     let options = |text: &str| text.matches("\n  -").count();
     assert_eq!(options(&help), options(&mode) + 1, "the version is asked of the program");
     assert!(help.lines().all(|line| line.len() <= 80), "{help}");
     assert_eq!(answer("flexnbd-proxy -V"), format!("flexnbd-proxy {}\n", env!("CARGO_PKG_VERSION")));
-    for line in ["flexnbd-proxy -l ::1 -p 1", "flexnbd-proxy -l ::1 -p 1 -C nobody -P 1", "flexnbd-proxy proxy"] {
+    for line in ["flexnbd-proxy -l ::1 -p 1", "flexnbd-proxy -l ::1 -p 1 -C nobody:1 -P 1", "flexnbd-proxy proxy"] {
         let message = answer(line);
         assert!(message.contains("Usage: flexnbd-proxy ") && message.contains("error: "), "{line}: {message}");
     }

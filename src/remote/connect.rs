@@ -1,5 +1,6 @@
 //! Blocking connections, each step under a deadline.
 
+use crate::endpoint::check_socket_path;
 use crate::sys;
 use crate::sys::net::Keepalive;
 use std::fmt;
@@ -46,6 +47,7 @@ pub(super) fn connect_tcp(bind: Option<IpAddr>, addr: SocketAddr) -> Result<TcpS
 /// Connects to a UNIX socket. If its backlog is full, tries again for up to `limit`.
 pub(super) fn connect_unix(path: &Path, limit: Duration) -> Result<UnixStream, Error> {
     let failed = |error: &dyn fmt::Display| Error(format!("cannot connect to {}: {error}", path.display()));
+    check_socket_path(path).map_err(|error| failed(&error))?;
     let give_up = Instant::now() + limit;
     loop {
         match mio::net::UnixStream::connect(path) {

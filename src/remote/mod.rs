@@ -14,11 +14,13 @@ pub use progress::ProgressForm;
 pub use transfer::{read, write, Target};
 
 use crate::command::{encode_command, parse_answer, Answer};
+use crate::endpoint::{Endpoint, Place};
 use crate::sys;
 use connect::{connect_unix, explain, set_limits};
 use progress::{ProgressLine, Report};
 use std::fmt;
 use std::io::{self, Read, Write};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -29,6 +31,8 @@ use std::time::Duration;
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// How often `mirror --wait` asks for the status, in milliseconds: often enough for a line that seems to move.
 const LOOK_EVERY_MS: u64 = 250;
+/// How the answer to `mirror` begins when the destination cannot be connected to.
+const NOT_CONNECTED: &str = "Mirror failed to connect";
 /// The longest answer that is read, in bytes: more than the status of as many clients as a server lists.
 const ANSWER_MAX: usize = 4 << 20;
 
@@ -53,19 +57,43 @@ pub fn status(path: &Path, json: bool, clients: bool, out: &mut impl Write, err:
     print_answer(&answer, &text, out, err)
 }
 
+/// A migration to be started.
+#[derive(Debug)]
+pub struct Migration {
+    /// The destination: an address and a port, or a name with several of them, which are tried in turn.
+    pub to: Place,
+    /// The local address to connect from.
+    pub bind: Option<IpAddr>,
+    /// What follows the address and the port in the command.
+    pub words: Vec<String>,
+}
+
 /// Starts a migration by way of a control socket; with `progress`, waits until it ends. Prints what was done to `out`; the
 /// progress, a refusal and why the migration failed go to `err`. Returns the code of the last answer.
 ///
 /// `wait` is sent before `mirror`: a small image may have moved, and the server be gone, before a later command arrives.
 pub fn mirror(
     path: &Path,
-    words: &[String],
+    migration: &Migration,
     progress: Option<ProgressForm>,
     out: &mut impl Write,
     err: &mut impl Write,
 ) -> Result<u8, Error> {
-    let waiting = progress.map(|form| Ok((form, send_command(path, &["wait"])?))).transpose()?;
-    let started = ask(path, words)?;
+    let begin = |to: &Endpoint| {
+        let waiting = progress.map(|form| Ok((form, send_command(path, &["wait"])?))).transpose()?;
+        let (addr, port) = to.words();
+        let words = ["mirror".into(), addr, port].into_iter().chain(migration.words.iter().cloned());
+        Ok((waiting, ask(path, &words.collect::<Vec<_>>())?))
+    };
+    let mut addresses = migration.to.look_up(migration.bind).map_err(Error)?.into_iter();
+    let first = addresses.next().ok_or_else(|| Error(format!("{} has no address", migration.to)))?;
+    let (mut waiting, mut started) = begin(&first)?;
+    for next in addresses {
+        if !started.text.starts_with(NOT_CONNECTED) {
+            break;
+        }
+        (waiting, started) = begin(&next)?;
+    }
     let code = print_answer(&started, "Migration started", out, err)?;
     let Some((form, connection)) = waiting.filter(|_| code == 0) else { return Ok(code) };
     let ended = watch(path, connection, &mut ProgressLine::new(form, &mut *err))
@@ -77,31 +105,48 @@ pub fn mirror(
     print_answer(&ended, "Migration completed", out, err)
 }
 
-/// Changes a proxy to another server by way of a control socket; with `wait_for`, the address of that server, waits until the
-/// proxy is connected to it. Prints what was done to `out`, a refusal to `err`; returns the code of the answer.
+/// A change of a proxy to another server.
+#[derive(Debug)]
+pub struct Switch {
+    /// The server; a name must have one address.
+    pub to: Place,
+    /// Only when the connection to the present server has ended.
+    pub when_lost: bool,
+}
+
+/// Changes a proxy to another server by way of a control socket; with `wait`, stays until the proxy is connected to it.
+/// Prints what was done to `out`, a refusal to `err`; returns the code of the answer.
 pub fn switch(
     path: &Path,
-    words: &[String],
-    wait_for: Option<&str>,
+    switch: &Switch,
+    wait: bool,
     out: &mut impl Write,
     err: &mut impl Write,
 ) -> Result<u8, Error> {
-    let answer = ask(path, words)?;
-    let Some(server) = wait_for.filter(|_| answer.code == 0) else {
-        return print_answer(&answer, &answer.text, out, err);
+    let found = switch.to.look_up(None).map_err(Error)?;
+    let [to] = found.as_slice() else {
+        let all: Vec<_> = found.iter().map(ToString::to_string).collect();
+        return Err(Error(format!("{} is at {}; name one of them", switch.to, all.join(" and at "))));
     };
+    let (addr, port) = to.words();
+    let when = if switch.when_lost { "when-lost" } else { "now" };
+    let answer = ask(path, &["upstream", &addr, &port, when])?;
+    if !wait || answer.code != 0 {
+        return print_answer(&answer, &answer.text, out, err);
+    }
+    let server = to.to_string();
+    let server = server.as_str();
     let is_there = |status: &str| {
         status.split(' ').any(|fact| fact.strip_prefix("upstream=") == Some(server))
             && status.split(' ').any(|fact| fact == "upstream_state=connected")
     };
-    let waits_for_loss = words.iter().any(|word| word == "when-lost");
     loop {
         let status = ask(path, &["status"])?.text;
         if is_there(&status) {
             break;
         }
         let is_meant = status.split(' ').any(|fact| fact.strip_prefix("upstream=") == Some(server));
-        if !waits_for_loss && !is_meant && !status.split(' ').any(|fact| fact == "upstream_state=switching") {
+        if !switch.when_lost && !is_meant && !status.split(' ').any(|fact| fact == "upstream_state=switching") {
             return Err(Error(format!("{}: not switched; its log says why", path.display())));
         }
         thread::sleep(Duration::from_millis(LOOK_EVERY_MS));

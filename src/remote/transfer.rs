@@ -2,7 +2,7 @@
 
 use super::connect::{connect_tcp, connect_unix, explain, set_limits, Error, CONNECT_LIMIT};
 use crate::buffer::{Pool, SLICE};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Place};
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::error::Errno;
 use crate::proto::export::Offer;
@@ -24,8 +24,8 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(60);
 /// A range of an export of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    /// Where the server is.
-    pub server: Endpoint,
+    /// Where the server is; of several addresses, the first that can be connected to is used.
+    pub server: Place,
     /// The local address to connect from.
     pub bind: Option<IpAddr>,
     /// The name of the export, at most 4096 bytes; empty for the default one.
@@ -87,11 +87,18 @@ struct Connection {
 impl Connection {
     /// Connects, and returns what the server offers, which the range lies inside.
     fn open(target: &Target) -> Result<(Self, Offer), Error> {
-        let server = target.server.to_string();
-        let fd: OwnedFd = match &target.server {
-            Endpoint::Tcp(addr) => connect_tcp(target.bind, *addr)?.into(),
-            Endpoint::Unix(path) => connect_unix(path, CONNECT_LIMIT)?.into(),
-        };
+        let mut connected = Err(Error(format!("{} has no address", target.server)));
+        for endpoint in target.server.look_up(target.bind).map_err(Error)? {
+            connected = match &endpoint {
+                Endpoint::Tcp(addr) => connect_tcp(target.bind, *addr).map(OwnedFd::from),
+                Endpoint::Unix(path) => connect_unix(path, CONNECT_LIMIT).map(OwnedFd::from),
+            }
+            .map(|fd| (fd, endpoint.to_string()));
+            if connected.is_ok() {
+                break;
+            }
+        }
+        let (fd, server) = connected?;
         let failed = |error: io::Error| Error(format!("{server}: cannot set a limit: {error}"));
         set_limits(&fd.as_fd(), GREETING_LIMIT).map_err(failed)?;
         let mut connection = Self {

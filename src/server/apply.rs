@@ -16,6 +16,7 @@ use crate::command::Answer;
 use crate::event::slots::Key;
 use crate::sys::net::Keepalive;
 use log::info;
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 
@@ -55,7 +56,7 @@ impl Reactor {
             }
             Effect::Relay(to) => {
                 let limit_ms = self.shared.limits.upstream_limit_ms;
-                let settings = Settings { server: to, limit_ms, give_up_ms: None };
+                let settings = Settings { server: to, others: VecDeque::new(), limit_ms, give_up_ms: None };
                 return self.add_link(settings);
             }
             Effect::CutClients => {
@@ -111,12 +112,13 @@ impl Reactor {
 
     /// A received image is durable, and so is that it is one.
     pub(super) fn sealed(&mut self) {
+        let places = self.places();
         let sh = &mut self.shared;
         let Life::Sealing { sender, then_serve, stop } = sh.life else { return };
         info!("the migration is complete: {} bytes are here and durable", sh.backend.export().size);
         if then_serve {
             sh.share_image();
-            info!("serving {} on {}", sh.backend.name(), self.addresses.join(" and "));
+            info!("serving {} on {places}", sh.backend.name());
         }
         sh.life = if then_serve && !stop { Life::Serving } else { Life::Over };
         self.settle(sender, Some(Next::Close(Reason::Received)));

@@ -1,19 +1,23 @@
-//! How a listening socket gets its address or its path.
+//! How a listening socket gets its address, its path, or its descriptor from the supervisor.
 
 use super::config::Fatal;
-use crate::sys::{self, SignalFd};
+use crate::endpoint::check_socket_path;
+use crate::sys;
+use crate::sys::passed::Passed;
 use log::{debug, warn};
 use mio::net::{TcpListener, UnixListener};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+/// The first port that everybody may listen on.
+const FREE_PORT: u16 = 1024;
 /// How long to wait for an address that this machine does not have yet, in milliseconds.
 const ADDRESS_WAIT_MS: u64 = 10_000;
 /// How often to try meanwhile, in milliseconds.
@@ -30,8 +34,17 @@ pub(super) enum Bound {
     /// On an address.
     Tcp(TcpListener),
     /// On a path, which goes before the socket closes: what answers there is alive, so no other server has taken the path
-    /// for its own meanwhile.
-    Unix(SocketFile, UnixListener),
+    /// for its own meanwhile. `None`: the path is the supervisor's, and stays.
+    Unix(Option<SocketFile>, UnixListener),
+}
+
+impl From<Passed> for Bound {
+    fn from(socket: Passed) -> Self {
+        match socket {
+            Passed::Tcp(socket) => Self::Tcp(TcpListener::from_std(socket)),
+            Passed::Unix(socket) => Self::Unix(None, UnixListener::from_std(socket)),
+        }
+    }
 }
 
 /// The name of a UNIX socket that this process made. It is removed with the value, unless it is another's by then.
@@ -89,6 +102,9 @@ impl Folder {
         let file = match File::options().read(true).custom_flags(libc::O_DIRECTORY).open(&path) {
             Ok(file) => Some(file),
             Err(error) if error.kind() == ErrorKind::PermissionDenied => None,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                return Err(io::Error::other(format!("there is no folder {}; make it first", path.display())));
+            }
             Err(error) => return Err(error),
         };
         let locked = file.as_ref().map_or(Err(ErrorKind::PermissionDenied.into()), Self::wait_for_lock);
@@ -125,7 +141,7 @@ impl Folder {
 }
 
 /// `None`: a signal has ended the wait for the address.
-pub(super) fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<Bound>, Fatal> {
+pub(super) fn tcp(addr: SocketAddr, signals: BorrowedFd) -> Result<Option<Bound>, Fatal> {
     let give_up_ms = sys::monotonic_ms().saturating_add(ADDRESS_WAIT_MS);
     let mut said = false;
     loop {
@@ -136,9 +152,15 @@ pub(super) fn tcp(addr: SocketAddr, signals: &SignalFd) -> Result<Option<Bound>,
                     warn!("{addr}: this machine does not have the address; trying for {ADDRESS_WAIT_MS} ms");
                 }
                 // Nothing is served yet, so waiting stalls nobody.
-                if sys::wait_readable(signals.as_fd(), ADDRESS_RETRY_MS).unwrap_or(false) {
+                if sys::wait_readable(signals, ADDRESS_RETRY_MS).unwrap_or(false) {
                     return Ok(None);
                 }
+            }
+            Err(error) if error.kind() == ErrorKind::PermissionDenied && addr.port() < FREE_PORT => {
+                return Err(Fatal(format!(
+                    "cannot listen on {addr}: {error}; ports below {FREE_PORT} are for root and CAP_NET_BIND_SERVICE, choose \
+                     another, such as 10809"
+                )));
             }
             Err(error) => return Err(Fatal(format!("cannot listen on {addr}: {error}"))),
         }
@@ -170,7 +192,7 @@ pub(super) fn unix(path: &Path, bind: impl FnOnce(&Path) -> io::Result<net::Unix
         _ => {}
     }
     let (socket, file) = named.map_err(&refused)?;
-    Ok(Bound::Unix(file, UnixListener::from_std(socket)))
+    Ok(Bound::Unix(Some(file), UnixListener::from_std(socket)))
 }
 
 /// Removes a socket on which nobody answers.
@@ -178,7 +200,7 @@ fn remove_stale(path: &Path) -> Result<(), Fatal> {
     let refused = cannot_listen(path);
     let fatal = |why: &str| refused(io::Error::other(why));
     // Nobody could connect to a path that does not fit an address.
-    net::SocketAddr::from_pathname(path).map_err(&refused)?;
+    check_socket_path(path).map_err(&refused)?;
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
             return Err(fatal("the path exists and is not a socket; remove it or choose another"));

@@ -2,23 +2,23 @@
 
 use crate::acl::Acl;
 use crate::disk::{Access, EngineChoice};
-use crate::endpoint::Endpoint;
+use crate::endpoint::{Endpoint, Place};
+use crate::sys::passed::Passed;
 use crate::upstream::Replay;
 use std::fmt;
 use std::net::IpAddr;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 /// What to serve, and how.
 #[derive(Debug)]
 pub struct Config {
-    /// Where NBD clients connect that speak oldstyle.
-    pub listen: Endpoint,
-    /// Where NBD clients connect that negotiate.
-    pub newstyle: Vec<Endpoint>,
+    /// Where NBD clients connect, and how those begin that do.
+    pub doors: Vec<(Door, Dialect)>,
     /// The name under which those that negotiate find the export, beside the empty one; empty for none.
     pub export_name: String,
-    /// The path of the control socket, if there is one.
-    pub control: Option<PathBuf>,
+    /// Where commands come in, if anywhere.
+    pub control: Option<ControlDoor>,
     /// Who may connect.
     pub acl: Acl,
     /// How long a request may take, in milliseconds; `None` is for ever.
@@ -29,6 +29,24 @@ pub struct Config {
     pub upstream_limit_ms: u64,
     /// What stands behind their requests.
     pub backing: Backing,
+}
+
+/// Where NBD clients connect.
+#[derive(Debug)]
+pub enum Door {
+    /// A socket that the server opens.
+    At(Endpoint),
+    /// One that its supervisor has opened.
+    Passed(Passed),
+}
+
+/// Where commands come in.
+#[derive(Debug)]
+pub enum ControlDoor {
+    /// A socket that the server opens at this path when it is ready.
+    At(PathBuf),
+    /// One that its supervisor has opened.
+    Passed(UnixListener),
 }
 
 /// What stands behind the requests of clients.
@@ -60,8 +78,12 @@ pub struct Image {
 /// Another server, and how to do without it for a while.
 #[derive(Debug)]
 pub struct Upstream {
-    /// Where it is.
-    pub server: Destination,
+    /// Where it is. A name is looked up once, at the start.
+    pub server: Place,
+    /// The local address to connect from, where that is a matter of addresses.
+    pub bind: Option<IpAddr>,
+    /// The name of the export; empty for the default one.
+    pub export: String,
     /// What is kept of what it has answered.
     pub replay: Replay,
     /// The bound of that, in bytes.

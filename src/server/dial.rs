@@ -9,7 +9,7 @@ use super::config::Destination;
 use super::shared::Shared;
 use super::socket::{Received, Socket, Stream};
 use crate::buffer::Pool;
-use crate::endpoint::Endpoint;
+use crate::endpoint::{check_socket_path, Endpoint};
 use crate::event::slots::Key;
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::error::Violation;
@@ -126,7 +126,10 @@ impl<T> Dial<T> {
             Endpoint::Tcp(to) => {
                 Stream::Tcp(TcpStream::from_std(sys::net::connect_tcp(destination.bind, *to).map_err(failed)?))
             }
-            Endpoint::Unix(path) => Stream::Unix(UnixStream::connect(path).map_err(failed)?),
+            Endpoint::Unix(path) => {
+                check_socket_path(path).map_err(failed)?;
+                Stream::Unix(UnixStream::connect(path).map_err(failed)?)
+            }
         };
         let mut socket = Socket::new(stream);
         socket.set_options(keepalive).map_err(failed)?;

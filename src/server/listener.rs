@@ -2,7 +2,7 @@
 
 use super::bind::{self, Bound};
 use super::complaints::Complaint;
-use super::config::{Dialect, Fatal, Purpose};
+use super::config::{ControlDoor, Dialect, Door, Fatal, Purpose};
 use super::effect::Effect;
 use super::reason::Next;
 use super::shared::Shared;
@@ -10,14 +10,16 @@ use super::socket::{Peer, Socket, Stream};
 use crate::endpoint::Endpoint;
 use crate::event::ready::Ready;
 use crate::event::slots::Key;
-use crate::sys::{self, SignalFd};
+use crate::sys;
+use crate::sys::passed::Passed;
 use log::warn;
 use mio::event::{Event, Source};
 use mio::{Interest, Registry, Token};
 use std::fmt;
 use std::io::{self, ErrorKind};
+use std::os::fd::BorrowedFd;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net;
-use std::path::Path;
 
 /// Connections accepted in one turn: a burst of them must not keep clients waiting.
 const ACCEPTS_MAX: usize = 16;
@@ -36,17 +38,23 @@ pub(super) struct Listener {
 
 impl Listener {
     /// Listens for NBD clients, once this machine has the address. `None`: a signal has ended the wait for that.
-    pub(super) fn nbd(addr: &Endpoint, dialect: Dialect, signals: &SignalFd) -> Result<Option<Self>, Fatal> {
-        let bound = match addr {
-            Endpoint::Tcp(addr) => bind::tcp(*addr, signals)?,
-            Endpoint::Unix(path) => Some(bind::unix(path, |path| net::UnixListener::bind(path))?),
+    pub(super) fn nbd(door: Door, dialect: Dialect, signals: BorrowedFd) -> Result<Option<Self>, Fatal> {
+        let bound = match door {
+            Door::At(Endpoint::Tcp(addr)) => bind::tcp(addr, signals)?,
+            Door::At(Endpoint::Unix(path)) => Some(bind::unix(&path, |path| net::UnixListener::bind(path))?),
+            Door::Passed(socket) => Some(socket.into()),
         };
         Ok(bound.map(|bound| Self::new(bound, Purpose::Nbd(dialect))))
     }
 
-    /// Listens for commands on a path that only this user may open.
-    pub(super) fn control(path: &Path) -> Result<Self, Fatal> {
-        let bound = bind::unix(path, |path| sys::file::with_private_umask(|| net::UnixListener::bind(path)))?;
+    /// Listens for commands, on a path of its own if only this user may open it.
+    pub(super) fn control(door: ControlDoor) -> Result<Self, Fatal> {
+        let bound = match door {
+            ControlDoor::At(path) => {
+                bind::unix(&path, |path| sys::file::with_private_umask(|| net::UnixListener::bind(path)))?
+            }
+            ControlDoor::Passed(socket) => Passed::Unix(socket).into(),
+        };
         Ok(Self::new(bound, Purpose::Control))
     }
 
@@ -132,14 +140,21 @@ impl Listener {
 }
 
 impl fmt::Display for Listener {
-    /// The address as a peer would write it: with the port that was picked, or the path.
+    /// The address as a peer would write it: with the port that was picked, or the path, or @ and an abstract name.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.bound {
             Bound::Tcp(socket) => match socket.local_addr() {
                 Ok(addr) => addr.fmt(f),
                 Err(error) => error.fmt(f),
             },
-            Bound::Unix(file, _) => file.path().display().fmt(f),
+            Bound::Unix(Some(file), _) => file.path().display().fmt(f),
+            Bound::Unix(None, socket) => match socket.local_addr() {
+                Ok(addr) => match (addr.as_pathname(), addr.as_abstract_name()) {
+                    (Some(path), _) => path.display().fmt(f),
+                    (None, name) => write!(f, "@{}", String::from_utf8_lossy(name.unwrap_or_default())),
+                },
+                Err(error) => error.fmt(f),
+            },
         }
     }
 }

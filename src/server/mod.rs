@@ -67,7 +67,7 @@ mod trials;
 mod upstream;
 mod watch;
 
-pub use config::{Backing, Config, Destination, Dialect, Fatal, Image, Role, Upstream};
+pub use config::{Backing, Config, ControlDoor, Destination, Dialect, Door, Fatal, Image, Role, Upstream};
 
 use crate::event::slots::Key;
 use crate::sys;
@@ -96,8 +96,8 @@ enum Flow {
 }
 
 /// Serves until a signal comes. An error is what ended it abnormally.
-pub fn serve(config: &Config) -> Result<(), Fatal> {
-    let mut server = Reactor::start(config)?;
+pub fn serve(config: Config) -> Result<(), Fatal> {
+    let mut server = Reactor::start(&config)?;
     let mut events = Events::with_capacity(EVENTS_MAX);
     let mut batch = Vec::new();
     if let Backing::Upstream(upstream) = &config.backing {
@@ -105,11 +105,11 @@ pub fn serve(config: &Config) -> Result<(), Fatal> {
             return Ok(());
         }
     }
-    if !server.open(config)? {
+    if !server.open(config.doors, config.control)? {
         return stopped_early(&config.backing);
     }
     let doing = if server.shared.life.awaits_image() { "awaiting a migration to" } else { "serving" };
-    info!("{doing} {} on {}", server.shared.backend.name(), server.addresses.join(" and "));
+    info!("{doing} {} on {}", server.shared.backend.name(), server.places());
     let outcome = loop {
         match server.turn(&mut events, &mut batch) {
             Ok(Flow::Continue) => {}
@@ -144,7 +144,7 @@ impl Reactor {
             let Some(Slot::Upstream(link)) = self.link.and_then(|key| self.slots.get(key)) else { break };
             match link.outage().last_error() {
                 _ if link.is_open() => break,
-                Some(why) if self.shared.now_ms >= give_up_ms => {
+                Some(why) if self.shared.now_ms >= give_up_ms && link.has_tried_all() => {
                     return Err(Fatal(format!("cannot use the server {}: {why}", link.server())));
                 }
                 _ => {}

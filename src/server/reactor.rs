@@ -1,6 +1,7 @@
 //! The slots of a server and the queues that say which of them has something to do.
 
 use super::complaints::Complaint;
+use super::config::Dialect;
 use super::grace::Grace;
 use super::reason::Next;
 use super::shared::Shared;
@@ -36,8 +37,8 @@ pub(super) struct Reactor {
     pub control_listener: Option<Key>,
     /// The connection to the server that has the image, where that is another one.
     pub link: Option<Key>,
-    /// Where clients connect: the oldstyle address, then those that negotiate.
-    pub addresses: Vec<String>,
+    /// Where clients connect, and how those begin that do.
+    pub addresses: Vec<(Dialect, String)>,
     /// Numbers connections in the order in which they came.
     pub next_id: u64,
 }
@@ -100,6 +101,12 @@ impl Reactor {
     /// The slots for which this is true, now.
     pub(super) fn keys_of(&self, is_one: impl Fn(&Slot) -> bool) -> Vec<Key> {
         self.slots.iter().filter(|(_, slot)| is_one(slot)).map(|(key, _)| key).collect()
+    }
+
+    /// Where clients connect, for a line of the log.
+    pub(super) fn places(&self) -> String {
+        let places: Vec<&str> = self.addresses.iter().map(|(_, address)| address.as_str()).collect();
+        places.join(" and ")
     }
 
     /// The next number of a connection.

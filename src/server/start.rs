@@ -4,7 +4,7 @@ use super::admit::{Admission, Places, CONTROLS_MAX};
 use super::backend::{Backend, Standby};
 use super::bind;
 use super::change::Settings;
-use super::config::{Backing, Config, Dialect, Fatal, Image, Role};
+use super::config::{Backing, Config, ControlDoor, Destination, Dialect, Door, Fatal, Image, Role};
 use super::gate::Gate;
 use super::grace::Grace;
 use super::life::Life;
@@ -53,7 +53,9 @@ impl Reactor {
     /// Opens what stands behind the requests, and what says that a signal has come. That of the control socket which a
     /// server that was killed has left goes first of all.
     pub(super) fn start(config: &Config) -> Result<Self, Fatal> {
-        config.control.as_deref().map_or(Ok(()), bind::clear)?;
+        if let Some(ControlDoor::At(path)) = &config.control {
+            bind::clear(path)?;
+        }
         keep_reserve()?;
         sys::ignore_file_size_signal();
         let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
@@ -135,9 +137,11 @@ impl Reactor {
             })
             .map_err(cannot_wait)?;
         if let Backing::Upstream(wanted) = &config.backing {
-            let server = wanted.server.clone();
+            let mut others = VecDeque::from(wanted.server.look_up(wanted.bind).map_err(Fatal)?);
+            let Some(to) = others.pop_front() else { return Err(Fatal(format!("{} has no address", wanted.server))) };
+            let server = Destination { to, bind: wanted.bind, export: wanted.export.clone() };
             let limit_ms = config.upstream_limit_ms;
-            self.add_link(Settings { server, limit_ms, give_up_ms: wanted.give_up_ms })?;
+            self.add_link(Settings { server, others, limit_ms, give_up_ms: wanted.give_up_ms })?;
         }
         Ok(())
     }
@@ -153,18 +157,16 @@ impl Reactor {
 
     /// Lets clients in, then commands: that the control socket is there says that the server is ready. False: a signal has
     /// ended the wait for an address.
-    pub(super) fn open(&mut self, config: &Config) -> Result<bool, Fatal> {
-        let oldstyle = std::iter::once((&config.listen, Dialect::Oldstyle));
-        let newstyle = config.newstyle.iter().map(|endpoint| (endpoint, Dialect::Newstyle));
-        for (endpoint, dialect) in oldstyle.chain(newstyle) {
+    pub(super) fn open(&mut self, doors: Vec<(Door, Dialect)>, control: Option<ControlDoor>) -> Result<bool, Fatal> {
+        for (door, dialect) in doors {
             let Some(signals) = self.signals() else { return Ok(false) };
-            let Some(listener) = Listener::nbd(endpoint, dialect, signals)? else { return Ok(false) };
-            self.addresses.push(listener.to_string());
+            let Some(listener) = Listener::nbd(door, dialect, signals.as_fd())? else { return Ok(false) };
+            self.addresses.push((dialect, listener.to_string()));
             let key = self.add_listener(listener)?;
             self.listeners.push(key);
         }
-        if let Some(path) = &config.control {
-            self.control_listener = Some(self.add_listener(Listener::control(path)?)?);
+        if let Some(door) = control {
+            self.control_listener = Some(self.add_listener(Listener::control(door)?)?);
         }
         // Opening everything may have used the reserve up.
         keep_reserve()?;

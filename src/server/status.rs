@@ -4,6 +4,7 @@
 
 use super::backend::{Backend, Standby};
 use super::client::Client;
+use super::config::Dialect;
 use super::life::Life;
 use super::mirror::Mirror;
 use super::reactor::Reactor;
@@ -128,16 +129,28 @@ fn of_server(server: &Reactor) -> Facts {
     put("read_bytes", Value::Number(tally.read_bytes));
     put("written_bytes", Value::Number(tally.written_bytes));
     put("errors", Value::Number(tally.errors));
-    for (n, address) in server.addresses.iter().enumerate() {
-        let name = match n {
-            0 => "address",
-            _ if address.parse::<SocketAddr>().is_ok() => "newstyle_address",
-            _ => "newstyle_socket",
-        };
-        put(name, Value::Text(address.clone()));
+    for name in ["address", "newstyle_address", "newstyle_socket"] {
+        let places: Vec<&str> = server
+            .addresses
+            .iter()
+            .filter(|(dialect, address)| name == place_name(*dialect, address))
+            .map(|(_, address)| address.as_str())
+            .collect();
+        if !places.is_empty() {
+            put(name, Value::Text(places.join(",")));
+        }
     }
     put("sync", Value::Flag(sh.limits.sync));
     facts
+}
+
+/// Under which name a place to connect to is listed.
+fn place_name(dialect: Dialect, address: &str) -> &'static str {
+    match dialect {
+        Dialect::Oldstyle => "address",
+        Dialect::Newstyle if address.parse::<SocketAddr>().is_ok() => "newstyle_address",
+        Dialect::Newstyle => "newstyle_socket",
+    }
 }
 
 fn upstream(server: &Reactor) -> Option<(&Link, &Standby)> {

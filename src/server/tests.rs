@@ -11,7 +11,7 @@ use super::reactor::Reactor;
 use super::reason::Next;
 use super::shared::Shared;
 use super::slot::Slot;
-use super::{Config, Flow, Role};
+use super::{Config, ControlDoor, Dialect, Door, Flow, Role};
 use crate::acl::Acl;
 use crate::command::{encode_command, Reader};
 use crate::disk::{Access, Disk, EngineChoice};
@@ -49,10 +49,9 @@ impl House {
         let path = std::env::temp_dir().join(format!("flexnbd-loop-{name}-{}", std::process::id()));
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
         let config = Config {
-            listen: Endpoint::Tcp("127.0.0.1:0".parse().unwrap()),
-            newstyle: Vec::new(),
+            doors: vec![(Door::At(Endpoint::Tcp("127.0.0.1:0".parse().unwrap())), Dialect::Oldstyle)],
             export_name: String::new(),
-            control: Some(path.with_extension("control")),
+            control: Some(ControlDoor::At(path.with_extension("control"))),
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
             max_clients: 10,
@@ -68,7 +67,7 @@ impl House {
         };
         let disk = Backend::Disk(Box::new(Disk::open_slow(&path, delay)));
         let mut server = Reactor::new(disk, SignalFd::new().unwrap(), &config).unwrap();
-        assert!(server.open(&config).unwrap());
+        assert!(server.open(config.doors, config.control).unwrap());
         if let Life::Receiving { incoming, .. } = &mut server.shared.life {
             // So that the only operations are those of senders.
             incoming.marked();
@@ -78,7 +77,7 @@ impl House {
 
     /// A client in a thread of its own, past its greeting.
     fn client(&self, conversation: impl FnOnce(TcpStream) + Send + 'static) -> JoinHandle<()> {
-        let address = self.server.addresses.first().unwrap().clone();
+        let address = self.server.addresses.first().unwrap().1.clone();
         thread::spawn(move || {
             let mut stream = TcpStream::connect(address).unwrap();
             stream.set_read_timeout(Some(LIMIT)).unwrap();
@@ -321,7 +320,7 @@ fn the_reads_of_a_migration_are_several_and_behind_those_of_clients() {
     let mut house = House::new("depth", DELAY * 10);
     fs::write(&house.path, vec![1; 1 << 20]).unwrap();
     let destination = TcpListener::bind("127.0.0.1:0").unwrap();
-    let mut client = TcpStream::connect(house.server.addresses.first().unwrap()).unwrap();
+    let mut client = TcpStream::connect(&house.server.addresses.first().unwrap().1).unwrap();
     client.set_nonblocking(true).unwrap();
     house.turns_until(|_| client.peek(&mut [0; GREETING_LEN]).is_ok_and(|came| came == GREETING_LEN));
 

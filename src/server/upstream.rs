@@ -88,9 +88,7 @@ impl Link {
 
     /// Notes what an event says of its socket.
     pub(super) fn note(&mut self, event: &mio::event::Event) {
-        if let Some(dial) = &mut self.dial {
-            dial.note(event);
-        }
+        self.dial.iter_mut().for_each(|dial| dial.note(event));
     }
 
     /// True while the connection is in use.
@@ -101,6 +99,11 @@ impl Link {
     /// The server, or the one that is being tried.
     pub(super) fn server(&self) -> &Destination {
         &self.current
+    }
+
+    /// True when each of its addresses has been tried since it was last of use.
+    pub(super) fn has_tried_all(&self) -> bool {
+        self.outage.attempts() as usize > self.settings.others.len()
     }
 
     /// How the server speaks, for people.
@@ -213,7 +216,7 @@ impl Link {
         self.is_fenced = offer.agreed.session.is_some();
         to.name = self.current.to.to_string();
         to.core.connected(offer::abilities(offer));
-        self.settings.server = self.current.clone();
+        self.settings.use_server(&self.current);
         if matches!(&self.change, Some(Change::WhenLost { to }) if *to == self.current) {
             self.change = None;
         }
@@ -307,6 +310,7 @@ impl Link {
             // Before clients were told anything, the start fails and says why.
             let count = if standby.export.size > 0 { self.outage.count(&why.text) } else { 0 };
             why.tell(self, count);
+            self.settings.next_address();
         }
         self.outage.note_failure(why.text, why.weight == Weight::Refusal);
         if was_open && standby.core.replay() == Replay::Nothing {
@@ -360,7 +364,7 @@ impl Link {
 
     fn turn_to(&mut self, to: Destination, now_ms: u64) {
         self.change = None;
-        self.settings.server = to.clone();
+        self.settings.use_server(&to);
         self.current = to;
         self.retry_ms = now_ms;
         self.outage.restart();

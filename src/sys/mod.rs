@@ -10,6 +10,7 @@ pub mod file;
 pub mod memory;
 pub mod net;
 pub mod pages;
+pub mod passed;
 pub mod ring;
 #[cfg(test)]
 mod scratch;

@@ -41,6 +41,15 @@ fn set_option<T: Copy>(fd: BorrowedFd, level: c_int, name: c_int, value: T) -> i
     check(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), length) }).map(drop)
 }
 
+/// The value of an option that is a number.
+pub(super) fn option(fd: &impl AsRawFd, level: c_int, name: c_int) -> io::Result<c_int> {
+    let mut value: c_int = 0;
+    let mut length = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the kernel fills up to `length` bytes of `value`, which is that long.
+    check(unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut length) })?;
+    Ok(value)
+}
+
 /// Sets up a TCP connection: small replies leave at once, and a peer that vanished is noticed; while data
 /// is on its way to it, only [`delivery`] can tell.
 pub fn set_tcp_options(fd: BorrowedFd, keepalive: Keepalive) -> io::Result<()> {

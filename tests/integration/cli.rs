@@ -78,6 +78,7 @@ fn wrong_usage_of_serve() {
     wrong(&base, "--addr");
     wrong(&format!("{base} -l 127.0.0.1"), "--port");
     wrong(&format!("{base} -p 0"), "--addr");
+    wrong(&format!("{base} --newstyle-sock {sock}"), "are both");
     wrong("serve -l 127.0.0.1 -p 0", "--file");
     let base = format!("{base} -l 127.0.0.1");
     for port in ["65536", "-1", "''", "x", "1.5", "+1", "0x10", "99999999999999999999", "1e3"] {
@@ -97,10 +98,8 @@ fn wrong_usage_of_serve() {
     }
     for entry in [
         "10.0.0.0/33",
-        "10.0.0.0/0",
         "10.0.0.0/",
         "::/129",
-        "::/0",
         "10.0.0",
         "10.0.0.256",
         "nonsense",
@@ -114,7 +113,6 @@ fn wrong_usage_of_serve() {
     for addr in [
         "''",
         "nonsense",
-        "localhost",
         "1.2.3",
         "1.2.3.4.5",
         "256.0.0.1",
@@ -140,10 +138,10 @@ fn wrong_usage_of_read_and_write() {
         for port in ["0", "65536", "-1", "''", "x"] {
             wrong(&given("127.0.0.1", port, "0", "1", ""), "--port");
         }
-        for from in ["4611686018427387905", "18446744073709551616", "-1", "''", "x", "1k", "0x10", "1.0"] {
+        for from in ["4611686018427387905", "18446744073709551616", "-1", "''", "x", "1kb", "0x10", "1.0"] {
             wrong(&given("127.0.0.1", "1", from, "1", ""), "--from");
         }
-        for size in ["1073741825", "4294967296", "18446744073709551616", "-1", "''", "x", "1M"] {
+        for size in ["1073741825", "4294967296", "18446744073709551616", "-1", "''", "x", "2G"] {
             wrong(&given("127.0.0.1", "1", "0", size, ""), "--size");
         }
         for bind in ["''", "x", "lo", "1.2.3.4/8", "::1"] {

@@ -55,9 +55,9 @@ fn what_is_installed_is_all_there_and_is_removed_again() {
     let link = dir.join("usr/bin/flexnbd-proxy");
     assert_eq!(fs::read_link(&link).unwrap(), Path::new("flexnbd"));
     let help = run_command(program(&link).arg("--help"), &[]);
-    assert!(String::from_utf8_lossy(&help.stdout).contains("Usage: flexnbd-proxy [OPTIONS]"), "{help:?}");
+    assert!(String::from_utf8_lossy(&help.stdout).contains("Usage: flexnbd-proxy --conn-addr"), "{help:?}");
     let page = fs::read_to_string(dir.join("usr/share/man/man1/flexnbd-proxy.1")).unwrap();
-    assert!(page.contains("\n.SH SYNOPSIS\n\\fBflexnbd\\-proxy\\fR ["), "{page}");
+    assert!(page.contains("\n.SH SYNOPSIS\n\\fBflexnbd\\-proxy\\fR "), "{page}");
     for (completion, knows) in [
         ("bash-completion/completions/flexnbd-proxy", "--conn-addr"),
         ("zsh/site-functions/_flexnbd-proxy", "#compdef flexnbd-proxy"),

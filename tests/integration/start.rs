@@ -193,8 +193,8 @@ fn control_paths_that_cannot_be_used() {
     for (sock, why) in [
         (path("file"), "not a socket"),
         (path("directory"), "not a socket"),
-        (path("no/where"), "No such file"),
-        (long, ""),
+        (path("no/where"), "make it first"),
+        (long, "that of a UNIX socket at most 107; choose a shorter one"),
     ] {
         let existed = sock.exists();
         let output = run_command(&mut serve(&image, &sock), &[]);

@@ -12,7 +12,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum, ValueHint};
 
 pub(crate) mod common;
 pub(crate) mod proxy;
@@ -44,7 +44,16 @@ pub(crate) const MODES: [&str; 14] = [
 pub(crate) const PROXY_PROGRAM: &str = "flexnbd-proxy";
 
 /// What stands behind its name. On one line, it would not fit a terminal.
-const PROXY_USAGE: &str = "[OPTIONS] --conn-addr <CONN_ADDR> --addr <ADDR>\n           [ACL_ENTRY]...";
+const PROXY_USAGE: &str = "--conn-addr <CONN_ADDR> --conn-port <CONN_PORT>
+           --addr <ADDR> --port <PORT> [OPTIONS] [ACL_ENTRY]...";
+
+/// What stands behind the name of a mode that serves an image; `--port` is not always required, but mostly wanted.
+const SERVE_USAGE: &str = "--file <FILE> --addr <ADDR> --port <PORT> [OPTIONS]
+           [ACL_ENTRY]...";
+
+/// What stands behind the name of a mode that transfers bytes.
+const TRANSFER_USAGE: &str = "--addr <ADDR> --port <PORT> --from <OFFSET>
+           --size <SIZE> [OPTIONS]";
 
 /// What that program takes.
 pub(crate) fn proxy_program() -> clap::Command {
@@ -95,8 +104,13 @@ pub(crate) struct CommandLine {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Mode {
     /// Serve a file until a signal, or until it was migrated.
+    #[command(override_usage = format!("flexnbd serve {SERVE_USAGE}"))]
     #[command(after_help = "\
 The server runs until SIGINT, SIGQUIT, SIGTERM or SIGHUP, which stop it at once.
+
+--port is not needed with --newstyle-port, and neither it nor --addr with
+--newstyle-sock or with sockets that systemd passes (LISTEN_FDS). The names of
+those say what they are for: oldstyle, control, and newstyle or any other.
 
 Environment:
   FLEXNBD_MS_REQUEST_LIMIT_SECS  Seconds, such as 60 or 0.5, without progress on
@@ -108,6 +122,7 @@ Example: serve disk.img to one address and one network, with a control socket:
       --sock /run/disk.sock 192.0.2.7 10.0.0.0/8")]
     Serve(ServeArgs),
     /// Receive a migration into a file, then exit with 0.
+    #[command(override_usage = format!("flexnbd listen {SERVE_USAGE}"))]
     #[command(after_help = "\
 One sender at a time is taken. Until one has sent the whole image and said that
 it is complete, every attempt that fails is followed by waiting for the next;
@@ -143,7 +158,7 @@ status (migration_durability=destination) say so.
 Example: migrate, see how far it is, and give it less of the network:
   flexnbd mirror --addr 192.0.2.8 --port 4779 --sock /run/disk.sock
   flexnbd status --sock /run/disk.sock
-  flexnbd mirror-speed --sock /run/disk.sock --max-speed 50000000
+  flexnbd mirror-speed --sock /run/disk.sock --max-speed 50M
 Example: stay until the image is at the destination and the file deleted:
   flexnbd mirror --addr 192.0.2.8 --port 4779 --sock /run/disk.sock \\
       --unlink --wait")]
@@ -152,8 +167,8 @@ Example: stay until the image is at the destination and the file deleted:
     // With [OPTIONS], it would not fit a terminal.
     #[command(override_usage = "flexnbd mirror-speed --sock <SOCK> --max-speed <BYTES_PER_SECOND>")]
     #[command(after_help = "\
-Example: at most 100 MB/s from now on, then as fast as possible:
-  flexnbd mirror-speed --sock /run/disk.sock --max-speed 100000000
+Example: at most 100 MiB/s from now on, then as fast as possible:
+  flexnbd mirror-speed --sock /run/disk.sock --max-speed 100M
   flexnbd mirror-speed --sock /run/disk.sock --max-speed 0")]
     MirrorSpeed(MirrorSpeedArgs),
     /// Stop a running migration; the server and its clients go on.
@@ -234,6 +249,7 @@ Example: how many bytes each client has moved, with jq:
       jq '.clients[] | .address, .bytes'")]
     Status(StatusArgs),
     /// Read bytes from a server to stdout, in a single NBD query.
+    #[command(override_usage = format!("flexnbd read {TRANSFER_USAGE}"))]
     #[command(after_help = "\
 Example: the first 512 bytes of a served image:
   flexnbd read --addr 127.0.0.1 --port 4777 --from 0 --size 512 > head.bin
@@ -242,6 +258,7 @@ Example: the same of an export that has a name, of any NBD server:
       --from 0 --size 512 > head.bin")]
     Read(TransferArgs),
     /// Write bytes from stdin to a server, in a single NBD query.
+    #[command(override_usage = format!("flexnbd write {TRANSFER_USAGE}"))]
     #[command(after_help = "\
 Example: put those 512 bytes back:
   flexnbd write --addr 127.0.0.1 --port 4777 --from 0 --size 512 < head.bin")]
@@ -268,7 +285,7 @@ pub(crate) enum Engine {
 pub(crate) struct ServeArgs {
     /// File or block device with the image. It must exist, be writable and
     /// hold at least 512 bytes; a tail of less than 512 bytes is left out.
-    #[arg(short, long, verbatim_doc_comment)]
+    #[arg(short, long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
     pub file: PathBuf,
     /// Where clients connect.
     #[command(flatten)]
@@ -312,7 +329,14 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub access: AccessArgs,
     /// Clients served at the same time, 1 to 1000000.
-    #[arg(long, value_name = "N", default_value = "100", value_parser = client_count, allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "100",
+        value_parser = client_count,
+        value_hint = ValueHint::Other,
+        allow_hyphen_values = true
+    )]
     pub max_clients: usize,
     /// Verbosity given after the mode.
     #[command(flatten)]
@@ -336,14 +360,15 @@ pub(crate) struct ListenArgs {
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub(crate) struct MirrorArgs {
-    /// IP address of the destination: IPv4, or IPv6 (also as [IPv6]).
-    #[arg(short = 'l', long)]
+    /// Address of the destination: IPv4, IPv6 (also as [IPv6]), or a name,
+    /// which is looked up once.
+    #[arg(short = 'l', long, value_hint = ValueHint::Hostname, verbatim_doc_comment)]
     pub addr: String,
     /// TCP port of the destination, 1 to 65535.
-    #[arg(short, long, value_parser = remote_port, allow_hyphen_values = true)]
+    #[arg(short, long, value_parser = remote_port, value_hint = ValueHint::Other, allow_hyphen_values = true)]
     pub port: u16,
     /// Control socket of the local server to migrate from.
-    #[arg(short, long)]
+    #[arg(short, long, value_hint = ValueHint::AnyPath)]
     pub sock: PathBuf,
     /// Delete the file of the local server when the destination has all of
     /// it, so that there is never a doubt which copy is the current one.
@@ -358,19 +383,21 @@ pub(crate) struct MirrorArgs {
     /// Name of the export at the destination, at most 1017 bytes. Leave it
     /// out for the default export, and for an oldstyle server, which has no
     /// names. [default: none]
-    #[arg(long, value_name = "NAME", value_parser = export, verbatim_doc_comment)]
+    #[arg(long, value_name = "NAME", value_parser = export, value_hint = ValueHint::Other, verbatim_doc_comment)]
     pub export: Option<String>,
     /// Local IP address to connect from, where the destination's access
     /// control list asks for a certain one. [default: the system's choice]
-    #[arg(short, long, value_name = "BIND_ADDR", verbatim_doc_comment)]
+    #[arg(short, long, value_name = "BIND_ADDR", value_hint = ValueHint::Other, verbatim_doc_comment)]
     pub bind: Option<String>,
-    /// Bytes to send per second at the most; 0 is no limit. mirror-speed
-    /// changes it later. [default: 0]
+    /// Bytes to send per second at the most, also with K, M, G or T (1024)
+    /// behind the number; 0 is no limit. mirror-speed changes it later.
+    /// [default: 0]
     #[arg(
         short = 'm',
         long,
         value_name = "BYTES_PER_SECOND",
         value_parser = speed,
+        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -382,6 +409,7 @@ pub(crate) struct MirrorArgs {
         long = "max-pause",
         value_name = "MS",
         value_parser = pause,
+        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -401,10 +429,19 @@ pub(crate) struct MirrorArgs {
 #[command(next_line_help = true)]
 pub(crate) struct MirrorSpeedArgs {
     /// Control socket of the server.
-    #[arg(short, long)]
+    #[arg(short, long, value_hint = ValueHint::AnyPath)]
     pub sock: PathBuf,
-    /// Bytes to send per second at the most, from now on; 0 is no limit.
-    #[arg(short = 'm', long, value_name = "BYTES_PER_SECOND", value_parser = speed, allow_hyphen_values = true)]
+    /// Bytes to send per second at the most, from now on, also with K, M, G
+    /// or T (1024) behind the number; 0 is no limit.
+    #[arg(
+        short = 'm',
+        long,
+        value_name = "BYTES_PER_SECOND",
+        value_parser = speed,
+        value_hint = ValueHint::Other,
+        allow_hyphen_values = true,
+        verbatim_doc_comment
+    )]
     pub max_speed: u64,
     /// Verbosity given after the mode.
     #[command(flatten)]
@@ -415,28 +452,44 @@ pub(crate) struct MirrorSpeedArgs {
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub(crate) struct TransferArgs {
-    /// Address of the server: IPv4, IPv6 (also as [IPv6]), or the path of its
-    /// UNIX socket, which begins with '/'.
-    #[arg(short = 'l', long, verbatim_doc_comment)]
+    /// Address of the server: IPv4, IPv6 (also as [IPv6]), a name, or the path
+    /// of its UNIX socket, which begins with '/'.
+    #[arg(short = 'l', long, value_hint = ValueHint::Hostname, verbatim_doc_comment)]
     pub addr: String,
     /// TCP port of the server, 1 to 65535. Required, unless ADDR is a path,
     /// where it is ignored.
-    #[arg(short, long, value_parser = remote_port, allow_hyphen_values = true, verbatim_doc_comment)]
+    #[arg(
+        short,
+        long,
+        value_parser = remote_port,
+        value_hint = ValueHint::Other,
+        allow_hyphen_values = true,
+        verbatim_doc_comment
+    )]
     pub port: Option<u16>,
-    /// Offset in the image to start at, in bytes; at most 2^62.
-    #[arg(short = 'F', long, value_name = "OFFSET", value_parser = offset, allow_hyphen_values = true)]
+    /// Offset in the image to start at, in bytes, or with K, M, G or T (1024)
+    /// behind it; at most 2^62.
+    #[arg(
+        short = 'F',
+        long,
+        value_name = "OFFSET",
+        value_parser = offset,
+        value_hint = ValueHint::Other,
+        allow_hyphen_values = true,
+        verbatim_doc_comment
+    )]
     pub from: u64,
     /// Name of the export, at most 4096 bytes. Leave it out for the default
     /// export, and for an oldstyle server, which has no names.
     /// [default: none]
-    #[arg(long, value_name = "NAME", value_parser = export, verbatim_doc_comment)]
+    #[arg(long, value_name = "NAME", value_parser = export, value_hint = ValueHint::Other, verbatim_doc_comment)]
     pub export: Option<String>,
-    /// Bytes to transfer; at most 2^30.
-    #[arg(short = 'S', long, value_parser = size, allow_hyphen_values = true)]
+    /// Bytes to transfer, also with K, M or G behind the number; at most 2^30.
+    #[arg(short = 'S', long, value_parser = size, value_hint = ValueHint::Other, allow_hyphen_values = true)]
     pub size: u32,
     /// Local IP address to connect from, where the server's access control
     /// list asks for a certain one. [default: the system's choice]
-    #[arg(short, long, value_name = "BIND_ADDR", verbatim_doc_comment)]
+    #[arg(short, long, value_name = "BIND_ADDR", value_hint = ValueHint::Other, verbatim_doc_comment)]
     pub bind: Option<String>,
     /// Verbosity given after the mode.
     #[command(flatten)]
@@ -448,12 +501,21 @@ pub(crate) struct TransferArgs {
 #[command(next_line_help = true)]
 pub(crate) struct AclArgs {
     /// Control socket of the server.
-    #[arg(short, long)]
+    #[arg(short, long, value_hint = ValueHint::AnyPath)]
     pub sock: PathBuf,
     /// The new list: IP addresses or networks such as 10.0.0.0/8 and
-    /// 2001:db8::/32. At least one.
-    #[arg(value_name = "ACL_ENTRY", required = true, verbatim_doc_comment)]
+    /// 2001:db8::/32. At least one, unless --any is given.
+    #[arg(
+        value_name = "ACL_ENTRY",
+        required_unless_present = "any",
+        value_hint = ValueHint::Other,
+        verbatim_doc_comment
+    )]
     pub acl: Vec<String>,
+    /// Open to everybody again, instead of a list; the entries 0.0.0.0/0 and
+    /// ::/0 mean the same.
+    #[arg(long, conflicts_with = "acl", verbatim_doc_comment)]
+    pub any: bool,
     /// Verbosity given after the mode.
     #[command(flatten)]
     pub log: LogFlags,
@@ -464,7 +526,7 @@ pub(crate) struct AclArgs {
 #[command(next_line_help = true)]
 pub(crate) struct StatusArgs {
     /// Control socket of the server.
-    #[arg(short, long)]
+    #[arg(short, long, value_hint = ValueHint::AnyPath)]
     pub sock: PathBuf,
     /// Print one JSON object instead, on one line.
     #[arg(long)]
@@ -484,7 +546,7 @@ pub(crate) struct StatusArgs {
 #[command(next_line_help = true)]
 pub(crate) struct SockArgs {
     /// Control socket of the server.
-    #[arg(short, long)]
+    #[arg(short, long, value_hint = ValueHint::AnyPath)]
     pub sock: PathBuf,
     /// Verbosity given after the mode.
     #[command(flatten)]

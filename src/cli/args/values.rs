@@ -32,7 +32,7 @@ pub(super) fn client_count(text: &str) -> Result<usize, String> {
 }
 
 pub(super) fn offset(text: &str) -> Result<u64, String> {
-    whole(text, 0..=FROM_MAX)
+    bytes(text, 0..=FROM_MAX)
 }
 
 /// Seconds as [`seconds_to_ms`] takes them, or 0.
@@ -44,15 +44,15 @@ pub(super) fn seconds_or_none(text: &str) -> Result<u64, String> {
 }
 
 pub(super) fn replay_limit(text: &str) -> Result<usize, String> {
-    whole(text, REPLAY_LIMIT_MIN..=REPLAY_LIMIT_MAX)
+    bytes(text, REPLAY_LIMIT_MIN..=REPLAY_LIMIT_MAX)
 }
 
 pub(super) fn size(text: &str) -> Result<u32, String> {
-    whole(text, 0..=SIZE_MAX)
+    bytes(text, 0..=SIZE_MAX)
 }
 
 pub(super) fn speed(text: &str) -> Result<u64, String> {
-    whole(text, 0..=u64::MAX)
+    bytes(text, 0..=u64::MAX)
 }
 
 pub(super) fn export(text: &str) -> Result<String, String> {
@@ -72,6 +72,31 @@ fn whole<T: TryFrom<u64>>(text: &str, range: RangeInclusive<u64>) -> Result<T, S
         .filter(|number| range.contains(number))
         .and_then(|number| T::try_from(number).ok())
         .ok_or_else(|| format!("expected a whole decimal number from {} to {}", range.start(), range.end()))
+}
+
+/// Parses a number of bytes: as [`whole`], or with K, M, G or T behind it, in either case, for powers of 1024.
+fn bytes<T: TryFrom<u64>>(text: &str, range: RangeInclusive<u64>) -> Result<T, String> {
+    let shift = match text.bytes().last().map(|byte| byte.to_ascii_uppercase()) {
+        Some(b'K') => 10,
+        Some(b'M') => 20,
+        Some(b'G') => 30,
+        Some(b'T') => 40,
+        _ => 0,
+    };
+    let number = if shift == 0 { text } else { text.get(..text.len() - 1).unwrap_or_default() };
+    Some(number)
+        .filter(|number| !number.is_empty())
+        .and_then(digits)
+        .and_then(|number| number.checked_mul(1 << shift))
+        .filter(|number| range.contains(number))
+        .and_then(|number| T::try_from(number).ok())
+        .ok_or_else(|| {
+            format!(
+                "expected a whole decimal number from {} to {}, of bytes or with K, M, G or T (of 1024) behind it",
+                range.start(),
+                range.end()
+            )
+        })
 }
 
 fn digits(text: &str) -> Option<u64> {

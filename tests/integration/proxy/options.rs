@@ -76,7 +76,7 @@ fn wrong_usage_starts_nothing() {
         ("proxy -l 127.0.0.1 -p 1".to_owned(), "--conn-addr"),
         ("proxy -l 127.0.0.1 -p 1 -C 127.0.0.1".to_owned(), "--conn-port"),
         ("proxy -l 127.0.0.1 -C 127.0.0.1 -P 1".to_owned(), "--port"),
-        ("proxy -l 127.0.0.1 -p 1 -C nonsense -P 1".to_owned(), "--conn-addr"),
+        ("proxy -l 127.0.0.1 -p 1 -C 10.0.0 -P 1".to_owned(), "--conn-addr"),
         ("proxy -l 127.0.0.1 -p 1 -C 127.0.0.1 -P 0".to_owned(), "--conn-port"),
         ("proxy -l 127.0.0.1 -p 1 -C 127.0.0.1 -P 65536".to_owned(), "--conn-port"),
         (format!("{base} --replay nonsense"), "--replay"),
