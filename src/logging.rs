@@ -4,6 +4,9 @@
 //! <TIMESTAMP>:<LEVEL>:<PID> <THREAD> <SOURCEFILE:SOURCELINE>: <MSG>
 //! ```
 //!
+//! Where stderr is systemd's journal, its own number of the level stands before that (`<4>`, see sd-daemon(3)); the journal
+//! takes it off.
+//!
 //! Invariants:
 //!
 //! 1. A record is one line of at most [`LINE_MAX`] bytes, whatever a path or a peer put into its message.
@@ -11,8 +14,10 @@
 //!    room.
 
 use std::fmt::{self, Write as _};
+use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::panic::{Location, PanicHookInfo};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -48,12 +53,20 @@ pub enum Verbosity {
 /// Starts the log and makes a panic end the program as any other fatal error does: one `F` line and exit code 1, no
 /// SIGABRT. Only the first call in a process has an effect.
 pub fn init(verbosity: Verbosity) {
-    if dispatch(verbosity).apply().is_ok() {
+    if dispatch(verbosity, is_journal()).apply().is_ok() {
         std::panic::set_hook(Box::new(exit_on_panic));
     }
 }
 
-fn dispatch(verbosity: Verbosity) -> fern::Dispatch {
+/// True when stderr is the stream to the journal that `JOURNAL_STREAM` names, by its device and inode. A program that was given
+/// another stderr may have inherited the variable all the same.
+fn is_journal() -> bool {
+    let found = io::stderr().as_fd().try_clone_to_owned().and_then(|stderr| File::from(stderr).metadata());
+    let named = std::env::var("JOURNAL_STREAM");
+    found.is_ok_and(|stderr| named.is_ok_and(|named| named == format!("{}:{}", stderr.dev(), stderr.ino())))
+}
+
+fn dispatch(verbosity: Verbosity, for_journal: bool) -> fern::Dispatch {
     let level = match verbosity {
         Verbosity::Quiet => LevelFilter::Error,
         Verbosity::Normal => LevelFilter::Warn,
@@ -63,7 +76,7 @@ fn dispatch(verbosity: Verbosity) -> fern::Dispatch {
     fern::Dispatch::new()
         .level(level)
         .filter(move |metadata| verbosity != Verbosity::Quiet || metadata.target() == FATAL)
-        .chain(fern::Output::call(emit))
+        .chain(fern::Output::call(move |record| emit(record, for_journal)))
 }
 
 fn exit_on_panic(info: &PanicHookInfo) {
@@ -83,7 +96,7 @@ fn exit_on_panic(info: &PanicHookInfo) {
 }
 
 /// Writes a record to stderr, or counts it as lost (invariant 2).
-fn emit(record: &Record) {
+fn emit(record: &Record, for_journal: bool) {
     static LOST: AtomicU64 = AtomicU64::new(0);
     let lost = LOST.swap(0, Ordering::Relaxed);
     let told = lost == 0
@@ -94,38 +107,40 @@ fn emit(record: &Record) {
                 .line(Some(line!()))
                 .args(format_args!("{lost} log lines lost, because stderr took no more"))
                 .build(),
+            for_journal,
         );
     if !told {
         LOST.fetch_add(lost + 1, Ordering::Relaxed);
-    } else if !write_now(record) {
+    } else if !write_now(record, for_journal) {
         LOST.fetch_add(1, Ordering::Relaxed);
     }
 }
 
 /// Writes a record if stderr has room, and says whether it had. Errors are ignored: there is no place to report them.
-fn write_now(record: &Record) -> bool {
+fn write_now(record: &Record, for_journal: bool) -> bool {
     let mut stderr = io::stderr().lock();
     let room = sys::writable_now(stderr.as_fd());
     if room {
         let thread = std::thread::current();
-        let line = line(record, sys::monotonic_ms(), std::process::id(), thread.name().unwrap_or("unnamed"));
+        let thread = thread.name().unwrap_or("unnamed");
+        let line = line(record, for_journal, sys::monotonic_ms(), std::process::id(), thread);
         let _ = stderr.write_all(line.as_bytes());
     }
     room
 }
 
 /// A record in the manual's format, newline included.
-fn line(record: &Record, now_ms: u64, pid: u32, thread: &str) -> String {
-    let level = match record.level() {
-        Level::Error if record.target() == FATAL => 'F',
-        Level::Error => 'E',
-        Level::Warn => 'W',
-        Level::Info => 'I',
-        Level::Debug | Level::Trace => 'D',
+fn line(record: &Record, for_journal: bool, now_ms: u64, pid: u32, thread: &str) -> String {
+    let (level, priority) = match record.level() {
+        Level::Error if record.target() == FATAL => ('F', 3),
+        Level::Error => ('E', 3),
+        Level::Warn => ('W', 4),
+        Level::Info => ('I', 6),
+        Level::Debug | Level::Trace => ('D', 7),
     };
     let file = record.file().unwrap_or("unknown");
     let number = record.line().unwrap_or(0);
-    let mut line = OneLine(String::new());
+    let mut line = OneLine(if for_journal { format!("<{priority}>") } else { String::new() });
     // Only a Display implementation can fail here; what it wrote before that is still worth a line.
     let _ = write!(line, "{now_ms}:{level}:{pid} {thread} {file}:{number}: {}", record.args());
     let mut line = line.0;
@@ -160,6 +175,7 @@ mod tests {
         let args = format_args!("{message}");
         line(
             &Record::builder().level(level).target(target).file(Some("src/x.rs")).line(Some(7)).args(args).build(),
+            false,
             1234,
             42,
             "main",
@@ -208,7 +224,7 @@ mod tests {
     fn each_verbosity_shows_its_levels() {
         let debug = if cfg!(debug_assertions) { "FEWID" } else { "FEWI" };
         for (verbosity, shown) in [(Verbosity::Quiet, "F"), (Verbosity::Normal, "FEW"), (Verbosity::Verbose, debug)] {
-            let (max, log) = dispatch(verbosity).into_log();
+            let (max, log) = dispatch(verbosity, false).into_log();
             let levels = [
                 ('F', Level::Error, FATAL),
                 ('E', Level::Error, "flexnbd::server"),

@@ -25,7 +25,7 @@ declare -A folders=(
     [proto/client]="mod handshake unanswered account chunk cookies"
     [proto/server]="negotiation parting mod handshake write read reply step request unanswered inbox memory tally"
     [remote]="mod transfer progress connect"
-    [server]="mod start apply commands status reactor slot client control mirror upstream snapshot listener signals attempt trials offer dial change outage \
+    [server]="mod start apply commands status reactor slot client control mirror upstream snapshot listener signals supervisor attempt trials offer dial change outage \
         mark shared backend gate grace admit complaints life inbound effect reason watch socket bind config"
     [upstream]="mod task dirty command"
     [sys]="ring pages memory passed file clone net mod"

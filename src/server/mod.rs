@@ -19,7 +19,7 @@
 //! ```text
 //!  mod          the turn                     start, apply, commands, status   opening; effects; what commands do; facts
 //!  reactor      the slots and their queues   slot                             the kinds of slot
-//!  client, control, mirror, upstream, listener, signals                       one kind each
+//!  client, control, mirror, upstream, listener, signals, supervisor           one kind each
 //!  attempt      one try of a migration       trials                           all of them, counted
 //!  dial         an outgoing connection       snapshot   a second file of the image
 //!  mark         what the image is marked as
@@ -61,6 +61,7 @@ mod snapshot;
 mod socket;
 mod start;
 mod status;
+mod supervisor;
 #[cfg(test)]
 mod tests;
 mod trials;
@@ -79,6 +80,7 @@ use reactor::Reactor;
 use slot::Slot;
 use std::io::ErrorKind;
 use std::time::Duration;
+use supervisor::Supervisor;
 
 /// Events taken from the kernel in one turn; more wait for the next.
 const EVENTS_MAX: usize = 256;
@@ -97,6 +99,7 @@ enum Flow {
 
 /// Serves until a signal comes. An error is what ended it abnormally.
 pub fn serve(config: Config) -> Result<(), Fatal> {
+    let supervisor = Supervisor::from_environment();
     let mut server = Reactor::start(&config)?;
     let mut events = Events::with_capacity(EVENTS_MAX);
     let mut batch = Vec::new();
@@ -110,6 +113,7 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
     }
     let doing = if server.shared.life.awaits_image() { "awaiting a migration to" } else { "serving" };
     info!("{doing} {} on {}", server.shared.backend.name(), server.places());
+    supervisor.map_or(Ok(()), |supervisor| server.supervise(supervisor))?;
     let outcome = loop {
         match server.turn(&mut events, &mut batch) {
             Ok(Flow::Continue) => {}
@@ -117,6 +121,9 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
             Err(fatal) => break Err(fatal),
         }
     };
+    if let Some(Slot::Supervisor(supervisor)) = server.supervisor.and_then(|key| server.slots.get(key)) {
+        supervisor.tell_stop();
+    }
     server.part();
     server.shared.admission.complaints.tell();
     server.leave_upstream();
@@ -180,7 +187,7 @@ impl Reactor {
             self.out.push(key);
             let next = match self.slots.get_mut(key) {
                 Some(Slot::Signals(signals)) => {
-                    let stop = signals::take_stop(signals);
+                    let stop = signals.take_stop();
                     if stop.map_err(|error| Fatal(format!("cannot read a signal: {error}")))? {
                         if let Flow::Stop = self.stop()? {
                             return Ok(Flow::Stop);
@@ -220,6 +227,7 @@ impl Reactor {
         while let Some(effect) = self.shared.effects.pop_front() {
             self.apply(effect)?;
         }
+        self.report();
         let is_over = matches!(self.shared.life, Life::Over) || self.shared.has_relayed();
         Ok(if is_over { Flow::Stop } else { Flow::Continue })
     }

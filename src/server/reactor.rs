@@ -37,6 +37,8 @@ pub(super) struct Reactor {
     pub control_listener: Option<Key>,
     /// The connection to the server that has the image, where that is another one.
     pub link: Option<Key>,
+    /// The slot of the supervisor, where one is to be told something.
+    pub supervisor: Option<Key>,
     /// Where clients connect, and how those begin that do.
     pub addresses: Vec<(Dialect, String)>,
     /// Numbers connections in the order in which they came.

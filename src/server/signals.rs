@@ -2,13 +2,42 @@
 
 use crate::sys::{self, SignalFd};
 use log::info;
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 
-/// Takes the signal that came, if one did, and says so.
-pub(super) fn take_stop(signals: &SignalFd) -> io::Result<bool> {
-    let signal = signals.read()?;
-    if let Some(signal) = signal {
-        info!("stopping: {}", sys::signal_name(signal));
+/// The signals, and whether there is a terminal that may hang up.
+#[derive(Debug)]
+pub(super) struct Signals {
+    fd: SignalFd,
+    /// At the start: once the terminal has hung up, it cannot be opened any more.
+    has_terminal: bool,
+}
+
+impl Signals {
+    /// As [`SignalFd::new`].
+    pub(super) fn new() -> io::Result<Self> {
+        let terminal = File::options().read(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open("/dev/tty");
+        Ok(Self { fd: SignalFd::new()?, has_terminal: terminal.is_ok() })
     }
-    Ok(signal.is_some())
+
+    /// Takes the signal that came, and says which. True: it stops the server. Without a terminal a SIGHUP does not: it is a
+    /// supervisor's word for «read your configuration again», and there is none.
+    pub(super) fn take_stop(&self) -> io::Result<bool> {
+        let Some(signal) = self.fd.read()? else { return Ok(false) };
+        let stops = signal != libc::SIGHUP || self.has_terminal;
+        if stops {
+            info!("stopping: {}", sys::signal_name(signal));
+        } else {
+            info!("SIGHUP is ignored: there is no terminal that could hang up; SIGTERM stops the server");
+        }
+        Ok(stops)
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }

@@ -6,10 +6,11 @@ use super::listener::Listener;
 use super::mirror::Mirror;
 use super::reason::{Next, Reason};
 use super::shared::Shared;
+use super::signals::Signals;
 use super::snapshot::Snapshot;
+use super::supervisor::Supervisor;
 use super::upstream::Link;
 use crate::event::slots::Key;
-use crate::sys::SignalFd;
 use crate::work::Done;
 use mio::event::Event;
 
@@ -30,7 +31,9 @@ pub(super) enum Slot {
     /// A second file of the image that is being made.
     Snapshot(Box<Snapshot>),
     /// The signals that stop the server.
-    Signals(SignalFd),
+    Signals(Signals),
+    /// The supervisor, which is told what the server does.
+    Supervisor(Box<Supervisor>),
 }
 
 impl Slot {
@@ -42,7 +45,7 @@ impl Slot {
             Self::Control(control) => control.socket().note(event),
             Self::Mirror(mirror) => mirror.note(event),
             Self::Upstream(link) => link.note(event),
-            Self::Snapshot(_) | Self::Signals(_) => {}
+            Self::Snapshot(_) | Self::Signals(_) | Self::Supervisor(_) => {}
         }
     }
 
@@ -55,7 +58,7 @@ impl Slot {
             Self::Mirror(mirror) => mirror.read_step(key, sh),
             Self::Upstream(link) => link.read_step(key, sh),
             Self::Snapshot(snapshot) => snapshot.read_step(key, sh),
-            Self::Signals(_) => Next::Idle,
+            Self::Signals(_) | Self::Supervisor(_) => Next::Idle,
         }
     }
 
@@ -65,7 +68,7 @@ impl Slot {
             Self::Client(client) => client.disk_done(done, sh),
             Self::Mirror(mirror) => mirror.disk_done(done, key, sh),
             Self::Snapshot(snapshot) => snapshot.disk_done(done, key, sh),
-            Self::Listener(_) | Self::Control(_) | Self::Upstream(_) | Self::Signals(_) => {
+            Self::Listener(_) | Self::Control(_) | Self::Upstream(_) | Self::Signals(_) | Self::Supervisor(_) => {
                 debug_assert!(false, "clients, migrations and snapshots use the disk");
                 Next::Idle
             }
@@ -79,7 +82,7 @@ impl Slot {
             Self::Control(control) => control.write_step(),
             Self::Mirror(mirror) => mirror.write_step(key, sh),
             Self::Upstream(link) => link.write_step(key, sh),
-            Self::Listener(_) | Self::Snapshot(_) | Self::Signals(_) => Next::Idle,
+            Self::Listener(_) | Self::Snapshot(_) | Self::Signals(_) | Self::Supervisor(_) => Next::Idle,
         }
     }
 
@@ -93,6 +96,7 @@ impl Slot {
             Self::Snapshot(snapshot) => snapshot.timeout(sh),
             // Accepting has rested.
             Self::Listener(_) => Next::Again,
+            Self::Supervisor(supervisor) => supervisor.timeout(key, sh),
             Self::Signals(_) => Next::Idle,
         }
     }
@@ -103,7 +107,7 @@ impl Slot {
             Self::Client(mut client) => client.closed(reason, sh),
             Self::Control(control) => control.closed(reason, sh),
             Self::Mirror(mut mirror) => mirror.closed(reason, sh),
-            Self::Listener(_) | Self::Upstream(_) | Self::Snapshot(_) | Self::Signals(_) => {}
+            Self::Listener(_) | Self::Upstream(_) | Self::Snapshot(_) | Self::Signals(_) | Self::Supervisor(_) => {}
         }
     }
 }

@@ -12,7 +12,9 @@ use super::listener::Listener;
 use super::mark;
 use super::reactor::Reactor;
 use super::shared::{warn_of_tail, Limits, Shared};
+use super::signals::Signals;
 use super::slot::Slot;
+use super::supervisor::Supervisor;
 use super::upstream::Link;
 use crate::buffer::Pool;
 use crate::disk::{Access, Disk};
@@ -22,7 +24,7 @@ use crate::event::wheel::Wheel;
 use crate::migrate::Incoming;
 use crate::proto::client::Cookies;
 use crate::proto::export::Export;
-use crate::sys::{self, SignalFd};
+use crate::sys;
 use crate::upstream::Upstream;
 use log::warn;
 use mio::unix::SourceFd;
@@ -58,7 +60,7 @@ impl Reactor {
         }
         keep_reserve()?;
         sys::ignore_file_size_signal();
-        let signals = SignalFd::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
+        let signals = Signals::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         if !sys::memory::has_room(OPEN_BYTES) {
             return Err(Fatal(NO_MEMORY.into()));
         }
@@ -77,7 +79,7 @@ impl Reactor {
     }
 
     /// The same with what stands behind the requests.
-    pub(super) fn new(backend: Backend, signals: SignalFd, config: &Config) -> Result<Self, Fatal> {
+    pub(super) fn new(backend: Backend, signals: Signals, config: &Config) -> Result<Self, Fatal> {
         let poll = Poll::new().map_err(cannot_wait)?;
         let now_ms = sys::monotonic_ms();
         let registry = poll.registry().try_clone().map_err(cannot_wait)?;
@@ -115,6 +117,7 @@ impl Reactor {
             listeners: Vec::new(),
             control_listener: None,
             link: None,
+            supervisor: None,
             addresses: Vec::new(),
             next_id: 1,
         };
@@ -122,7 +125,7 @@ impl Reactor {
         Ok(server)
     }
 
-    fn add_first_slots(&mut self, signals: SignalFd, config: &Config) -> Result<(), Fatal> {
+    fn add_first_slots(&mut self, signals: Signals, config: &Config) -> Result<(), Fatal> {
         let registry = self.poll.registry();
         if let Some(notifier) = self.shared.backend.notifier() {
             registry
@@ -173,7 +176,15 @@ impl Reactor {
         Ok(true)
     }
 
-    fn signals(&self) -> Option<&SignalFd> {
+    /// Tells a supervisor from now on what the server does.
+    pub(super) fn supervise(&mut self, supervisor: Supervisor) -> Result<(), Fatal> {
+        let supervisor = Slot::Supervisor(Box::new(supervisor));
+        self.supervisor = Some(self.slots.try_insert_with(|_| Ok(supervisor)).map_err(cannot_wait)?);
+        self.report();
+        Ok(())
+    }
+
+    fn signals(&self) -> Option<&Signals> {
         self.slots.iter().find_map(|(_, slot)| match slot {
             Slot::Signals(signals) => Some(signals),
             _ => None,

@@ -52,6 +52,37 @@ pub(super) fn answer(server: &Reactor, form: StatusForm) -> String {
     }
 }
 
+impl Reactor {
+    /// Tells the supervisor, if there is one, what the server does, unless that is what it has been told.
+    pub(super) fn report(&mut self) {
+        let Some(key) = self.supervisor else { return };
+        if !matches!(self.slots.get(key), Some(Slot::Supervisor(supervisor)) if supervisor.wants_status(&self.shared)) {
+            return;
+        }
+        let line = line(self);
+        if let Some(Slot::Supervisor(supervisor)) = self.slots.get_mut(key) {
+            supervisor.tell_status(&line, key, &mut self.shared);
+        }
+    }
+}
+
+/// What the server does, in a line for people.
+fn line(server: &Reactor) -> String {
+    let sh = &server.shared;
+    if let Some((mirror, plan)) = migration(server) {
+        let progress = plan.progress();
+        let left_mib = data_left(server, plan, &progress) >> 20;
+        return format!("{mirror}: {}, pass {}, {left_mib} MiB left", mirror.phase(plan), progress.pass);
+    }
+    let doing = match &sh.life {
+        Life::Receiving { .. } | Life::Sealing { .. } => "awaiting a migration to",
+        Life::Relaying => "relaying to",
+        Life::Snapshot => "making a snapshot and serving",
+        Life::Serving | Life::Sending { .. } | Life::Over => "serving",
+    };
+    format!("{doing} {} on {}", sh.backend.name(), server.places())
+}
+
 fn client(slot: &Slot) -> Option<&Client> {
     match slot {
         Slot::Client(client) => Some(client),

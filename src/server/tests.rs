@@ -10,6 +10,7 @@ use super::life::Life;
 use super::reactor::Reactor;
 use super::reason::Next;
 use super::shared::Shared;
+use super::signals::Signals;
 use super::slot::Slot;
 use super::{Config, ControlDoor, Dialect, Door, Flow, Role};
 use crate::acl::Acl;
@@ -18,7 +19,6 @@ use crate::disk::{Access, Disk, EngineChoice};
 use crate::endpoint::Endpoint;
 use crate::migrate::Incoming;
 use crate::proto::wire::{kind, transmission, Greeting, RequestHead, GREETING_LEN, SIMPLE_REPLY_LEN};
-use crate::sys::SignalFd;
 use mio::Events;
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -66,7 +66,7 @@ impl House {
             }),
         };
         let disk = Backend::Disk(Box::new(Disk::open_slow(&path, delay)));
-        let mut server = Reactor::new(disk, SignalFd::new().unwrap(), &config).unwrap();
+        let mut server = Reactor::new(disk, Signals::new().unwrap(), &config).unwrap();
         assert!(server.open(config.doors, config.control).unwrap());
         if let Life::Receiving { incoming, .. } = &mut server.shared.life {
             // So that the only operations are those of senders.

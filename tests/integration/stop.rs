@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 #[test]
 fn signals_stop_it_whatever_clients_do() {
-    for signal in ["INT", "QUIT", "TERM", "HUP"] {
+    for signal in ["INT", "QUIT", "TERM"] {
         let mut server = Server::serve().size(64 << 20).arg("-v").start();
         let mut half_head = server.connect();
         half_head.send(&request(kind::READ, 0, 1, 0, 512)[..13]);

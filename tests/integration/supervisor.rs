@@ -1,13 +1,14 @@
-//! Sockets that a supervisor passes to a server.
+//! What a supervisor passes to a server and is told by it: sockets, readiness, the journal, hang-ups.
 
 use crate::support::{
-    has, program, run_command, wait_for, Client, Need, Output, Process, TempDir, BIN, GREETING_MAGICS, SOON,
+    has, leave_stale_socket, peers, program, run_command, wait_for, Client, Need, Output, Process, Server, TempDir,
+    BIN, GREETING_MAGICS, SOON,
 };
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -143,4 +144,188 @@ fn what_is_no_listening_socket_is_refused() {
     let passed = vec![unix(&dir.join("a")), unix(&dir.join("b"))];
     let output = refused(&dir, passed, "LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=control:control");
     assert!(output.code == Some(2) && output.stderr.contains("two sockets are called control"), "{output:?}");
+}
+
+/// The socket of a supervisor that reads nothing by itself.
+fn notified(name: &str) -> (UnixDatagram, [String; 2]) {
+    let address = match name.strip_prefix('@') {
+        Some(name) => SocketAddr::from_abstract_name(name).unwrap(),
+        None => SocketAddr::from_pathname(name).unwrap(),
+    };
+    let socket = UnixDatagram::bind_addr(&address).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    (socket, ["env".into(), format!("NOTIFY_SOCKET={name}")])
+}
+
+fn told(supervisor: &UnixDatagram) -> String {
+    let mut words = [0; 4096];
+    let n = supervisor.recv(&mut words).unwrap();
+    String::from_utf8(words[..n].to_vec()).unwrap()
+}
+
+/// What it is told next that begins so, whatever comes before.
+fn wait_until_told(supervisor: &UnixDatagram, beginning: &str) -> String {
+    wait_for(format_args!("{beginning:?}"), SOON, || {
+        Some(told(supervisor)).filter(|words| words.starts_with(beginning))
+    })
+}
+
+#[test]
+fn a_supervisor_is_told_what_the_server_does() {
+    let dir = TempDir::new();
+    let path = dir.join("notify");
+    let abstract_name = format!("@flexnbd-notify-{}", std::process::id());
+    for name in [path.to_str().unwrap(), &abstract_name] {
+        let (supervisor, through) = notified(name);
+        let mut server = Server::serve().size(4 << 20).through(&through).start();
+        let serving = format!("READY=1\nSTATUS=serving {} on {}", server.image.display(), server.address());
+        assert_eq!(told(&supervisor), serving);
+        server.connect().expect_alive();
+
+        // Slow enough to be told more than once.
+        let destination = peers::listen(0).size(4 << 20).start();
+        let mut client = server.connect();
+        assert_eq!(client.write(0, &vec![1; 3 << 20]), 0);
+        peers::start_mirror(&server, destination.address(), "--max-speed 100k");
+        let migrating = format!("READY=1\nSTATUS=migration to {}: copying, pass 1, ", destination.address());
+        let first = wait_until_told(&supervisor, &migrating);
+        let second = wait_until_told(&supervisor, &migrating);
+        assert!(first.ends_with(" MiB left") && first != second, "{first} {second}");
+        assert_eq!(peers::tell("break", &server, "").0, Some(0));
+        assert_eq!(wait_until_told(&supervisor, "READY=1\nSTATUS=serving"), serving);
+
+        assert_eq!(server.stop().code(), Some(0));
+        assert_eq!(told(&supervisor), "STOPPING=1");
+    }
+    let (supervisor, through) = notified(&format!("{abstract_name}-2"));
+    let words = peers::listen_after(0, &format!("exec {}", through.join(" ")));
+    let mut listener = words.size(4096).start();
+    let awaiting = format!("READY=1\nSTATUS=awaiting a migration to {} on ", listener.image.display());
+    assert!(told(&supervisor).starts_with(&awaiting));
+    assert_eq!(listener.stop().code(), Some(1));
+    assert_eq!(told(&supervisor), "STOPPING=1");
+}
+
+#[test]
+fn a_supervisor_is_told_that_the_loop_goes_on() {
+    let dir = TempDir::new();
+    let name = dir.join("notify");
+    let (supervisor, [env, variable]) = notified(name.to_str().unwrap());
+    let through = |pid| [&env, "-u", "WATCHDOG_PID", &variable, "WATCHDOG_USEC=100000", pid].map(str::to_owned);
+    let server = Server::serve().size(4096).through(&through("OF=this")).start();
+    for _ in 0..5 {
+        wait_until_told(&supervisor, "WATCHDOG=1");
+    }
+    // It is not told that when the loop does not go on.
+    server.process.signal("STOP");
+    supervisor.set_nonblocking(true).unwrap();
+    while supervisor.recv(&mut [0; 100]).is_ok() {}
+    supervisor.set_nonblocking(false).unwrap();
+    server.process.signal("CONT");
+    wait_until_told(&supervisor, "WATCHDOG=1");
+    server.expect_healthy();
+
+    while !told(&supervisor).starts_with("STOPPING") {}
+    let server = Server::serve().size(4096).through(&through("WATCHDOG_PID=1")).start();
+    assert!(told(&supervisor).starts_with("READY=1"));
+    server.expect_healthy();
+    assert_eq!(told(&supervisor), "STOPPING=1", "another process is watched");
+}
+
+/// Neither a supervisor that is gone, nor one that reads nothing, nor a socket that is none.
+#[test]
+fn a_supervisor_that_does_not_listen_does_no_harm() {
+    let dir = TempDir::new();
+    let (deaf, gone) = (dir.join("deaf"), dir.join("gone"));
+    let (_supervisor, [env, full]) = notified(deaf.to_str().unwrap());
+    leave_stale_socket(&gone);
+    let gone = format!("NOTIFY_SOCKET={}", gone.display());
+    for variable in [full.as_str(), &gone, "NOTIFY_SOCKET=/nowhere", "NOTIFY_SOCKET=nonsense", "NOTIFY_SOCKET="] {
+        let server = Server::serve().size(4096).through(&[&env, variable, "WATCHDOG_USEC=2000"]).start();
+        let mut client = server.connect();
+        for _ in 0..50 {
+            client.expect_alive();
+        }
+        let warned = server.log().contains(":W:");
+        assert_eq!(warned, !variable.contains("=/"), "{variable}: {}", server.log());
+        server.expect_healthy();
+    }
+}
+
+#[test]
+fn the_journal_is_told_the_level() {
+    let stream = "JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2)";
+    for (variables, prefixed) in [(stream, true), ("JOURNAL_STREAM=1:2", false), ("JOURNAL_STREAM=", false)] {
+        let script = format!("{variables} exec \"$@\"");
+        let builder = Server::serve().size(4097).arg("-v");
+        let mut server = builder.through(&["sh", "-c", &script, "sh"]).start();
+        assert_eq!(server.stop().code(), Some(0));
+        for line in server.log().lines() {
+            let expected = match line.split(':').nth(1) {
+                Some("W") => "<4>",
+                Some("I") => "<6>",
+                Some("D") => "<7>",
+                other => panic!("{other:?}: {line}"),
+            };
+            assert_eq!(line.starts_with(expected), prefixed, "{variables}: {line}");
+            assert!(prefixed || line.starts_with(|c: char| c.is_ascii_digit()), "{line}");
+        }
+        assert!(server.log().contains(":W:") && server.log().contains(":I:"), "{}", server.log());
+    }
+    let dir = TempDir::new();
+    let image = dir.join("nothing");
+    let script = format!("exec 2>\"$0\"; {stream} exec \"$@\"");
+    let log = dir.join("log");
+    let words = ["serve", "-l", "127.0.0.1", "-p", "0", "-f", image.to_str().unwrap()];
+    let output = run_command(program("sh").arg("-c").arg(script).arg(&log).arg(BIN).args(words), &[]);
+    let line = fs::read_to_string(&log).unwrap();
+    assert!(output.code == Some(1) && line.starts_with("<3>") && line.contains(":F:"), "{line}");
+}
+
+/// A supervisor's SIGHUP says «read your configuration again».
+#[test]
+fn a_hang_up_without_a_terminal_is_ignored() {
+    let server = Server::serve().size(4096).arg("-v").through(&["setsid"]).start();
+    let mut client = server.connect();
+    for n in 1..3 {
+        server.process.signal("HUP");
+        wait_for("a line", SOON, || (server.log().matches("SIGHUP is ignored").count() == n).then_some(()));
+        client.expect_alive();
+    }
+    assert!(!server.log().contains(":W:"), "{}", server.log());
+    server.expect_healthy();
+}
+
+/// With a terminal it ends the server, sent by hand or because the terminal is gone.
+#[test]
+fn a_hang_up_of_the_terminal_stops_it() {
+    if !has(&[Need::Program("script")]) {
+        return;
+    }
+    for by_hand in [true, false] {
+        let dir = TempDir::new();
+        let (sock, log) = (dir.join("control"), dir.join("log"));
+        let server = format!(
+            "exec {BIN} serve -v -l 127.0.0.1 -p 0 -f {} -s {} 2>{}",
+            image(&dir).display(),
+            sock.display(),
+            log.display()
+        );
+        let mut command = program("script");
+        command.args(["-qec", &server, "/dev/null"]).env("SHELL", "/bin/sh");
+        let mut terminal = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::null()));
+        wait_for("the control socket", SOON, || sock.exists().then_some(()));
+        let status = run_command(program(BIN).arg("status").arg("--sock").arg(&sock), &[]);
+        let status = String::from_utf8(status.stdout).unwrap();
+        let pid = status.split_once("pid=").unwrap().1.split(' ').next().unwrap();
+        if by_hand {
+            assert!(program("kill").args(["-s", "HUP", pid]).status().unwrap().success());
+        } else {
+            terminal.0.kill().unwrap();
+        }
+        wait_for("the end of the server", SOON, || (!sock.exists()).then_some(()));
+        let said =
+            wait_for("a line", SOON, || fs::read_to_string(&log).ok().filter(|text| text.contains("stopping: SIGHUP")));
+        assert!(!said.contains("ignored"), "{said}");
+    }
 }

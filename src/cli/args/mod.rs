@@ -106,7 +106,8 @@ pub(crate) enum Mode {
     /// Serve a file until a signal, or until it was migrated.
     #[command(override_usage = format!("flexnbd serve {SERVE_USAGE}"))]
     #[command(after_help = "\
-The server runs until SIGINT, SIGQUIT, SIGTERM or SIGHUP, which stop it at once.
+The server runs until SIGINT, SIGQUIT or SIGTERM, which stop it at once. So does
+SIGHUP where there is a terminal; without one it is ignored.
 
 --port is not needed with --newstyle-port, and neither it nor --addr with
 --newstyle-sock or with sockets that systemd passes (LISTEN_FDS). The names of
@@ -127,8 +128,8 @@ Example: serve disk.img to one address and one network, with a control socket:
 One sender at a time is taken. Until one has sent the whole image and said that
 it is complete, every attempt that fails is followed by waiting for the next;
 what was received so far is not an image to use. When the image is complete and
-on stable storage, the exit code is 0. After SIGINT, SIGQUIT, SIGTERM or SIGHUP,
-or an error of the file, it is 1. The file must exist and have the size of the
+on stable storage, the exit code is 0. After a signal that stops it, as with
+serve, or an error of the file, it is 1. The file must exist and have the size of the
 image that comes.
 
 The options are those of serve. --killswitch bounds what one request of the
