@@ -20,21 +20,36 @@ FOREGROUND := $(shell test -t 0 && echo --foreground)
 # $(call within,SECONDS) runs a command that is killed after so long.
 within = timeout $(FOREGROUND) --kill-after=10 $(1)
 
+# The first line of what needs it; to install what is built does not.
+need_cargo = @command -v $(CARGO) >/dev/null || \
+	{ echo "error: there is no $(CARGO): install Rust 1.85 or newer, by rustup or as your system's package cargo" >&2; exit 1; }
+
 .PHONY: all check test test-slow test-kernel test-cluster chaos chaos-teeth simulation-teeth tools tools-kernel tools-cluster \
-	tools-fuzz demo bench bench-storms bench-migration bench-cluster bench-proxy footprint fuzz fuzz-seeds fuzz-coverage install uninstall clean help
+	tools-fuzz demo bench bench-storms bench-migration bench-cluster bench-proxy footprint fuzz fuzz-seeds fuzz-coverage install uninstall deb \
+	reproducible clean help
 
 all: $(BINARY) ## Build the release program (the default)
 
+# What panics say of the source of a dependency does not name the folders of the machine that built it. They are known once the
+# packages are there.
+CARGO_HOME_DIR := $(or $(CARGO_HOME),$(HOME)/.cargo)
+HOST = $$(rustc -vV | sed -n 's/^host: //p')
+remapped = $(call within,900) $(CARGO) fetch --locked --quiet --target "$(HOST)" && \
+	for sources in $(CARGO_HOME_DIR)/registry/src/*; do RUSTFLAGS+=" --remap-path-prefix=$$sources=."; done && export RUSTFLAGS
+
 # The touch keeps make's view right when cargo finds nothing to do, so that `make install` never has to ask cargo.
 $(BINARY): $(SOURCES)
-	$(call within,1800) $(CARGO) build --release --locked
+	$(need_cargo)
+	$(remapped) && $(call within,1800) $(CARGO) build --release --locked
 	touch $@
 
 $(LOAD): $(SOURCES) tests/bench/load.rs $(wildcard tests/bench/client/*.rs)
-	$(call within,1800) $(CARGO) build --release --locked --example load
+	$(need_cargo)
+	$(remapped) && $(call within,1800) $(CARGO) build --release --locked --example load
 	touch $@
 
 check: tools-fuzz ## Formatting, lints as errors (the fuzz targets' as well), documentation, import directions
+	$(need_cargo)
 	$(call within,60) $(CARGO) fmt --check
 	$(call within,60) $(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(call within,1800) $(CARGO) clippy --all-targets --locked -- -D warnings
@@ -55,11 +70,13 @@ report = @rm -f $(NOT_TESTED); status=0; $(1); \
 # What touches the disk runs a second time as where there is no ring.
 DISK_TESTS := bad_disk durability killswitch migration::ordinary sparse spec:: transfer
 test: tools ## All tests but the slow ones, installing the tools they need
+	$(need_cargo)
 	$(call within,1800) $(CARGO) test --locked --doc
 	$(call report,$(call run_tests,--tests); \
 		$(call run_tests,--test integration -- $(DISK_TESTS),FLEXNBD_TEST_DISK_ENGINE=sync))
 
 test-slow: tools ## The tests that take minutes of real time
+	$(need_cargo)
 	$(call report,$(call run_tests,--tests -- --ignored))
 
 test-kernel: $(BINARY) tools-kernel ## A real kernel's disk on flexnbd, migrated, relayed, copied, grown, and behind a proxy (qemu; Debian on amd64, as root)
@@ -71,7 +88,7 @@ test-cluster: $(BINARY) tools-cluster ## Images on a volume that loses copies an
 # What the tests run, each with the Debian package it is in.
 TOOLS := qemu-io:qemu-utils nbdkit:nbdkit nbdcopy:libnbd-bin nbdsh:python3-libnbd fio:fio nbd-server:nbd-server \
 	nbd-client:nbd-client strace:strace mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs mkfs.ext4:e2fsprogs ip:iproute2 \
-	unshare:util-linux losetup:mount
+	unshare:util-linux losetup:mount script:bsdutils systemd-analyze:systemd dpkg-deb:dpkg
 tools-kernel: TOOLS := qemu-system-x86_64:qemu-system-x86 nbd-client:nbd-client busybox:busybox-static cpio:cpio \
 	modprobe:kmod mkfs.ext4:e2fsprogs mkfs.btrfs:btrfs-progs fstrim:util-linux mount:mount perl:perl-base
 tools-cluster: TOOLS := glusterd:glusterfs-server gluster:glusterfs-cli mount.glusterfs:glusterfs-client fio:fio \
@@ -96,6 +113,7 @@ tools tools-kernel tools-cluster tools-fuzz: ## Install the clients and servers 
 	fi
 
 chaos: ## Migrations while everything goes wrong that a seed decides (ROUNDS=1000, SEED=1)
+	$(need_cargo)
 	FLEXNBD_SEED=$(or $(SEED),1) FLEXNBD_ROUNDS=$(or $(ROUNDS),1000) \
 		$(call within,$$((1800 + 10 * $(or $(ROUNDS),1000)))) $(CARGO) test --locked --test chaos -- --nocapture rounds
 
@@ -124,6 +142,10 @@ bench-cluster: $(BINARY) $(LOAD) tools tools-cluster ## Compare on a volume with
 bench-proxy: $(BINARY) $(LOAD) ## What a proxy costs between a client and its server (QUICK=1, ROUNDS=5, SECONDS_PER_RUN=2)
 	FLEXNBD=$(BINARY) LOAD=$(LOAD) $(call within,3600) python3 tests/bench/proxy.py
 
+reproducible: ## Show that two builds in two folders give the same program, which names neither
+	$(need_cargo)
+	CARGO="$(CARGO)" $(call within,3600) bash tests/reproducible.sh
+
 footprint: $(BINARY) tools ## Measure size, memory and system calls
 	FLEXNBD=$(BINARY) $(call within,300) bash tests/footprint.sh
 
@@ -145,12 +167,15 @@ MAN_DIR = $(DESTDIR)$(PREFIX)/share/man/man1
 BASH_DIR = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 ZSH_DIR = $(DESTDIR)$(PREFIX)/share/zsh/site-functions
 FISH_DIR = $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+UNIT_DIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
+SYSUSERS = $(DESTDIR)$(PREFIX)/lib/sysusers.d/flexnbd.conf
+UNITS := $(notdir $(wildcard $(foreach kind,service socket timer,src/dist/*.$(kind))))
 # flexnbd-proxy is the mode proxy, by the name of the link.
 PROGRAMS := flexnbd flexnbd-proxy
 # For uninstall, which must not take the pages of other programs whose names begin alike.
 MODES := acl break help listen mirror mirror-speed proxy read resize serve snapshot status switch write
 
-install: $(BINARY) ## Install the program, manual pages and completions (DESTDIR, PREFIX=/usr/local)
+install: $(BINARY) ## Install the program, manual pages, completions and units (DESTDIR, PREFIX=/usr/local)
 	install -D -m 755 $(BINARY) $(BIN_DIR)/flexnbd
 	ln -sf flexnbd $(BIN_DIR)/flexnbd-proxy
 	install -D -m 644 -t $(MAN_DIR) $(ASSETS)/*.1
@@ -158,10 +183,20 @@ install: $(BINARY) ## Install the program, manual pages and completions (DESTDIR
 	install -D -m 644 $(ASSETS)/flexnbd-proxy.bash $(BASH_DIR)/flexnbd-proxy
 	install -D -m 644 -t $(ZSH_DIR) $(PROGRAMS:%=$(ASSETS)/_%)
 	install -D -m 644 -t $(FISH_DIR) $(PROGRAMS:%=$(ASSETS)/%.fish)
+	install -D -m 644 -t $(UNIT_DIR) $(UNITS:%=src/dist/%)
+	install -D -m 644 src/dist/sysusers.conf $(SYSUSERS)
 
 uninstall: ## Remove what install put there
 	rm -f $(PROGRAMS:%=$(BIN_DIR)/%) $(MAN_DIR)/flexnbd.1 $(MODES:%=$(MAN_DIR)/flexnbd-%.1)
 	rm -f $(PROGRAMS:%=$(BASH_DIR)/%) $(PROGRAMS:%=$(ZSH_DIR)/_%) $(PROGRAMS:%=$(FISH_DIR)/%.fish)
+	rm -f $(UNITS:%=$(UNIT_DIR)/%) $(SYSUSERS)
+
+PACKAGE_ROOT = $(RELEASE)/package
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml)
+deb: $(BINARY) ## Build a Debian package with the program, manual pages, completions and units (dpkg-deb)
+	rm -rf $(PACKAGE_ROOT)
+	@$(MAKE) --no-print-directory -o $(BINARY) install DESTDIR=$(PACKAGE_ROOT) PREFIX=/usr
+	$(call within,300) bash src/dist/deb/build.sh $(PACKAGE_ROOT) $(VERSION) $(RELEASE)
 
 clean: ## Remove everything built
 	$(CARGO) clean
