@@ -187,8 +187,8 @@ done)
 while read -r file; do
     module=${file%%/*}
     module=${module%.rs}
-    # The root of the crate only lists what there is; the build script stands outside.
-    [[ $file != lib.rs && $file != build.rs && $'\n'$for_tests$'\n' != *$'\n'$file$'\n'* ]] || continue
+    # The root of the crate only lists what there is; the build script and its module stand outside.
+    [[ $file != lib.rs && $file != build.rs && $file != manual.rs && $'\n'$for_tests$'\n' != *$'\n'$file$'\n'* ]] || continue
     code=$(code_of "$file")
     paths=$(paths_of <<<"$code")
 

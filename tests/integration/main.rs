@@ -19,6 +19,7 @@ mod install;
 mod interop;
 mod killswitch;
 mod logs;
+mod manual;
 mod memory;
 mod migration;
 mod names;

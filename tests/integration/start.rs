@@ -224,6 +224,25 @@ fn control_paths_that_cannot_be_used() {
     drop(live);
 }
 
+/// In a network of its own, where no port below 1024 is free for everybody.
+#[test]
+fn a_port_for_root_is_told_to_be_one() {
+    if !has(&[Need::Root, Need::Program("setpriv"), Need::Kernel("unshare --net true")]) {
+        return;
+    }
+    let dir = TempDir::new();
+    let program_of_all = dir.join("flexnbd");
+    must("cp", &[BIN, program_of_all.to_str().unwrap()]);
+    fs::set_permissions(dir.join(""), fs::Permissions::from_mode(0o777)).unwrap();
+    let image = dir.join("image");
+    fs::write(&image, [0; 512]).unwrap();
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o666)).unwrap();
+    let mut command = program("unshare");
+    command.args(["--net", "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]).arg(program_of_all);
+    command.args(["serve", "-l", "0", "-p", "80", "-f"]).arg(&image);
+    refused(&mut command, &dir.join("control"), "0.0.0.0:80", "ports below 1024 are for root and CAP_NET_BIND_SERVICE");
+}
+
 #[test]
 fn a_stale_control_socket_is_replaced() {
     let builder = Server::serve().size(4096);

@@ -24,7 +24,7 @@ pub(crate) struct DoorArgs {
     /// addresses, localhost for 127.0.0.1, or the path of a UNIX socket,
     /// which begins with '/'. Required, unless --newstyle-sock is given or
     /// the supervisor passes a socket (LISTEN_FDS).
-    #[arg(short = 'l', long, value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(short = 'l', long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
     pub addr: Option<String>,
     /// TCP port to listen on, 0 to 65535; 0 picks a free one, which status
     /// shows. Required, unless --newstyle-port is given or ADDR is a path,
@@ -52,7 +52,7 @@ pub(crate) struct DoorArgs {
     )]
     pub newstyle_port: Option<u16>,
     /// UNIX socket to open for newstyle clients. [default: none]
-    #[arg(long, value_name = "PATH", value_hint = ValueHint::AnyPath)]
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub newstyle_sock: Option<PathBuf>,
     /// Name by which newstyle clients may ask for the image, at most 4096
     /// bytes; the default export, which has no name, stays. [default: none]
@@ -65,7 +65,7 @@ pub(crate) struct DoorArgs {
 pub(crate) struct AccessArgs {
     /// Control socket to open, for modes such as status. It appears once
     /// the server is ready and is removed when it stops. [default: none]
-    #[arg(short, long, value_hint = ValueHint::AnyPath, verbatim_doc_comment)]
+    #[arg(short, long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
     pub sock: Option<PathBuf>,
     /// Let an empty access control list admit no client; without this option
     /// it admits every client.

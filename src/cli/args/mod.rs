@@ -363,13 +363,13 @@ pub(crate) struct ListenArgs {
 pub(crate) struct MirrorArgs {
     /// Address of the destination: IPv4, IPv6 (also as [IPv6]), or a name,
     /// which is looked up once.
-    #[arg(short = 'l', long, value_hint = ValueHint::Hostname, verbatim_doc_comment)]
+    #[arg(short = 'l', long, value_hint = ValueHint::Other, verbatim_doc_comment)]
     pub addr: String,
     /// TCP port of the destination, 1 to 65535.
     #[arg(short, long, value_parser = remote_port, value_hint = ValueHint::Other, allow_hyphen_values = true)]
     pub port: u16,
     /// Control socket of the local server to migrate from.
-    #[arg(short, long, value_hint = ValueHint::AnyPath)]
+    #[arg(short, long, value_hint = ValueHint::FilePath)]
     pub sock: PathBuf,
     /// Delete the file of the local server when the destination has all of
     /// it, so that there is never a doubt which copy is the current one.
@@ -430,7 +430,7 @@ pub(crate) struct MirrorArgs {
 #[command(next_line_help = true)]
 pub(crate) struct MirrorSpeedArgs {
     /// Control socket of the server.
-    #[arg(short, long, value_hint = ValueHint::AnyPath)]
+    #[arg(short, long, value_hint = ValueHint::FilePath)]
     pub sock: PathBuf,
     /// Bytes to send per second at the most, from now on, also with K, M, G
     /// or T (1024) behind the number; 0 is no limit.
@@ -455,7 +455,7 @@ pub(crate) struct MirrorSpeedArgs {
 pub(crate) struct TransferArgs {
     /// Address of the server: IPv4, IPv6 (also as [IPv6]), a name, or the path
     /// of its UNIX socket, which begins with '/'.
-    #[arg(short = 'l', long, value_hint = ValueHint::Hostname, verbatim_doc_comment)]
+    #[arg(short = 'l', long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
     pub addr: String,
     /// TCP port of the server, 1 to 65535. Required, unless ADDR is a path,
     /// where it is ignored.
@@ -502,7 +502,7 @@ pub(crate) struct TransferArgs {
 #[command(next_line_help = true)]
 pub(crate) struct AclArgs {
     /// Control socket of the server.
-    #[arg(short, long, value_hint = ValueHint::AnyPath)]
+    #[arg(short, long, value_hint = ValueHint::FilePath)]
     pub sock: PathBuf,
     /// The new list: IP addresses or networks such as 10.0.0.0/8 and
     /// 2001:db8::/32. At least one, unless --any is given.
@@ -527,7 +527,7 @@ pub(crate) struct AclArgs {
 #[command(next_line_help = true)]
 pub(crate) struct StatusArgs {
     /// Control socket of the server.
-    #[arg(short, long, value_hint = ValueHint::AnyPath)]
+    #[arg(short, long, value_hint = ValueHint::FilePath)]
     pub sock: PathBuf,
     /// Print one JSON object instead, on one line.
     #[arg(long)]
@@ -547,7 +547,7 @@ pub(crate) struct StatusArgs {
 #[command(next_line_help = true)]
 pub(crate) struct SockArgs {
     /// Control socket of the server.
-    #[arg(short, long, value_hint = ValueHint::AnyPath)]
+    #[arg(short, long, value_hint = ValueHint::FilePath)]
     pub sock: PathBuf,
     /// Verbosity given after the mode.
     #[command(flatten)]

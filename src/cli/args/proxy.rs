@@ -21,7 +21,7 @@ pub(crate) enum ReplayKind {
 pub(crate) struct ProxyArgs {
     /// Address of the server: IPv4, IPv6 (also as [IPv6]), a name, which is
     /// looked up once, or the path of its UNIX socket, which begins with '/'.
-    #[arg(short = 'C', long, value_hint = ValueHint::Hostname, verbatim_doc_comment)]
+    #[arg(short = 'C', long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
     pub conn_addr: String,
     /// TCP port of the server, 1 to 65535. Required, unless CONN_ADDR is a
     /// path, where it is ignored.
@@ -141,11 +141,11 @@ pub(crate) struct ProxyArgs {
 #[command(next_line_help = true)]
 pub(crate) struct SwitchArgs {
     /// Control socket of the proxy.
-    #[arg(short, long, value_hint = ValueHint::AnyPath)]
+    #[arg(short, long, value_hint = ValueHint::FilePath)]
     pub sock: PathBuf,
     /// Address of the other server, a name that has one, or the path of its
     /// UNIX socket.
-    #[arg(short = 'C', long, value_hint = ValueHint::Hostname, verbatim_doc_comment)]
+    #[arg(short = 'C', long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
     pub conn_addr: String,
     /// TCP port of the other server, 1 to 65535. Required, unless CONN_ADDR
     /// is a path, where it is ignored.
