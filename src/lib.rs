@@ -67,6 +67,8 @@
 //! | a control command: its words, what it does | `command`, then `server/commands.rs` |
 //! | an option or an exit code | `cli` |
 //! | a call of the C library | `sys`, and nowhere else |
+//! | a unit of systemd, the Debian package | `src/dist` |
+//! | a manual page or a completion | `build.rs`; what the page of the program explains, the README |
 
 pub mod acl;
 pub mod bitmap;

@@ -7,7 +7,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for copy in one another-one; do
     mkdir "$folder/$copy"
-    cp -r Cargo.toml Cargo.lock Makefile .cargo src tests "$folder/$copy/"
+    cp -r Cargo.toml Cargo.lock Makefile README.md .cargo src tests "$folder/$copy/"
     env -u CARGO_TARGET_DIR make -C "$folder/$copy"
 done
 cmp "$folder/one/target/release/flexnbd" "$folder/another-one/target/release/flexnbd"

@@ -129,6 +129,33 @@ fn wrong_usage_of_serve() {
     assert!(!fs::exists(sock).unwrap(), "nothing was started");
 }
 
+/// What people type, and what they are told to write instead.
+#[test]
+fn wrong_usage_is_told_what_is_right() {
+    for (line, told) in [
+        ("serve -f x -p 1 -l 127.0.0.1:4777", "the port goes to --port <PORT>"),
+        ("serve -f x -p 1 -l ./x.sock", "the path of a UNIX socket begins with '/'"),
+        ("serve -f x -p 1 -l nbd://127.0.0.1:4777", "not an address but a URI"),
+        ("serve -f x -p 1 -l vm1.example.org", "expected an IP address of this machine"),
+        ("serve -f x -p 1 -l ::1 -k 30", "stands behind '=', as in --killswitch=30"),
+        ("serve -f x -p 1 -l ::1 /srv/second.img", "another file needs a server of its own"),
+        ("listen -f x -p 1 -l ::1 vm1.example.org", "names are not looked up here"),
+        ("serve -f x -p 1 -l ::1 127.0.0.1:4777", "an entry has no port"),
+        ("read -l vm1:4777 -p 1 -F 0 -S 1", "the port goes to --port <PORT>"),
+        ("write -l * -p 1 -F 0 -S 1", "expected the address of one server"),
+        ("mirror -l /run/x -p 1 -s x", "the path of a UNIX socket will not do"),
+        ("proxy -l ::1 -p 1 -C vm1:4777", "the port goes to --conn-port <CONN_PORT>"),
+        ("acl -s x localhost", "names are not looked up here"),
+        ("acl -s x --any ::1", "cannot be used with"),
+        ("mirror-speed -s x -m 10MB", "with K, M, G or T (of 1024) behind it"),
+        ("serve -f x --addr /run/a --sock /run/a", "each needs a path of its own"),
+    ] {
+        wrong(line, told);
+    }
+    let tip = run(&["status", "-s", "x", "--read-only"], &[]);
+    assert!(tip.code == Some(2) && !tip.stderr.contains("-- --read-only"), "{tip:?}");
+}
+
 #[test]
 fn wrong_usage_of_read_and_write() {
     for mode in ["read", "write"] {

@@ -1,6 +1,6 @@
 //! Names of hosts: what looks them up, and what does not.
 
-use crate::support::{peers, run, Server, TempDir};
+use crate::support::{peers, reserved_port, run, Server, TempDir, SOON};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// To be at `localhost` is to be at `127.0.0.1` and mostly at `::1`, too, which comes first; the servers here are at the former.
@@ -28,6 +28,23 @@ fn clients_look_names_up() {
     let moved = run(&words, &[]);
     assert!(moved.code == Some(0) && moved.stdout.ends_with(b"Migration completed\n"), "{moved:?}");
     peers::expect_migrated(&mut source, &mut listener);
+}
+
+/// A proxy has looked the name up once, and comes back to the address where the server was.
+#[test]
+fn a_proxy_comes_back_to_an_address_of_the_name() {
+    let port = reserved_port();
+    let newstyle = format!("--newstyle-port {port}");
+    let mut server = Server::serve().size(1 << 20).args(&newstyle).start();
+    let proxy = Server::proxy_to_nowhere().args(&format!("--conn-addr localhost --conn-port {port}")).start();
+    let mut client = proxy.connect();
+    assert_eq!(client.write(0, &[7; 512]), 0);
+    server.process.0.kill().unwrap();
+    server.process.wait(SOON);
+    let again = Server::serve().file(server.image.clone()).args(&newstyle).start();
+    assert_eq!(client.read(0, 1), Ok(vec![7]));
+    assert_eq!(proxy.status().get("upstream"), format!("127.0.0.1:{port}"));
+    again.expect_healthy();
 }
 
 #[test]

@@ -3,6 +3,8 @@
 mod mirror;
 mod newstyle;
 mod oldstyle;
+mod qemu;
+mod tls;
 
 use crate::support::{program, run_within, Output, TempDir};
 use std::time::Duration;
