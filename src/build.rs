@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::{Arg, ArgAction, CommandFactory};
+use clap::{Arg, ArgAction, CommandFactory, ValueHint};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let assets = profile.join("assets");
     fs::create_dir_all(&assets)?;
 
-    let programs = [args::CommandLine::command(), args::proxy_program()];
+    let programs = [args::CommandLine::command(), args::proxy_program()].map(with_hints);
     for program in &programs {
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
             let path = clap_complete::generate_to(shell, &mut program.clone(), program.get_name(), &assets)?;
@@ -63,6 +63,24 @@ fn main() -> Result<(), Box<dyn Error>> {
         fs::write(assets.join(format!("{name}.1")), manual_page(page, explained, others)?)?;
     }
     Ok(())
+}
+
+/// The same with what a shell is to offer for values: files where there may be a path, and nothing for a port. The program does
+/// without.
+fn with_hints(command: clap::Command) -> clap::Command {
+    let name = command.get_name().to_owned();
+    let hinted = command.mut_args(|arg| {
+        // A migration does not go to a UNIX socket.
+        let is_address = ["addr", "conn_addr"].iter().any(|id| arg.get_id() == *id) && name != "mirror";
+        let is_path = arg.get_value_hint() == ValueHint::AnyPath;
+        let is_free = arg.get_action().takes_values() && arg.get_possible_values().is_empty();
+        match (is_address || is_path, is_free) {
+            (true, _) => arg.value_hint(ValueHint::FilePath),
+            (false, true) => arg.value_hint(ValueHint::Other),
+            (false, false) => arg,
+        }
+    });
+    hinted.mut_subcommands(with_hints)
 }
 
 /// What a page of a mode says of exit codes.

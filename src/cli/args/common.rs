@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueHint};
+use clap::Args;
 
 use super::values::{export, listen_port, seconds_to_ms};
 
@@ -24,35 +24,21 @@ pub(crate) struct DoorArgs {
     /// addresses, localhost for 127.0.0.1, or the path of a UNIX socket,
     /// which begins with '/'. Required, unless --newstyle-sock is given or
     /// the supervisor passes a socket (LISTEN_FDS).
-    #[arg(short = 'l', long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
+    #[arg(short = 'l', long, verbatim_doc_comment)]
     pub addr: Option<String>,
     /// TCP port to listen on, 0 to 65535; 0 picks a free one, which status
     /// shows. Required, unless --newstyle-port is given or ADDR is a path,
     /// where it is ignored.
-    #[arg(
-        short,
-        long,
-        value_parser = listen_port,
-        value_hint = ValueHint::Other,
-        allow_hyphen_values = true,
-        verbatim_doc_comment
-    )]
+    #[arg(short, long, value_parser = listen_port, allow_hyphen_values = true, verbatim_doc_comment)]
     pub port: Option<u16>,
     /// TCP port for newstyle clients, which most of today are (nbd-client,
     /// qemu, libnbd), at ADDR, 0 to 65535; 0 picks a free one, which status
     /// shows. They find the same image under the same rules; it is the
     /// default export. PORT above is for oldstyle clients. [default: none]
-    #[arg(
-        long,
-        value_name = "PORT",
-        value_parser = listen_port,
-        value_hint = ValueHint::Other,
-        allow_hyphen_values = true,
-        verbatim_doc_comment
-    )]
+    #[arg(long, value_name = "PORT", value_parser = listen_port, allow_hyphen_values = true, verbatim_doc_comment)]
     pub newstyle_port: Option<u16>,
     /// UNIX socket to open for newstyle clients. [default: none]
-    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    #[arg(long, value_name = "PATH")]
     pub newstyle_sock: Option<PathBuf>,
     /// Name by which newstyle clients may ask for the image, at most 4096
     /// bytes; the default export, which has no name, stays. [default: none]
@@ -65,7 +51,7 @@ pub(crate) struct DoorArgs {
 pub(crate) struct AccessArgs {
     /// Control socket to open, for modes such as status. It appears once
     /// the server is ready and is removed when it stops. [default: none]
-    #[arg(short, long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
+    #[arg(short, long, verbatim_doc_comment)]
     pub sock: Option<PathBuf>,
     /// Let an empty access control list admit no client; without this option
     /// it admits every client.
@@ -79,7 +65,6 @@ pub(crate) struct AccessArgs {
         long = "killswitch",
         value_name = "SECONDS",
         value_parser = seconds_to_ms,
-        value_hint = ValueHint::Other,
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "120",
@@ -89,6 +74,6 @@ pub(crate) struct AccessArgs {
     /// Clients to admit: IP addresses or networks such as 10.0.0.0/8 and
     /// 2001:db8::/32; names are not looked up. Without any, see
     /// --default-deny.
-    #[arg(value_name = "ACL_ENTRY", value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(value_name = "ACL_ENTRY", verbatim_doc_comment)]
     pub acl: Vec<String>,
 }

@@ -12,7 +12,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 pub(crate) mod common;
 pub(crate) mod proxy;
@@ -129,8 +129,8 @@ One sender at a time is taken. Until one has sent the whole image and said that
 it is complete, every attempt that fails is followed by waiting for the next;
 what was received so far is not an image to use. When the image is complete and
 on stable storage, the exit code is 0. After a signal that stops it, as with
-serve, or an error of the file, it is 1. The file must exist and have the size of the
-image that comes.
+serve, or an error of the file, it is 1. The file must exist and have the size
+of the image that comes.
 
 The options are those of serve. --killswitch bounds what one request of the
 sender may take; --max-clients matters after --serve only.
@@ -286,7 +286,7 @@ pub(crate) enum Engine {
 pub(crate) struct ServeArgs {
     /// File or block device with the image. It must exist, be writable and
     /// hold at least 512 bytes; a tail of less than 512 bytes is left out.
-    #[arg(short, long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
+    #[arg(short, long, verbatim_doc_comment)]
     pub file: PathBuf,
     /// Where clients connect.
     #[command(flatten)]
@@ -330,14 +330,7 @@ pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub access: AccessArgs,
     /// Clients served at the same time, 1 to 1000000.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value = "100",
-        value_parser = client_count,
-        value_hint = ValueHint::Other,
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "N", default_value = "100", value_parser = client_count, allow_hyphen_values = true)]
     pub max_clients: usize,
     /// Verbosity given after the mode.
     #[command(flatten)]
@@ -363,13 +356,13 @@ pub(crate) struct ListenArgs {
 pub(crate) struct MirrorArgs {
     /// Address of the destination: IPv4, IPv6 (also as [IPv6]), or a name,
     /// which is looked up once.
-    #[arg(short = 'l', long, value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(short = 'l', long, verbatim_doc_comment)]
     pub addr: String,
     /// TCP port of the destination, 1 to 65535.
-    #[arg(short, long, value_parser = remote_port, value_hint = ValueHint::Other, allow_hyphen_values = true)]
+    #[arg(short, long, value_parser = remote_port, allow_hyphen_values = true)]
     pub port: u16,
     /// Control socket of the local server to migrate from.
-    #[arg(short, long, value_hint = ValueHint::FilePath)]
+    #[arg(short, long)]
     pub sock: PathBuf,
     /// Delete the file of the local server when the destination has all of
     /// it, so that there is never a doubt which copy is the current one.
@@ -384,11 +377,11 @@ pub(crate) struct MirrorArgs {
     /// Name of the export at the destination, at most 1017 bytes. Leave it
     /// out for the default export, and for an oldstyle server, which has no
     /// names. [default: none]
-    #[arg(long, value_name = "NAME", value_parser = export, value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(long, value_name = "NAME", value_parser = export, verbatim_doc_comment)]
     pub export: Option<String>,
     /// Local IP address to connect from, where the destination's access
     /// control list asks for a certain one. [default: the system's choice]
-    #[arg(short, long, value_name = "BIND_ADDR", value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(short, long, value_name = "BIND_ADDR", verbatim_doc_comment)]
     pub bind: Option<String>,
     /// Bytes to send per second at the most, also with K, M, G or T (1024)
     /// behind the number; 0 is no limit. mirror-speed changes it later.
@@ -398,7 +391,6 @@ pub(crate) struct MirrorArgs {
         long,
         value_name = "BYTES_PER_SECOND",
         value_parser = speed,
-        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -410,7 +402,6 @@ pub(crate) struct MirrorArgs {
         long = "max-pause",
         value_name = "MS",
         value_parser = pause,
-        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -430,7 +421,7 @@ pub(crate) struct MirrorArgs {
 #[command(next_line_help = true)]
 pub(crate) struct MirrorSpeedArgs {
     /// Control socket of the server.
-    #[arg(short, long, value_hint = ValueHint::FilePath)]
+    #[arg(short, long)]
     pub sock: PathBuf,
     /// Bytes to send per second at the most, from now on, also with K, M, G
     /// or T (1024) behind the number; 0 is no limit.
@@ -439,7 +430,6 @@ pub(crate) struct MirrorSpeedArgs {
         long,
         value_name = "BYTES_PER_SECOND",
         value_parser = speed,
-        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -453,20 +443,13 @@ pub(crate) struct MirrorSpeedArgs {
 #[derive(Debug, Args)]
 #[command(next_line_help = true)]
 pub(crate) struct TransferArgs {
-    /// Address of the server: IPv4, IPv6 (also as [IPv6]), a name, or the path
-    /// of its UNIX socket, which begins with '/'.
-    #[arg(short = 'l', long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
+    /// Address of the server: IPv4, IPv6 (also as [IPv6]), a name, or the
+    /// path of its UNIX socket, which begins with '/'.
+    #[arg(short = 'l', long, verbatim_doc_comment)]
     pub addr: String,
     /// TCP port of the server, 1 to 65535. Required, unless ADDR is a path,
     /// where it is ignored.
-    #[arg(
-        short,
-        long,
-        value_parser = remote_port,
-        value_hint = ValueHint::Other,
-        allow_hyphen_values = true,
-        verbatim_doc_comment
-    )]
+    #[arg(short, long, value_parser = remote_port, allow_hyphen_values = true, verbatim_doc_comment)]
     pub port: Option<u16>,
     /// Offset in the image to start at, in bytes, or with K, M, G or T (1024)
     /// behind it; at most 2^62.
@@ -475,7 +458,6 @@ pub(crate) struct TransferArgs {
         long,
         value_name = "OFFSET",
         value_parser = offset,
-        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -483,14 +465,14 @@ pub(crate) struct TransferArgs {
     /// Name of the export, at most 4096 bytes. Leave it out for the default
     /// export, and for an oldstyle server, which has no names.
     /// [default: none]
-    #[arg(long, value_name = "NAME", value_parser = export, value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(long, value_name = "NAME", value_parser = export, verbatim_doc_comment)]
     pub export: Option<String>,
     /// Bytes to transfer, also with K, M or G behind the number; at most 2^30.
-    #[arg(short = 'S', long, value_parser = size, value_hint = ValueHint::Other, allow_hyphen_values = true)]
+    #[arg(short = 'S', long, value_parser = size, allow_hyphen_values = true)]
     pub size: u32,
     /// Local IP address to connect from, where the server's access control
     /// list asks for a certain one. [default: the system's choice]
-    #[arg(short, long, value_name = "BIND_ADDR", value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(short, long, value_name = "BIND_ADDR", verbatim_doc_comment)]
     pub bind: Option<String>,
     /// Verbosity given after the mode.
     #[command(flatten)]
@@ -502,16 +484,11 @@ pub(crate) struct TransferArgs {
 #[command(next_line_help = true)]
 pub(crate) struct AclArgs {
     /// Control socket of the server.
-    #[arg(short, long, value_hint = ValueHint::FilePath)]
+    #[arg(short, long)]
     pub sock: PathBuf,
     /// The new list: IP addresses or networks such as 10.0.0.0/8 and
     /// 2001:db8::/32. At least one, unless --any is given.
-    #[arg(
-        value_name = "ACL_ENTRY",
-        required_unless_present = "any",
-        value_hint = ValueHint::Other,
-        verbatim_doc_comment
-    )]
+    #[arg(value_name = "ACL_ENTRY", required_unless_present = "any", verbatim_doc_comment)]
     pub acl: Vec<String>,
     /// Open to everybody again, instead of a list; the entries 0.0.0.0/0 and
     /// ::/0 mean the same.
@@ -527,7 +504,7 @@ pub(crate) struct AclArgs {
 #[command(next_line_help = true)]
 pub(crate) struct StatusArgs {
     /// Control socket of the server.
-    #[arg(short, long, value_hint = ValueHint::FilePath)]
+    #[arg(short, long)]
     pub sock: PathBuf,
     /// Print one JSON object instead, on one line.
     #[arg(long)]
@@ -547,7 +524,7 @@ pub(crate) struct StatusArgs {
 #[command(next_line_help = true)]
 pub(crate) struct SockArgs {
     /// Control socket of the server.
-    #[arg(short, long, value_hint = ValueHint::FilePath)]
+    #[arg(short, long)]
     pub sock: PathBuf,
     /// Verbosity given after the mode.
     #[command(flatten)]

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum, ValueHint};
+use clap::{Args, ValueEnum};
 
 use super::common::{AccessArgs, DoorArgs, LogFlags};
 use super::values::{client_count, export, remote_port, replay_limit, seconds_or_none, size};
@@ -21,26 +21,19 @@ pub(crate) enum ReplayKind {
 pub(crate) struct ProxyArgs {
     /// Address of the server: IPv4, IPv6 (also as [IPv6]), a name, which is
     /// looked up once, or the path of its UNIX socket, which begins with '/'.
-    #[arg(short = 'C', long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
+    #[arg(short = 'C', long, verbatim_doc_comment)]
     pub conn_addr: String,
     /// TCP port of the server, 1 to 65535. Required, unless CONN_ADDR is a
     /// path, where it is ignored.
-    #[arg(
-        short = 'P',
-        long,
-        value_parser = remote_port,
-        value_hint = ValueHint::Other,
-        allow_hyphen_values = true,
-        verbatim_doc_comment
-    )]
+    #[arg(short = 'P', long, value_parser = remote_port, allow_hyphen_values = true, verbatim_doc_comment)]
     pub conn_port: Option<u16>,
     /// Local IP address to connect from. [default: the system's choice]
-    #[arg(short, long, value_name = "BIND_ADDR", value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(short, long, value_name = "BIND_ADDR", verbatim_doc_comment)]
     pub bind: Option<String>,
     /// Name of the server's export, at most 4096 bytes. Leave it out for the
     /// default export, and for an oldstyle server, which has no names.
     /// [default: none]
-    #[arg(long, value_name = "NAME", value_parser = export, value_hint = ValueHint::Other, verbatim_doc_comment)]
+    #[arg(long, value_name = "NAME", value_parser = export, verbatim_doc_comment)]
     pub export: Option<String>,
     /// Where clients connect.
     #[command(flatten)]
@@ -55,7 +48,6 @@ pub(crate) struct ProxyArgs {
         value_name = "N",
         default_value = "1",
         value_parser = client_count,
-        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -85,7 +77,6 @@ pub(crate) struct ProxyArgs {
         default_value = "64M",
         hide_default_value = true,
         value_parser = replay_limit,
-        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -98,7 +89,6 @@ pub(crate) struct ProxyArgs {
         default_value = "0",
         hide_default_value = true,
         value_parser = seconds_or_none,
-        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -111,7 +101,6 @@ pub(crate) struct ProxyArgs {
         default_value = "0",
         hide_default_value = true,
         value_parser = seconds_or_none,
-        value_hint = ValueHint::Other,
         allow_hyphen_values = true,
         verbatim_doc_comment
     )]
@@ -124,7 +113,6 @@ pub(crate) struct ProxyArgs {
         long,
         value_name = "BYTES",
         value_parser = size,
-        value_hint = ValueHint::Other,
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "4096",
@@ -141,22 +129,15 @@ pub(crate) struct ProxyArgs {
 #[command(next_line_help = true)]
 pub(crate) struct SwitchArgs {
     /// Control socket of the proxy.
-    #[arg(short, long, value_hint = ValueHint::FilePath)]
+    #[arg(short, long)]
     pub sock: PathBuf,
     /// Address of the other server, a name that has one, or the path of its
     /// UNIX socket.
-    #[arg(short = 'C', long, value_hint = ValueHint::FilePath, verbatim_doc_comment)]
+    #[arg(short = 'C', long, verbatim_doc_comment)]
     pub conn_addr: String,
     /// TCP port of the other server, 1 to 65535. Required, unless CONN_ADDR
     /// is a path, where it is ignored.
-    #[arg(
-        short = 'P',
-        long,
-        value_parser = remote_port,
-        value_hint = ValueHint::Other,
-        allow_hyphen_values = true,
-        verbatim_doc_comment
-    )]
+    #[arg(short = 'P', long, value_parser = remote_port, allow_hyphen_values = true, verbatim_doc_comment)]
     pub conn_port: Option<u16>,
     /// Not now, but when the connection to the present server has ended: then
     /// whichever of the two serves first is used.

@@ -68,35 +68,29 @@ pub(super) fn pause(text: &str) -> Result<u64, String> {
 
 /// Parses decimal digits and nothing else: unlike `str::parse`, no `+`.
 fn whole<T: TryFrom<u64>>(text: &str, range: RangeInclusive<u64>) -> Result<T, String> {
-    digits(text)
-        .filter(|number| range.contains(number))
-        .and_then(|number| T::try_from(number).ok())
-        .ok_or_else(|| format!("expected a whole decimal number from {} to {}", range.start(), range.end()))
+    within(digits(text), &range, "")
 }
 
 /// Parses a number of bytes: as [`whole`], or with K, M, G or T behind it, in either case, for powers of 1024.
 fn bytes<T: TryFrom<u64>>(text: &str, range: RangeInclusive<u64>) -> Result<T, String> {
-    let shift = match text.bytes().last().map(|byte| byte.to_ascii_uppercase()) {
-        Some(b'K') => 10,
-        Some(b'M') => 20,
-        Some(b'G') => 30,
-        Some(b'T') => 40,
-        _ => 0,
-    };
-    let number = if shift == 0 { text } else { text.get(..text.len() - 1).unwrap_or_default() };
-    Some(number)
-        .filter(|number| !number.is_empty())
-        .and_then(digits)
-        .and_then(|number| number.checked_mul(1 << shift))
+    within(with_unit(text), &range, ", of bytes or with K, M, G or T (of 1024) behind it")
+}
+
+fn within<T: TryFrom<u64>>(number: Option<u64>, range: &RangeInclusive<u64>, unit: &str) -> Result<T, String> {
+    number
         .filter(|number| range.contains(number))
         .and_then(|number| T::try_from(number).ok())
-        .ok_or_else(|| {
-            format!(
-                "expected a whole decimal number from {} to {}, of bytes or with K, M, G or T (of 1024) behind it",
-                range.start(),
-                range.end()
-            )
-        })
+        .ok_or_else(|| format!("expected a whole decimal number from {} to {}{unit}", range.start(), range.end()))
+}
+
+fn with_unit(text: &str) -> Option<u64> {
+    let units = ["Kk", "Mm", "Gg", "Tt"].iter().zip([10, 20, 30, 40]);
+    for (letters, shift) in units {
+        if let Some(number) = text.strip_suffix(|last| letters.contains(last)) {
+            return digits(number)?.checked_mul(1 << shift);
+        }
+    }
+    digits(text)
 }
 
 fn digits(text: &str) -> Option<u64> {
