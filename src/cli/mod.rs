@@ -129,10 +129,10 @@ fn ended(outcome: Result<u8, impl Display>) -> ExitCode {
 }
 
 /// The error is what `clap` wants printed, requested help included.
-fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<(Verbosity, Job), clap::Error> {
+fn parse(args: Vec<OsString>) -> Result<(Verbosity, Job), clap::Error> {
     let line = match CommandLine::try_parse_from(args) {
         // Options without a mode get the same help on stderr as no arguments at all.
-        Err(error) if error.kind() == ErrorKind::MissingSubcommand => return parse([PROGRAM]),
+        Err(error) if error.kind() == ErrorKind::MissingSubcommand => return parse(vec![PROGRAM.into()]),
         parsed => parsed.map_err(without_tip)?,
     };
     let (mode, log, job) = match line.mode {
@@ -159,8 +159,10 @@ fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<
         }
         Mode::Read(args) => ("read", args.log, transfer(args).map(Job::Read)),
         Mode::Write(args) => ("write", args.log, transfer(args).map(Job::Write)),
-        Mode::Help(HelpArgs { mode: Some(mode), .. }) => return parse([PROGRAM, &mode, "--help"]),
-        Mode::Help(HelpArgs { mode: None, .. }) => return parse([PROGRAM, "--help"]),
+        Mode::Help(HelpArgs { mode, .. }) => {
+            let words = [Some(PROGRAM.into()), mode, Some("--help".into())];
+            return parse(words.into_iter().flatten().map(OsString::from).collect());
+        }
     };
     Ok((verbosity(line.log, log), job.map_err(|why| usage_error(mode, why))?))
 }
@@ -344,7 +346,10 @@ fn replace_acl(args: AclArgs) -> Result<Job, String> {
 fn usage_error(mode: &str, why: String) -> clap::Error {
     let mut command = CommandLine::command();
     command.build();
-    command.find_subcommand(mode).cloned().unwrap_or(command).error(ErrorKind::ValueValidation, why)
+    match command.find_subcommand_mut(mode) {
+        Some(mode) => mode.error(ErrorKind::ValueValidation, why),
+        None => command.error(ErrorKind::ValueValidation, why),
+    }
 }
 
 /// Without the tip of `clap` to write `-- --OPTION`: that would make an option of another mode an ACL entry.

@@ -10,9 +10,13 @@ const LISTEN: &str = "listen -l 127.0.0.1 -p 4777 -f disk";
 const MIRROR: &str = "mirror -l 10.0.0.1 -p 4777 -s ctl";
 const READ: &str = "read -l 127.0.0.1 -p 4777 -F 0 -S 512";
 
+fn parsed_words<'a>(words: impl IntoIterator<Item = &'a str>) -> Result<(Verbosity, Job), clap::Error> {
+    parse([PROGRAM].into_iter().chain(words).map(OsString::from).collect())
+}
+
 fn parsed(line: &str) -> Result<(Verbosity, Job), clap::Error> {
     // A lone `''` stands for an empty argument.
-    parse([PROGRAM].into_iter().chain(line.split_whitespace().map(|word| if word == "''" { "" } else { word })))
+    parsed_words(line.split_whitespace().map(|word| if word == "''" { "" } else { word }))
 }
 
 fn job(line: &str) -> Job {
@@ -182,7 +186,7 @@ fn addresses_come_in_every_form() {
     }
     for text in ["1.2.3", "0x7f", "1.2.3.4.5", "a..b", "-a", "fe80::1%lo", "", ".", "a b"] {
         let words = ["read", "-p", "1", "-F", "0", "-S", "1", "-l", text];
-        assert!(parse([PROGRAM].into_iter().chain(words)).is_err(), "{text}");
+        assert!(parsed_words(words).is_err(), "{text}");
     }
 }
 
@@ -267,7 +271,7 @@ fn sizes_have_units() {
     {
         let line = READ.split(' ').chain(["-S", text]).filter(|word| *word != "512");
         let line: Vec<_> = line.enumerate().filter(|(n, _)| *n != 7).map(|(_, word)| word).collect();
-        let error = parse([PROGRAM].into_iter().chain(line)).expect_err(text);
+        let error = parsed_words(line).expect_err(text);
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("with K, M, G or T"), "{error}");
     }
@@ -311,9 +315,7 @@ fn transfers_take_every_option() {
         for mode in ["read", "write"] {
             let line = format!("{mode} {options}");
             let words = line.split_whitespace().chain(["--export", "a disk"]);
-            let (Job::Read(found) | Job::Write(found)) = parse([PROGRAM].into_iter().chain(words)).unwrap().1 else {
-                panic!("{line}")
-            };
+            let (Job::Read(found) | Job::Write(found)) = parsed_words(words).unwrap().1 else { panic!("{line}") };
             assert_eq!(found, expected, "{line}");
         }
     }

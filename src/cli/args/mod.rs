@@ -57,8 +57,8 @@ const TRANSFER_USAGE: &str = "--addr <ADDR> --port <PORT> --from <OFFSET>
 
 /// What that program takes.
 pub(crate) fn proxy_program() -> clap::Command {
-    let flexnbd = CommandLine::command();
-    let mode = flexnbd.find_subcommand("proxy").cloned().unwrap_or_default();
+    let mut flexnbd = CommandLine::command();
+    let mode = flexnbd.find_subcommand_mut("proxy").map(std::mem::take).unwrap_or_default();
     let notes = mode.get_after_help().map(|notes| notes.to_string().replace("flexnbd proxy ", "flexnbd-proxy "));
     mode.name(PROXY_PROGRAM)
         .bin_name(PROXY_PROGRAM)
