@@ -21,7 +21,7 @@
 //!  work      what may be asked of an image
 //!  sys       libc and io_uring, the only unsafe code
 //!  buffer    memory for payloads             bitmap    a bit for each block
-//!  endpoint  where a server is           printable  text of others
+//!  endpoint  where a server is           printable  text of others       bucket  a rate that is kept
 //! ```
 //!
 //! What is marked PURE in its own docs sees no socket, no file and no clock, and is tested and fuzzed on bytes alone.
@@ -72,6 +72,7 @@
 
 pub mod acl;
 pub mod bitmap;
+pub mod bucket;
 pub mod buffer;
 pub mod cli;
 pub mod command;

@@ -20,7 +20,7 @@ declare -A folders=(
     [cli/args]="mod proxy common values"
     [disk]="mod engine ring changes kernel verify hint zero pace sparse reads mark commit queue open image"
     [event]="mod alarm ready run_queue wheel slots"
-    [migrate]="mod plan settle flush pace pause pass changes holes incoming mark bucket meter"
+    [migrate]="mod plan settle flush pace pause pass changes holes incoming mark meter"
     [proto]="mod client server outbox export error wire"
     [proto/client]="mod handshake unanswered account chunk cookies"
     [proto/server]="negotiation parting mod handshake write read reply step request unanswered inbox memory tally"
@@ -31,7 +31,7 @@ declare -A folders=(
     [sys]="ring pages memory passed file clone net mod"
 )
 
-pure="acl bitmap command migrate proto upstream work"
+pure="acl bitmap bucket command migrate proto upstream work"
 impure='std::(fs|time|thread|process|env|os)\b|\b(Tcp|Udp|Unix)(Stream|Listener|Socket|Datagram)\b|\bInstant\b|\bSystemTime\b|\bmio\b|\blibc\b|\bcrate::sys\b'
 CODE_MAX=400
 SHARED_MAX=10

@@ -27,7 +27,6 @@
 //! 4. [`Step::Commit`] comes only after [`Plan::quiesced`], with nothing dirty, nothing in flight, and everything
 //!    flushed where the destination can; where there are marks, after [`Plan::marked`].
 
-mod bucket;
 mod changes;
 mod flush;
 mod holes;

@@ -1,8 +1,8 @@
 //! PURE: how fast data goes, and how fast clients may dirty blocks for that.
 
-use super::bucket::Bucket;
 use super::meter::Meter;
 use super::pass::BLOCK;
+use crate::bucket::Bucket;
 
 /// The least that clients may dirty per second, in bytes, however slow the way is: a block every two seconds.
 const LIMIT_MIN_BYTES_PER_S: u64 = BLOCK / 2;
@@ -46,7 +46,7 @@ impl Pace {
     }
 
     pub(super) fn write_limit_bytes_per_s(&self) -> Option<u64> {
-        self.write_limit.as_ref().map(|limit| limit.bucket.bytes_per_s())
+        self.write_limit.as_ref().map(|limit| limit.bucket.per_s())
     }
 
     /// Ends the limit.

@@ -1,6 +1,5 @@
 //! PURE: the source of a migration: what comes next, over all of its attempts.
 
-use super::bucket::Bucket;
 use super::changes::Changes;
 use super::flush::{Flushes, Need, Why};
 use super::holes::Holes;
@@ -9,6 +8,7 @@ use super::pass::{Pass, Taken, BLOCK, IN_FLIGHT_MAX};
 use super::pause::{Pause, Phase};
 use super::settle::Settling;
 use crate::bitmap::Bitmap;
+use crate::bucket::Bucket;
 use crate::work::Extent;
 use std::mem;
 use std::ops::Range;
@@ -298,7 +298,7 @@ impl Plan {
     /// What was done and what is left.
     pub fn progress(&self) -> Progress {
         let Attempt { pass, pace, .. } = &self.attempt;
-        let limit_bytes_per_s = self.limit.as_ref().map(Bucket::bytes_per_s);
+        let limit_bytes_per_s = self.limit.as_ref().map(Bucket::per_s);
         Progress {
             pass: pass.number(),
             sent_bytes: self.attempt.sent_bytes,
@@ -490,14 +490,14 @@ impl Attempt {
     }
 
     fn speed(&self, limit: Option<&Bucket>) -> u64 {
-        let most = limit.map(Bucket::bytes_per_s);
+        let most = limit.map(Bucket::per_s);
         self.pace.speed(most).unwrap_or(SPEED_UNKNOWN.min(most.unwrap_or(u64::MAX)))
     }
 }
 
 /// How much one request may carry: less when the limit is low, so that data leaves evenly.
 fn data_max(limit: Option<&Bucket>) -> u64 {
-    let most = limit.map_or(DATA_MAX, |limit| limit.bytes_per_s() / 20);
+    let most = limit.map_or(DATA_MAX, |limit| limit.per_s() / 20);
     most.clamp(DATA_MIN, DATA_MAX) / DATA_MIN * DATA_MIN
 }
 
