@@ -173,7 +173,7 @@ UNITS := $(notdir $(wildcard $(foreach kind,service socket timer,src/dist/*.$(ki
 # flexnbd-proxy is the mode proxy, by the name of the link.
 PROGRAMS := flexnbd flexnbd-proxy
 # For uninstall, which must not take the pages of other programs whose names begin alike.
-MODES := acl break help listen mirror mirror-speed proxy read resize serve snapshot status switch write
+MODES := acl break help limit listen mirror mirror-speed proxy read resize serve snapshot status switch write
 
 install: $(BINARY) ## Install the program, manual pages, completions and units (DESTDIR, PREFIX=/usr/local)
 	install -D -m 755 $(BINARY) $(BIN_DIR)/flexnbd

@@ -40,6 +40,8 @@ pub enum Command {
     Mirror(Mirror),
     /// `mirror_max_bps N`: limit the running migration to N bytes per second; 0 (`None`) lifts the limit.
     MirrorMaxBps(Option<u64>),
+    /// `limit [max_iops=N] [max_bytes_per_second=N]`: limit what clients may ask for, from now on.
+    Limit(Limit),
     /// `break`: stop the running migration.
     Break,
     /// `upstream ADDR PORT [now|when-lost]`: change a proxy to another server, at once or when its connection has ended.
@@ -81,6 +83,15 @@ pub struct Mirror {
     pub export: String,
     /// Serve the clients that are connected from there, once the destination has everything.
     pub relay: bool,
+}
+
+/// What all clients together may ask for per second. 0 is no limit, and what is `None` stays as it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Limit {
+    /// Requests.
+    pub max_iops: Option<u64>,
+    /// Bytes of data.
+    pub max_bytes_per_s: Option<u64>,
 }
 
 /// Where a proxy is to connect to, and when.
@@ -252,6 +263,7 @@ fn parse_command(text: &[u8]) -> Result<Command, Answer> {
         b"status" => Command::Status(parse_status(&mut arguments)?),
         b"mirror" => Command::Mirror(parse_mirror(&mut arguments)?),
         b"mirror_max_bps" => Command::MirrorMaxBps(parse_speed(&arguments.next().unwrap_or_default())?),
+        b"limit" => Command::Limit(parse_limit(&mut arguments)?),
         b"break" => Command::Break,
         b"upstream" => Command::Upstream(parse_switch(&mut arguments)?),
         b"resize" => Command::Resize,
@@ -310,6 +322,24 @@ fn parse_mirror(arguments: &mut impl Iterator<Item = String>) -> Result<Mirror, 
         }
     }
     Ok(mirror)
+}
+
+/// Takes all arguments of `limit`, in any order; the last one of a name wins.
+fn parse_limit(arguments: &mut impl Iterator<Item = String>) -> Result<Limit, Answer> {
+    let mut limit = Limit::default();
+    for argument in arguments {
+        let (name, number) = argument.split_once('=').unwrap_or_default();
+        let number = parse_number(number);
+        match name {
+            "max_iops" if number.is_some() => limit.max_iops = number,
+            "max_bytes_per_second" if number.is_some() => limit.max_bytes_per_s = number,
+            _ => return Err(Answer::bad_argument(&argument)),
+        }
+    }
+    if limit == Limit::default() {
+        return Err(Answer::failed("no limit is named: max_iops=N, max_bytes_per_second=N or both"));
+    }
+    Ok(limit)
 }
 
 /// Takes the arguments of `upstream`.
@@ -417,6 +447,9 @@ mod tests {
         assert_eq!(parse(b"snapshot\n/a b \n\n"), Ok(Command::Snapshot("/a b".into())));
         assert_eq!(parse(b"mirror_max_bps\n1000\n\n"), Ok(Command::MirrorMaxBps(Some(1000))));
         assert_eq!(parse(b"mirror_max_bps 0\n\n"), Ok(Command::MirrorMaxBps(None)));
+        let limit = |max_iops, max_bytes_per_s| Ok(Command::Limit(Limit { max_iops, max_bytes_per_s }));
+        assert_eq!(parse(b"limit max_iops=5\n\n"), limit(Some(5), None));
+        assert_eq!(parse(b"limit\nmax_bytes_per_second=7\nmax_iops=0\n\n"), limit(Some(0), Some(7)));
     }
 
     #[test]
@@ -513,6 +546,12 @@ mod tests {
             ("snapshot a/b\n\n", 1, "bad path: a/b: it has to begin with '/'"),
             ("snapshot\n/a\n/b\n\n", 1, "too many arguments"),
             ("resize 2048\n\n", 1, "too many arguments"),
+            ("limit\n\n", 1, "no limit is named: max_iops=N, max_bytes_per_second=N or both"),
+            ("limit 5\n\n", 1, "bad argument: 5"),
+            ("limit max_iops=\n\n", 1, "bad argument: max_iops="),
+            ("limit max_iops=-1\n\n", 1, "bad argument: max_iops=-1"),
+            ("limit max_iops=1 max_bytes_per_second=1K\n\n", 1, "bad argument: max_bytes_per_second=1K"),
+            ("limit max_bps=1\n\n", 1, "bad argument: max_bps=1"),
         ] {
             assert_eq!(parse(text.as_bytes()), Err(Answer { code, text: answer.into() }), "{text:?}");
         }

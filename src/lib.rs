@@ -42,6 +42,7 @@
 //! | turn | one pass of the loop through the pipe |
 //! | effect | what one slot asks of another, done at the end of the turn |
 //! | gate | decides whether a client's request may pass now; a request that may not is kept |
+//! | quota | what all clients together may ask for per second |
 //! | migration | an image on its way to another server: one or more attempts, each of several passes |
 //! | pass | one way through the blocks that are dirty |
 //! | dirty | of a block in a migration: changed since it was last sent. Of bytes at another server: it has answered that they are written, and may forget them |

@@ -23,10 +23,11 @@ declare -A folders=(
     [migrate]="mod plan settle flush pace pause pass changes holes incoming mark meter"
     [proto]="mod client server outbox export error wire"
     [proto/client]="mod handshake unanswered account chunk cookies"
-    [proto/server]="negotiation parting mod handshake write read reply step request unanswered inbox memory tally"
+    [proto/server]="negotiation parting mod handshake write read reply step request unanswered inbox memory tally load"
     [remote]="mod transfer progress connect"
     [server]="mod start apply commands status reactor slot client control mirror upstream snapshot listener signals supervisor attempt trials offer dial change outage \
-        mark shared backend gate grace admit complaints life inbound effect reason watch socket bind config"
+        mark shared backend gate quota grace admit complaints life inbound effect reason watch socket bind config"
+    [server/client]="deadlines mod"
     [upstream]="mod task dirty command"
     [sys]="ring pages memory passed file clone net mod"
 )

@@ -29,12 +29,12 @@ use crate::server;
 use crate::sys;
 use crate::upstream::Replay;
 use address::{acl_entry, invalid, Options};
-use args::common::{AccessArgs, DoorArgs, LogFlags};
+use args::common::{AccessArgs, DoorArgs, LimitArgs, LogFlags};
 use args::proxy::{ProxyArgs, ReplayKind, SwitchArgs};
 use args::values;
 use args::{
-    AclArgs, CommandLine, HelpArgs, ListenArgs, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs, SnapshotArgs, SockArgs,
-    StatusArgs, TransferArgs,
+    AclArgs, CommandLine, HelpArgs, LimitModeArgs, ListenArgs, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs,
+    SnapshotArgs, SockArgs, StatusArgs, TransferArgs,
 };
 
 /// Fills the place of the program's name in a command line that is made here; help shows the one in [`args`].
@@ -153,6 +153,9 @@ fn parse(args: Vec<OsString>) -> Result<(Verbosity, Job), clap::Error> {
         Mode::Snapshot(args) => ("snapshot", args.log, snapshot(args)),
         Mode::Proxy(args) => ("proxy", args.log, proxy(args)),
         Mode::Switch(args) => ("switch", args.log, switch(args)),
+        Mode::Limit(LimitModeArgs { sock, limit, log }) => {
+            ("limit", log, Ok(Job::Control { sock, words: limit_words(limit) }))
+        }
         Mode::Acl(args) => ("acl", args.log, replace_acl(args)),
         Mode::Status(StatusArgs { sock, json, clients, log }) => {
             ("status", log, Ok(Job::Status { sock, json, clients }))
@@ -213,7 +216,7 @@ fn server(args: ServeArgs, listens: Option<server::Role>) -> Result<Job, String>
         role,
         request_limit_ms: request_limit_ms(env::var_os(REQUEST_LIMIT).as_deref())?,
     };
-    config(args.doors, args.access, args.max_clients, server::Backing::Image(image)).map(Job::Serve)
+    config(args.doors, args.access, args.max_clients, args.limit, server::Backing::Image(image)).map(Job::Serve)
 }
 
 fn proxy(args: ProxyArgs) -> Result<Job, String> {
@@ -233,7 +236,7 @@ fn proxy(args: ProxyArgs) -> Result<Job, String> {
         start_timeout_ms: args.start_timeout_ms,
     };
     let reads_ahead = args.cache.is_some_and(|bytes| bytes > 0);
-    let config = config(args.doors, args.access, args.max_clients, server::Backing::Upstream(upstream))?;
+    let config = config(args.doors, args.access, args.max_clients, args.limit, server::Backing::Upstream(upstream))?;
     Ok(Job::Proxy { config, reads_ahead })
 }
 
@@ -242,6 +245,7 @@ fn config(
     mut doors: DoorArgs,
     access: AccessArgs,
     max_clients: usize,
+    limit: LimitArgs,
     backing: server::Backing,
 ) -> Result<server::Config, String> {
     let export_name = doors.export_name.take();
@@ -253,6 +257,10 @@ fn config(
         acl: Acl::new(access.acl.iter().map(|text| acl_entry(text)).collect::<Result<_, _>>()?, access.default_deny),
         killswitch_ms: access.killswitch_ms,
         max_clients,
+        rates: server::Rates {
+            requests: limit.max_iops.filter(|&rate| rate > 0),
+            bytes: limit.max_bytes_per_second.filter(|&rate| rate > 0),
+        },
         upstream_limit_ms: upstream_limit_ms(env::var_os(UPSTREAM_LIMIT).as_deref())?,
         backing,
     })
@@ -334,6 +342,12 @@ fn transfer(args: TransferArgs) -> Result<Target, String> {
     let server = address::server(Options::MAIN, args.addr, args.port)?;
     let bind = address::bind_for(&server, args.bind.as_deref(), Options::MAIN)?;
     Ok(Target { server, bind, export: args.export.unwrap_or_default(), offset: args.from, length: args.size })
+}
+
+fn limit_words(limit: LimitArgs) -> Vec<String> {
+    let requests = limit.max_iops.map(|rate| format!("max_iops={rate}"));
+    let bytes = limit.max_bytes_per_second.map(|rate| format!("max_bytes_per_second={rate}"));
+    std::iter::once("limit".into()).chain(requests).chain(bytes).collect()
 }
 
 fn replace_acl(args: AclArgs) -> Result<Job, String> {

@@ -144,6 +144,20 @@ fn the_request_limit_comes_from_the_environment() {
 }
 
 #[test]
+fn limits_take_suffixes_and_0_is_none() {
+    for mode in [SERVE, LISTEN] {
+        assert_eq!(config(mode).rates, server::Rates::default());
+        assert_eq!(config(&format!("{mode} --max-iops 0")).rates, server::Rates::default());
+        let both = config(&format!("{mode} --max-iops 2k --max-bytes-per-second 16777215T")).rates;
+        assert_eq!(both, server::Rates { requests: Some(2048), bytes: Some(16_777_215 << 40) });
+        for bad in ["", "K", "-1", "+1", "1.5M", "1KB", "16777216T", "18446744073709551616", "1é"] {
+            refused_value(&format!("{mode} --max-iops={bad}"), "--max-iops <N>", bad);
+        }
+    }
+    assert!(refused("limit -s ctl").contains("--max-iops <N>"));
+}
+
+#[test]
 fn serve_has_defaults() {
     let config = config(SERVE);
     assert!(config.control.is_none());
@@ -343,6 +357,9 @@ fn control_modes_become_words() {
         ("break --sock ctl", "break"),
         ("mirror-speed --sock ctl --max-speed 1000", "mirror_max_bps 1000"),
         ("mirror-speed -m0 -s ctl", "mirror_max_bps 0"),
+        ("limit -s ctl --max-iops 100", "limit max_iops=100"),
+        ("limit --max-bytes-per-second=3m -s ctl", "limit max_bytes_per_second=3145728"),
+        ("limit --max-iops 0 -s ctl --max-bytes-per-second 2T", "limit max_iops=0 max_bytes_per_second=2199023255552"),
     ] {
         assert_eq!(words(line), expected, "{line}");
     }

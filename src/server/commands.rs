@@ -1,6 +1,6 @@
 //! What control commands do.
 
-use super::config::Destination;
+use super::config::{Destination, Rates};
 use super::life::{Life, OWN};
 use super::mirror::{self, Mirror};
 use super::reactor::Reactor;
@@ -11,7 +11,7 @@ use super::slot::Slot;
 use super::snapshot::Snapshot;
 use super::status;
 use crate::acl::{parse_ip, Entry};
-use crate::command::{Answer, Command, Ending, StatusForm, Switch};
+use crate::command::{Answer, Command, Ending, Limit, StatusForm, Switch};
 use crate::disk::Access;
 use crate::endpoint::Endpoint;
 use crate::event::slots::Key;
@@ -46,6 +46,7 @@ impl Reactor {
                 Err(why) => Err(Answer::failed(why)),
             },
             Command::MirrorMaxBps(limit) => self.limit_mirror(limit),
+            Command::Limit(limit) => Ok(self.limit_clients(limit)),
             Command::Break => self.break_mirror(),
             Command::Upstream(wanted) => self.change_upstream(&wanted).map_err(Answer::failed),
             Command::Resize => self.resize().map_err(Answer::failed),
@@ -245,6 +246,18 @@ impl Reactor {
             .try_insert_with(|key| Ok::<_, Infallible>(Slot::Snapshot(Box::new(Snapshot::start(from, to, key, sh)))));
         self.run.extend(added);
         Ok(())
+    }
+
+    /// Limits what clients may ask for.
+    fn limit_clients(&mut self, limit: Limit) -> String {
+        let sh = &mut self.shared;
+        let before = sh.gate.quota.rates();
+        let rate = |wanted: Option<u64>, before| wanted.map_or(before, |rate| Some(rate).filter(|&rate| rate > 0));
+        let rates =
+            Rates { requests: rate(limit.max_iops, before.requests), bytes: rate(limit.max_bytes_per_s, before.bytes) };
+        sh.gate.quota.set(rates, sh.now_ms, &mut self.run);
+        info!("clients may ask for {rates}");
+        "updated".into()
     }
 
     /// Changes a proxy to another server.

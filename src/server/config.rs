@@ -25,6 +25,8 @@ pub struct Config {
     pub killswitch_ms: Option<u64>,
     /// How many clients may be connected at once.
     pub max_clients: usize,
+    /// What all of them together may ask for.
+    pub rates: Rates,
     /// How long another server that has the image may be silent, or its machine unreachable, in milliseconds.
     pub upstream_limit_ms: u64,
     /// What stands behind their requests.
@@ -92,6 +94,22 @@ pub struct Upstream {
     pub give_up_ms: Option<u64>,
     /// How long to try at the start, in milliseconds; 0 is once.
     pub start_timeout_ms: u64,
+}
+
+/// What may be asked for per second; `None` is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// Requests.
+    pub requests: Option<u64>,
+    /// Bytes of data, read and written.
+    pub bytes: Option<u64>,
+}
+
+impl fmt::Display for Rates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (requests, bytes) = (self.requests.unwrap_or(0), self.bytes.unwrap_or(0));
+        write!(f, "{requests} requests and {bytes} bytes per second (0 is no limit)")
+    }
 }
 
 /// Where to connect to, and from where.

@@ -1,5 +1,7 @@
 //! Between clients and a migration: whether a client's request may pass now, and which clients wait for that.
 //!
+//! Where clients have a quota ([`Quota`]), their requests wait at the gate for that, each in its turn.
+//!
 //! A snapshot keeps what changes the image, and lets the rest pass. A migration closes the gate in two ways. Before its end
 //! nothing passes at all ([`Life::pauses_clients`]). While clients change the image faster than it can be sent, what changes
 //! the image waits, and the rest passes. A listener closes it in the second way, too, until the image is marked as one that
@@ -13,6 +15,7 @@
 //! its cookie, also when it comes late, after its attempt.
 
 use super::life::Life;
+use super::quota::Quota;
 use crate::event::run_queue::RunQueue;
 use crate::event::slots::Key;
 use crate::proto::client::Cookies;
@@ -23,6 +26,8 @@ use std::ops::Range;
 /// Whose requests never pass, which clients wait at the gate, and what has passed and is not done.
 #[derive(Debug)]
 pub(super) struct Gate {
+    /// What all clients together may ask for.
+    pub quota: Quota,
     /// Those of the requests that the migrations of this process send.
     own_cookies: Cookies,
     /// Clients whose next request changes the image and may not pass.
@@ -37,8 +42,8 @@ pub(super) struct Gate {
 
 impl Gate {
     /// Nobody waits. The cookies have to be as good as random.
-    pub(super) fn new(own_cookies: Cookies) -> Self {
-        Self { own_cookies, kept: RunQueue::default(), changing: 0, orphans: 0, taking_back: 0 }
+    pub(super) fn new(own_cookies: Cookies, quota: Quota) -> Self {
+        Self { quota, own_cookies, kept: RunQueue::default(), changing: 0, orphans: 0, taking_back: 0 }
     }
 
     /// What a migration of this process gives its requests.
@@ -115,12 +120,12 @@ impl Gate {
 
     /// When a client that waits may pass, as far as can be told now; that is now when the gate has opened since the last
     /// [`Gate::wake`].
-    pub(super) fn opens_at_ms(&self, life: &mut Life, now_ms: u64) -> Option<u64> {
+    pub(super) fn opens_at_ms(&mut self, life: &mut Life, now_ms: u64) -> Option<u64> {
         // The completion of an orphan wakes the loop, and so does that of a mark or a snapshot.
-        if self.kept.is_empty() || self.orphans > 0 || life.keeps_changes() {
-            return None;
-        }
-        Some(life.plan().and_then(|plan| plan.keeps_changes_until(now_ms)).unwrap_or(now_ms))
+        let keeps_somebody = !self.kept.is_empty() && self.orphans == 0 && !life.keeps_changes();
+        let kept_ms =
+            keeps_somebody.then(|| life.plan().and_then(|plan| plan.keeps_changes_until(now_ms)).unwrap_or(now_ms));
+        kept_ms.into_iter().chain(self.quota.opens_at_ms(now_ms)).min()
     }
 
     /// Wakes the clients that wait, if the gate is open now.
@@ -128,5 +133,6 @@ impl Gate {
         if !self.kept.is_empty() && !matches!(self.allows(life, now_ms), Some(Allowed::Reads)) {
             run.append(&mut self.kept);
         }
+        self.quota.wake(now_ms, run);
     }
 }

@@ -25,7 +25,7 @@
 //!  mark         what the image is marked as
 //!  offer, change, outage                        what another server is like; how it is changed; when it is away
 //!  shared       what every slot is lent         backend     what stands behind the requests
-//!  gate, life, admit, effect                 what may pass; what the server does; who is let in; what slots ask of others
+//!  gate, quota, life, admit, effect          what may pass; how much of it; what the server does; who is let in; what slots ask of others
 //!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
 //!  watch, socket, bind, config               is a peer still there; a peer; listening; what to do
 //! ```
@@ -52,6 +52,7 @@ mod mark;
 mod mirror;
 mod offer;
 mod outage;
+mod quota;
 mod reactor;
 mod reason;
 mod shared;
@@ -68,7 +69,7 @@ mod trials;
 mod upstream;
 mod watch;
 
-pub use config::{Backing, Config, ControlDoor, Destination, Dialect, Door, Fatal, Image, Role, Upstream};
+pub use config::{Backing, Config, ControlDoor, Destination, Dialect, Door, Fatal, Image, Rates, Role, Upstream};
 
 use crate::event::slots::Key;
 use crate::sys;

@@ -56,6 +56,7 @@ impl Reactor {
                 let Some(slot) = self.slots.remove(key) else { return };
                 // Who only asks for the status leaves nothing behind.
                 if !matches!(slot, Slot::Control(_)) {
+                    self.shared.gate.quota.forget(key);
                     self.shared.backend.forget(key.to_u64());
                     // What was done for it may have to be made durable elsewhere.
                     self.run.extend(self.link);

@@ -10,6 +10,7 @@ use super::grace::Grace;
 use super::life::Life;
 use super::listener::Listener;
 use super::mark;
+use super::quota::Quota;
 use super::reactor::Reactor;
 use super::shared::{warn_of_tail, Limits, Shared};
 use super::signals::Signals;
@@ -111,7 +112,7 @@ impl Reactor {
                 },
                 admission: Admission::new(config.acl.clone(), places(config.max_clients)?, queues_clients),
                 life,
-                gate: Gate::new(Cookies::starting_at(sys::random())),
+                gate: Gate::new(Cookies::starting_at(sys::random()), Quota::new(config.rates, now_ms)),
                 effects: VecDeque::new(),
             },
             listeners: Vec::new(),

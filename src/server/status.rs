@@ -172,6 +172,9 @@ fn of_server(server: &Reactor) -> Facts {
         }
     }
     put("sync", Value::Flag(sh.limits.sync));
+    let rates = sh.gate.quota.rates();
+    put("max_iops", Value::Number(rates.requests.unwrap_or(0)));
+    put("max_bytes_per_second", Value::Number(rates.bytes.unwrap_or(0)));
     facts
 }
 

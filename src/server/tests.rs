@@ -5,7 +5,7 @@
 
 use super::admit::CONTROLS_MAX;
 use super::backend::Backend;
-use super::config::{Backing, Image};
+use super::config::{Backing, Image, Rates};
 use super::life::Life;
 use super::reactor::Reactor;
 use super::reason::Next;
@@ -55,6 +55,7 @@ impl House {
             acl: Acl::new(Vec::new(), false),
             killswitch_ms: None,
             max_clients: 10,
+            rates: Rates::default(),
             upstream_limit_ms: 30_000,
             backing: Backing::Image(Image {
                 file: path.clone(),

@@ -18,6 +18,7 @@ mod gone;
 mod install;
 mod interop;
 mod killswitch;
+mod limits;
 mod logs;
 mod manual;
 mod memory;

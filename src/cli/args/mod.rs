@@ -18,12 +18,12 @@ pub(crate) mod common;
 pub(crate) mod proxy;
 pub(crate) mod values;
 
-use common::{AccessArgs, DoorArgs, LogFlags};
+use common::{AccessArgs, DoorArgs, LimitArgs, LogFlags};
 use proxy::{ProxyArgs, SwitchArgs};
 use values::{client_count, export, offset, pause, remote_port, size, speed};
 
 /// What `help` can explain: the names of all [`Mode`]s.
-pub(crate) const MODES: [&str; 14] = [
+pub(crate) const MODES: [&str; 15] = [
     "serve",
     "listen",
     "mirror",
@@ -33,6 +33,7 @@ pub(crate) const MODES: [&str; 14] = [
     "switch",
     "resize",
     "snapshot",
+    "limit",
     "acl",
     "status",
     "read",
@@ -84,7 +85,7 @@ Exit codes:
   1   anything that ended the program abnormally; one line on stderr says what
   2   wrong usage; nothing was started
   The modes that take --sock SOCK of a running server (mirror, mirror-speed,
-  break, switch, resize, snapshot, acl, status) exit with the code of its
+  break, switch, resize, snapshot, limit, acl, status) exit with the code of its
   answer: 0 done, 1 refused, 9 missing command, 10 unknown command. mirror --wait exits with 0
   when the migration is completed, with 1 when it ends otherwise.
 
@@ -133,7 +134,8 @@ serve, or an error of the file, it is 1. The file must exist and have the size
 of the image that comes.
 
 The options are those of serve. --killswitch bounds what one request of the
-sender may take; --max-clients matters after --serve only.
+sender may take; --max-clients, --max-iops and --max-bytes-per-second matter
+after --serve only.
 
 Example: receive an image from one host:
   flexnbd listen --addr 0.0.0.0 --port 4779 --file disk.img \\
@@ -231,6 +233,21 @@ not flushed is missing in it, as after a power failure.
 Example:
   flexnbd snapshot --sock /run/disk.sock --to /srv/disk.monday.img")]
     Snapshot(SnapshotArgs),
+    /// Limit what the clients of a running server may ask for.
+    // With the options that are required, it would not fit a terminal.
+    #[command(override_usage = "flexnbd limit [OPTIONS] --sock <SOCK>")]
+    #[command(after_help = "\
+The limits hold for all clients together, at once, and in the place of those
+before; what is left out stays as it was. Clients that ask for more wait, each
+in its turn, and none is cut for that by a killswitch. A request that is larger
+than what a second allows goes alone, and the next one waits for as long as it
+would have taken. Migrations are not limited by this; see mirror-speed.
+
+Example: at most 1000 requests and 50 MiB per second, then as much as there is:
+  flexnbd limit --sock /run/disk.sock --max-iops 1000 \\
+      --max-bytes-per-second 50M
+  flexnbd limit --sock /run/disk.sock --max-iops 0 --max-bytes-per-second 0")]
+    Limit(LimitModeArgs),
     /// Replace the access control list of a running server.
     #[command(after_help = "\
 Connected clients that the new list refuses are disconnected, and what they
@@ -332,6 +349,9 @@ pub(crate) struct ServeArgs {
     /// Clients served at the same time, 1 to 1000000.
     #[arg(long, value_name = "N", default_value = "100", value_parser = client_count, allow_hyphen_values = true)]
     pub max_clients: usize,
+    /// What they may ask for.
+    #[command(flatten)]
+    pub limit: LimitArgs,
     /// Verbosity given after the mode.
     #[command(flatten)]
     pub log: LogFlags,
@@ -474,6 +494,22 @@ pub(crate) struct TransferArgs {
     /// list asks for a certain one. [default: the system's choice]
     #[arg(short, long, value_name = "BIND_ADDR", verbatim_doc_comment)]
     pub bind: Option<String>,
+    /// Verbosity given after the mode.
+    #[command(flatten)]
+    pub log: LogFlags,
+}
+
+/// Options of `limit`.
+#[derive(Debug, Args)]
+#[command(next_line_help = true)]
+#[group(id = "limits", required = true, multiple = true, args = ["max_iops", "max_bytes_per_second"])]
+pub(crate) struct LimitModeArgs {
+    /// Control socket of the server.
+    #[arg(short, long)]
+    pub sock: PathBuf,
+    /// The limits.
+    #[command(flatten)]
+    pub limit: LimitArgs,
     /// Verbosity given after the mode.
     #[command(flatten)]
     pub log: LogFlags,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::common::{AccessArgs, DoorArgs, LogFlags};
+use super::common::{AccessArgs, DoorArgs, LimitArgs, LogFlags};
 use super::values::{client_count, export, remote_port, replay_limit, seconds_or_none, size};
 
 /// The values of `--replay`; comments of their own would show in its help.
@@ -52,6 +52,9 @@ pub(crate) struct ProxyArgs {
         verbatim_doc_comment
     )]
     pub max_clients: usize,
+    /// What they may ask for.
+    #[command(flatten)]
+    pub limit: LimitArgs,
     /// What is sent again when the server comes back: with dirty what it has
     /// answered and may have lost, and what it has not answered; with
     /// inflight only the latter, so that a crash of its machine may lose

@@ -13,6 +13,7 @@
 
 pub mod handshake;
 mod inbox;
+mod load;
 mod memory;
 mod negotiation;
 mod parting;
@@ -24,6 +25,7 @@ mod tally;
 mod unanswered;
 mod write;
 
+pub use load::Load;
 pub use memory::BUFFERED_MAX;
 pub use step::{Allowed, Completed, End, Failed, Step};
 pub use tally::Tally;
@@ -69,6 +71,8 @@ pub struct ServerSession {
     memory: Memory,
     outbox: Outbox,
     tally: Tally,
+    /// Of the requests that were taken and not refused since [`ServerSession::take_load`].
+    load: Load,
     /// When something came last of a WRITE or `WRITE_ZEROES` that was not refused.
     wrote_ms: Option<u64>,
     /// Every change is done as if FUA were set.
@@ -110,6 +114,7 @@ impl ServerSession {
             memory: Memory::default(),
             outbox,
             tally: Tally::default(),
+            load: Load::default(),
             wrote_ms: None,
             durable: false,
         }
@@ -306,6 +311,20 @@ impl ServerSession {
         self.tally
     }
 
+    /// What the next request asks for, if one has come that could be taken. `None` inside a payload or a READ that runs alone:
+    /// those go on.
+    pub fn upcoming(&self) -> Option<Load> {
+        let (State::Request, None) = (&self.state, &self.long_read) else { return None };
+        let (magic, head) = RequestHead::parse(self.inbox.filled().first_chunk()?);
+        let is_good = magic == REQUEST_MAGIC && head.kind != kind::DISC;
+        (is_good && refuse(&head, self.export, self.style).is_none()).then(|| Load::of(&head))
+    }
+
+    /// What the requests ask for that were taken since this was called last, and not refused.
+    pub fn take_load(&mut self) -> Load {
+        std::mem::take(&mut self.load)
+    }
+
     /// True when what comes next is a request, and others are not answered yet.
     pub fn may_wait(&self) -> bool {
         matches!(self.state, State::Request) && self.in_flight() > 0
@@ -360,8 +379,10 @@ impl ServerSession {
             self.wrote_ms = Some(self.inbox.received_ms());
         }
         let tag = self.accept(head);
-        if let Some(pending) = self.unanswered.get_mut(tag) {
-            pending.error = refusal.map(|refusal| refusal.errno);
+        if let (Some(refusal), Some(pending)) = (refusal, self.unanswered.get_mut(tag)) {
+            pending.error = Some(refusal.errno);
+        } else {
+            self.load += Load::of(&head);
         }
         if head.kind == kind::WRITE && head.length > 0 {
             self.state = State::Payload(Arriving::new(tag, &head));
@@ -394,6 +415,7 @@ impl ServerSession {
         let is_alone = self.unanswered.is_empty();
         let Some(buffer) = read::first_buffer(&head, is_alone, &mut self.memory, pool) else { return Step::NeedRoom };
         let tag = self.accept(head);
+        self.load += Load::of(&head);
         let (tag, action) = if buffer.capacity() < head.length as usize {
             self.long_read.insert(LongRead::new(head, tag, self.style)).next_slice(buffer)
         } else {

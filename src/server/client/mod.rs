@@ -1,14 +1,17 @@
-//! One NBD client: its socket, its session, its deadlines.
+//! One NBD client: its socket, its session, its deadlines (in `deadlines`).
+
+mod deadlines;
 
 use super::complaints::Complaint;
 use super::config::Dialect;
 use super::effect::Effect;
 use super::inbound;
 use super::life::{Life, IMAGE, OWN};
+use super::quota::Due;
 use super::reason::{Next, Reason};
-use super::shared::{Shared, MEMORY_RETRY_MS};
+use super::shared::Shared;
 use super::socket::{Peer, Received, Socket};
-use super::watch::{Watch, GONE_MS};
+use super::watch::Watch;
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
 use crate::proto::export::{Agreed, Export, SessionName, Style};
@@ -21,18 +24,6 @@ use log::{info, warn};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::rc::Rc;
-
-/// How long a negotiation may take, in milliseconds.
-const HANDSHAKE_MS: u64 = 10_000;
-/// How long a sender may be connected before its first write, in milliseconds.
-const FIRST_WRITE_MS: u64 = 60_000;
-/// How long a sender may be silent after a write, in milliseconds. Even a migration limited to a few bytes per second
-/// sends more often than that.
-const NEXT_WRITE_MS: u64 = 600_000;
-/// How old a request may be that waits for memory, in milliseconds.
-const MEMORY_WAIT_MS: u64 = 30_000;
-/// How far ahead the wheel may hold an entry of a client, in milliseconds.
-const ARM_MS: u64 = 1_000;
 
 /// What a client that has named its session waits for.
 #[derive(Debug)]
@@ -59,6 +50,8 @@ pub(super) struct Client {
     kept_since_ms: Option<u64>,
     /// How long the gate has kept requests of this client altogether, in milliseconds.
     kept_ms: u64,
+    /// When its requests are due where all clients have a quota.
+    due: Due,
     wait: Wait,
     watch: Watch,
     alarm: Alarm,
@@ -88,6 +81,7 @@ impl Client {
             stalled: false,
             kept_since_ms: None,
             kept_ms: 0,
+            due: Due::default(),
             wait: Wait::Over,
             watch: Watch::default(),
             alarm: Alarm::default(),
@@ -152,7 +146,21 @@ impl Client {
                 self.keep(sh.now_ms);
                 return Next::Idle;
             };
-            match self.session.next_step(allowed, &mut sh.pool) {
+            if !self.may_ask(key, sh) {
+                self.keep(sh.now_ms);
+                if self.socket.hung_up() {
+                    return Next::Close(Reason::HungUp);
+                }
+                // It may have to wait for long, and with many others.
+                self.session.park(&mut sh.pool);
+                return Next::Idle;
+            }
+            let step = self.session.next_step(allowed, &mut sh.pool);
+            let load = self.session.take_load();
+            if !sh.life.awaits_image() {
+                sh.gate.quota.charge(&mut self.due, load);
+            }
+            match step {
                 Step::Request(Request { head, action, .. }) if sh.gate.is_own(&head) => {
                     action.into_buffer().into_iter().for_each(|buffer| sh.pool.give(buffer));
                     sh.effects.push_back(Effect::CameBack);
@@ -210,6 +218,14 @@ impl Client {
         Next::WaitDisk
     }
 
+    /// False when its next request has to wait for the quota. A sender has none.
+    fn may_ask(&mut self, key: Key, sh: &mut Shared) -> bool {
+        if !sh.gate.quota.is_set() || sh.life.awaits_image() {
+            return true;
+        }
+        self.session.upcoming().is_none_or(|load| sh.gate.quota.admits(key, &mut self.due, load, sh.now_ms))
+    }
+
     /// It has named its session, and is answered when nothing of an older connection of that name can happen any more. `None`:
     /// it goes on.
     fn wait_for_place(&mut self, key: Key, sh: &mut Shared) -> Option<Next> {
@@ -262,36 +278,6 @@ impl Client {
         let pieces = self.session.to_send(&mut slices);
         // Nobody is left to whom an error would matter.
         let _ = self.socket.send(slices.get(..pieces).unwrap_or_default());
-    }
-
-    /// Notes that the gate keeps the next request of this client from now on.
-    pub(super) fn keep(&mut self, now_ms: u64) {
-        self.kept_since_ms = self.kept_since_ms.or(Some(now_ms));
-    }
-
-    /// Subtracts from the age of the next request the time for which the gate has kept it.
-    fn excuse(&mut self, now_ms: u64) {
-        if let Some(since_ms) = &mut self.kept_since_ms {
-            let ms = now_ms.saturating_sub(std::mem::replace(since_ms, now_ms));
-            self.session.excuse(ms);
-            self.kept_ms = self.kept_ms.saturating_add(ms);
-        }
-    }
-
-    /// Asks for memory again after a while. Closes the connection, so that others get its memory, when its peer is
-    /// gone, and when it has waited for long while no operation of the disk will give memory back: all clients may be
-    /// waiting for each other.
-    fn wait_for_memory(&mut self, key: Key, sh: &mut Shared) -> Next {
-        if self.socket.hung_up() {
-            return Next::Close(Reason::HungUp);
-        }
-        let is_old = self.session.oldest_ms().is_some_and(|ms| sh.now_ms.saturating_sub(ms) > MEMORY_WAIT_MS);
-        if is_old && sh.backend.in_flight() == 0 {
-            return Next::Close(Reason::NoMemory);
-        }
-        self.stalled = true;
-        self.arm(sh.now_ms.saturating_add(MEMORY_RETRY_MS), key, sh);
-        Next::Idle
     }
 
     /// True when it has named its session and closed this connection of it.
@@ -384,83 +370,6 @@ impl Client {
         self.watch.note_sent(sh.now_ms);
         self.arm_watch(key, sh);
         Ok(())
-    }
-
-    /// A wheel entry has fired: looks at the true deadlines and arms the wheel again.
-    pub(super) fn timeout(&mut self, key: Key, sh: &mut Shared) -> Next {
-        if !self.alarm.fired(sh.now_ms) {
-            return Next::Idle;
-        }
-        if matches!(sh.life, Life::Sealing { .. }) {
-            // The end of this connection will say that the image is durable, so that no deadline may end it before.
-            return Next::Idle;
-        }
-        self.excuse(sh.now_ms);
-        if let Err(reason) = self.look(key, sh) {
-            return Next::Close(reason);
-        }
-        if let Some((due_ms, reason)) = self.first_step_due(sh) {
-            if due_ms <= sh.now_ms {
-                return Next::Close(reason);
-            }
-            self.arm(due_ms, key, sh);
-        }
-        let (Some(limit_ms), Some(oldest_ms)) = (sh.limits.killswitch_ms, self.session.oldest_ms()) else {
-            return self.unless_stalled();
-        };
-        let age_ms = sh.now_ms.saturating_sub(oldest_ms);
-        if age_ms >= limit_ms {
-            return Next::Close(Reason::Killswitch { age_ms });
-        }
-        self.arm(oldest_ms.saturating_add(limit_ms), key, sh);
-        self.unless_stalled()
-    }
-
-    /// Looks whether the peer is still there, if it is time to.
-    fn look(&mut self, key: Key, sh: &mut Shared) -> Result<(), Reason> {
-        if self.watch.due_ms().is_some_and(|due_ms| due_ms <= sh.now_ms) {
-            let delivery = self.socket.delivery().unwrap_or_default();
-            if self.watch.is_gone(delivery, GONE_MS, sh.now_ms) {
-                return Err(Reason::Vanished { silent_ms: delivery.acked_ms_ago });
-            }
-        }
-        self.arm_watch(key, sh);
-        Ok(())
-    }
-
-    /// Armed for the due time itself: in steps of [`ARM_MS`], as the other deadlines are, an idle server would wake
-    /// again and again.
-    fn arm_watch(&mut self, key: Key, sh: &mut Shared) {
-        if let Some(due_ms) = self.watch.due_ms() {
-            self.alarm.arm(due_ms, key, &mut sh.wheel);
-        }
-    }
-
-    /// Starts the deadlines that run from the moment of connecting.
-    pub(super) fn opened(&mut self, key: Key, sh: &mut Shared) {
-        if let Some((due_ms, _)) = self.first_step_due(sh) {
-            self.arm(due_ms, key, sh);
-        }
-    }
-
-    /// The deadline of a negotiation; of a sender, that of its first write, then of its next one. A sender that only
-    /// connects, or stops, would keep the real one out.
-    fn first_step_due(&self, sh: &Shared) -> Option<(u64, Reason)> {
-        let since_ms = self.opened_ms.saturating_add(self.kept_ms);
-        if self.session.is_negotiating() {
-            return Some((since_ms.saturating_add(HANDSHAKE_MS), Reason::Handshake));
-        }
-        let due_ms = match self.session.wrote_ms() {
-            None => since_ms.saturating_add(FIRST_WRITE_MS),
-            Some(wrote_ms) => wrote_ms.saturating_add(NEXT_WRITE_MS),
-        };
-        sh.life.awaits_image().then_some((due_ms, Reason::Silent))
-    }
-
-    /// Makes sure that the wheel looks at this client at `at_ms`. Armed at most [`ARM_MS`] ahead, so that entries of closed
-    /// connections expire soon.
-    fn arm(&mut self, at_ms: u64, key: Key, sh: &mut Shared) {
-        self.alarm.arm(at_ms.min(sh.now_ms.saturating_add(ARM_MS)), key, &mut sh.wheel);
     }
 
     /// Says why it went and gives its memory back.
