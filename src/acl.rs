@@ -134,6 +134,16 @@ impl Acl {
         self.entries = entries;
     }
 
+    /// The entries.
+    pub fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    /// What an empty list means: nobody (true) or everybody (false).
+    pub fn default_deny(&self) -> bool {
+        self.default_deny
+    }
+
     /// True when a client with this address may connect.
     pub fn allows(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();

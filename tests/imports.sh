@@ -28,6 +28,7 @@ declare -A folders=(
     [server]="mod start apply commands status reactor slot client control mirror upstream snapshot listener signals supervisor attempt trials offer dial change outage \
         mark shared backend gate quota grace admit complaints life inbound effect reason watch socket bind config"
     [server/client]="deadlines mod"
+    [server/mirror]="facts mod"
     [upstream]="mod task dirty command"
     [sys]="ring pages memory passed file clone net mod"
 )

@@ -97,6 +97,11 @@ impl Admission {
         most.saturating_sub(self.clients)
     }
 
+    /// How many clients there may be at once.
+    pub(super) fn clients_max(&self) -> usize {
+        self.places.clients
+    }
+
     /// How many clients are connected.
     pub(super) fn clients(&self) -> usize {
         self.clients

@@ -19,7 +19,7 @@ use crate::sys;
 use crate::sys::net::Keepalive;
 use mio::net::{TcpStream, UnixStream};
 use std::fmt;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, ErrorKind, IoSlice, IoSliceMut};
 
 /// How long a connection may take to be made, in milliseconds.
 const CONNECT_MS: u64 = 15_000;
@@ -55,16 +55,15 @@ pub(super) enum Failure {
 }
 
 impl Failure {
-    /// What a `mirror` that did not start is told.
-    pub(super) fn answer(&self) -> &'static str {
+    /// What a `mirror` that did not start is told. Scripts know it by its first words.
+    pub(super) fn answer(&self) -> String {
         match self {
-            Self::Connect(_) => "Mirror failed to connect",
-            Self::NoGreeting => "Remote server failed to respond",
-            Self::Size { .. } => "Remote size does not match local size",
-            Self::NoExport(_) | Self::ReadOnly | Self::Closed(_) | Self::Broken(_) | Self::Unfit(_) => {
-                "Mirror was rejected"
+            Self::Connect(why) => format!("Mirror failed to connect: {why}"),
+            Self::NoGreeting => "Remote server failed to respond".into(),
+            Self::Size { .. } => "Remote size does not match local size".into(),
+            Self::NoExport(_) | Self::ReadOnly | Self::Closed(_) | Self::Broken(_) | Self::Unfit(_) | Self::Itself => {
+                format!("Mirror was rejected: {self}")
             }
-            Self::Itself => "Mirror was rejected: the destination is this server itself",
         }
     }
 }
@@ -121,7 +120,12 @@ impl<T> Dial<T> {
         key: Key,
         sh: &Shared,
     ) -> Result<Self, Failure> {
-        let failed = |error: io::Error| Failure::Connect(error.to_string());
+        let failed = |error: io::Error| match destination.bind {
+            Some(bind) if error.kind() == ErrorKind::AddrNotAvailable => {
+                Failure::Connect(format!("{bind} is no address of this machine to connect from: {error}"))
+            }
+            _ => Failure::Connect(error.to_string()),
+        };
         let stream = match &destination.to {
             Endpoint::Tcp(to) => {
                 Stream::Tcp(TcpStream::from_std(sys::net::connect_tcp(destination.bind, *to).map_err(failed)?))

@@ -41,6 +41,8 @@ pub(super) struct Reactor {
     pub supervisor: Option<Key>,
     /// Where clients connect, and how those begin that do.
     pub addresses: Vec<(Dialect, String)>,
+    /// When the server began.
+    pub started_ms: u64,
     /// Numbers connections in the order in which they came.
     pub next_id: u64,
 }

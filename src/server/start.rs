@@ -120,6 +120,7 @@ impl Reactor {
             link: None,
             supervisor: None,
             addresses: Vec::new(),
+            started_ms: now_ms,
             next_id: 1,
         };
         server.add_first_slots(signals, config)?;

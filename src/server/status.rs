@@ -18,8 +18,11 @@ use std::fmt::{self, Write};
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
-/// The most clients that are listed: a record is at most 250 bytes long, and whoever asks reads 4 MiB.
+/// The most clients that are listed: a record is at most 400 bytes long, and whoever asks reads 4 MiB.
 const RECORDS_MAX: usize = 10_000;
+
+/// How long a destination may owe an answer, in milliseconds, before what was measured says nothing of it any more.
+const STALLED_MS: u64 = 2_000;
 
 /// What a fact may be.
 #[derive(Debug)]
@@ -27,6 +30,8 @@ enum Value {
     Number(u64),
     Flag(bool),
     Text(String),
+    /// A name that users gave. Unlike of [`Value::Text`], nothing of it may get lost.
+    Name(String),
 }
 
 /// Facts in their order, by the names that users see. No name holds a space or needs to be escaped.
@@ -105,14 +110,18 @@ fn of_server(server: &Reactor) -> Facts {
     if let Some((mirror, plan)) = migration(server) {
         let progress = plan.progress();
         let duration_ms = sh.now_ms.saturating_sub(mirror.started_ms());
-        let seconds_left = data_left(server, plan, &progress).checked_div(progress.bytes_per_s).unwrap_or(0);
-        put("migration_speed", Value::Number(progress.bytes_per_s));
+        let stalled_ms = mirror.stalled_ms(sh.now_ms);
+        let bytes_per_s = if stalled_ms < STALLED_MS { progress.bytes_per_s } else { 0 };
+        let seconds_left = data_left(server, plan, &progress).checked_div(bytes_per_s).unwrap_or(0);
+        put("migration_speed", Value::Number(bytes_per_s));
         put("migration_duration", Value::Number(duration_ms / 1000));
         put("migration_seconds_left", Value::Number(seconds_left));
         put("migration_bytes_left", Value::Number(progress.left_bytes));
         if let Some(limit) = progress.limit_bytes_per_s {
             put("migration_speed_limit", Value::Number(limit));
         }
+        put("migration_destination", Value::Text(mirror.destination().to.to_string()));
+        put("migration_stalled_seconds", Value::Number(stalled_ms / 1000));
         put("migration_phase", Value::Text(mirror.phase(plan).into()));
         put("migration_pass", Value::Number(progress.pass.into()));
         put("migration_attempts", Value::Number(mirror.trials().begun().into()));
@@ -172,6 +181,16 @@ fn of_server(server: &Reactor) -> Facts {
         }
     }
     put("sync", Value::Flag(sh.limits.sync));
+    if let Some(disk) = sh.backend.disk() {
+        put("file", Value::Name(std::path::absolute(disk.path()).unwrap_or_default().display().to_string()));
+    }
+    put("version", Value::Text(env!("CARGO_PKG_VERSION").into()));
+    put("uptime", Value::Number(sh.now_ms.saturating_sub(server.started_ms) / 1000));
+    put("killswitch", Value::Text(sh.limits.killswitch_ms.map_or_else(|| "none".into(), seconds)));
+    put("max_clients", Value::Number(sh.admission.clients_max() as u64));
+    put("default_deny", Value::Flag(sh.admission.acl.default_deny()));
+    let entries: Vec<_> = sh.admission.acl.entries().iter().map(ToString::to_string).collect();
+    put("acl", Value::Text(if entries.is_empty() { "none".into() } else { entries.join(",") }));
     let rates = sh.gate.quota.rates();
     put("max_iops", Value::Number(rates.requests.unwrap_or(0)));
     put("max_bytes_per_second", Value::Number(rates.bytes.unwrap_or(0)));
@@ -191,6 +210,14 @@ fn upstream(server: &Reactor) -> Option<(&Link, &Standby)> {
     match (server.slots.get(server.link?)?, &server.shared.backend) {
         (Slot::Upstream(link), Backend::Upstream(standby)) => Some((link, standby)),
         _ => None,
+    }
+}
+
+/// Milliseconds as seconds, without zeroes at the end: `120`, `0.5`.
+fn seconds(ms: u64) -> String {
+    match ms % 1000 {
+        0 => (ms / 1000).to_string(),
+        rest => format!("{}.{rest:03}", ms / 1000).trim_end_matches('0').into(),
     }
 }
 
@@ -220,6 +247,10 @@ fn of_client(client: &Client, now_ms: u64, unix_now: Duration) -> Facts {
         ("requests", Value::Number(requests)),
         ("bytes", Value::Number(tally.read_bytes.saturating_add(tally.written_bytes))),
         ("in_flight", Value::Number(client.in_flight() as u64)),
+        ("reads", Value::Number(tally.reads)),
+        ("writes", Value::Number(tally.writes)),
+        ("errors", Value::Number(tally.errors)),
+        ("oldest_request_ms", Value::Number(client.oldest_ms().map_or(0, |ms| now_ms.saturating_sub(ms)))),
     ]
 }
 
@@ -235,6 +266,11 @@ impl fmt::Display for Value {
         match self {
             Self::Number(number) => number.fmt(f),
             Self::Flag(flag) => flag.fmt(f),
+            Self::Name(name) => name.chars().try_for_each(|c| match c {
+                '\\' => f.write_str("\\\\"),
+                _ if c.is_whitespace() || c.is_control() => write!(f, "\\u{:04x}", u32::from(c)),
+                _ => f.write_char(c),
+            }),
             Self::Text(text) => {
                 text.chars().try_for_each(|c| f.write_char(if c.is_whitespace() || c.is_control() { '_' } else { c }))
             }
@@ -255,7 +291,7 @@ fn json(facts: &Facts, records: Option<&[Facts]>) -> String {
 fn json_member((name, value): &(&str, Value)) -> String {
     match value {
         Value::Number(_) | Value::Flag(_) => format!("\"{name}\":{value}"),
-        Value::Text(text) => {
+        Value::Text(text) | Value::Name(text) => {
             let mut member = format!("\"{name}\":\"");
             for c in text.chars() {
                 if matches!(c, '"' | '\\') {
@@ -288,6 +324,18 @@ mod tests {
             ("is_mirroring", Value::Flag(true)),
             ("address", Value::Text("/a b\t\"\\\u{7f}\u{85}é\u{2003}🦀".into())),
         ]
+    }
+
+    #[test]
+    fn names_stay_one_word_and_whole() {
+        let name = Value::Name("/a b\n\\u0020\u{2003}é".into());
+        assert_eq!(name.to_string(), r"/a\u0020b\u000a\\u0020\u2003é");
+        assert_eq!(json(&vec![("file", name)], None), "{\"file\":\"/a b\\n\\\\u0020\u{2003}é\"}");
+    }
+
+    #[test]
+    fn times_are_short() {
+        assert_eq!([120_000, 500, 1_050, 1].map(seconds), ["120", "0.5", "1.05", "0.001"]);
     }
 
     fn record(id: u64) -> Facts {

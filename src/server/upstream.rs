@@ -272,7 +272,8 @@ impl Link {
             *give_up_ms = now_ms.saturating_add(SETTLE_MS);
         }
         if std::mem::take(&mut self.is_silent) {
-            info!("{self}: the server answers again");
+            // As loud as what it ends.
+            warn!("{self}: the server answers again");
         }
     }
 

@@ -82,6 +82,73 @@ fn status_has_its_keys_in_order() {
     assert_eq!(String::from_utf8(output.stdout).unwrap(), status.line(), "one line, ended by a newline");
 }
 
+/// What was there before the newer keys stays where it was.
+#[test]
+fn status_says_what_is_in_force() {
+    const SETTINGS: [&str; 8] =
+        ["version", "uptime", "killswitch", "max_clients", "default_deny", "acl", "max_iops", "max_bytes_per_second"];
+    let builder = Server::serve();
+    let image = builder.dir().join("a disk\tof\n\\mine");
+    std::fs::File::create(&image).unwrap().set_len(4096).unwrap();
+    let options = "-d --killswitch=0.50 --max-clients 7 --max-iops 9K 127.0.0.1 10.1.2.3/8 2001:db8::/32";
+    let server = builder.file(image.clone()).args(options).start();
+    let status = server.status();
+    let keys: Vec<_> = status.line().trim_end().split(' ').map(|pair| pair.split_once('=').unwrap().0).collect();
+    assert_eq!(keys[keys.len() - 10..], [&["sync", "file"][..], &SETTINGS].concat());
+    let escaped = image.to_str().unwrap().replace('\\', "\\\\");
+    let escaped = escaped.replace(' ', "\\u0020").replace('\t', "\\u0009").replace('\n', "\\u000a");
+    assert_eq!(status.get("file"), escaped);
+    let found = SETTINGS.map(|key| status.get(key));
+    assert_eq!(found[0], env!("CARGO_PKG_VERSION"));
+    assert!(found[1].parse::<u64>().unwrap() < 3600, "{}", status.line());
+    assert_eq!(found[2..], ["0.5", "7", "true", "127.0.0.1,10.0.0.0/8,2001:db8::/32", "9216", "0"]);
+    assert_eq!(server.control("acl\n::1\n\n"), "0: updated\n");
+    assert_eq!(server.status().get("acl"), "::1");
+    assert_eq!(server.control("acl\n\n"), "0: updated\n");
+    assert_eq!(server.status().get("acl"), "none");
+    let json = server.control("status json\n\n");
+    assert!(json.contains(&format!("\"file\":\"{}", server.dir().join("").display())), "{json}");
+    assert!(json.contains("/a disk\\tof\\n\\\\mine\","), "{json}");
+
+    let plain = Server::serve().size(4096).start();
+    let status = plain.status();
+    assert_eq!(
+        SETTINGS[2..].iter().map(|key| status.get(key)).collect::<Vec<_>>(),
+        ["none", "100", "false", "none", "0", "0"]
+    );
+    // Whoever runs it may have named the image from where it was.
+    let named = Server::serve().size(4096).start();
+    let relative = Server::serve().file("image".into());
+    std::fs::copy(&named.image, relative.dir().join("image")).unwrap();
+    let relative = relative.start();
+    assert_eq!(relative.status().get("file"), relative.dir().join("image").to_str().unwrap());
+}
+
+#[test]
+fn every_client_has_a_record() {
+    let server = Server::serve().size(1 << 20).start();
+    let mut client = server.connect();
+    (0..3).for_each(|_| client.expect_alive());
+    assert_eq!((client.write(0, &[1; 512]), client.write(1 << 20, &[1; 512])), (0, 28));
+    let mut late = server.connect();
+    late.send(&request(kind::WRITE, 0, 1, 0, 4096));
+    let records = || {
+        let answer = server.control("status clients\n\n");
+        let records = answer.split(" client=").skip(1).map(|record| format!("client={}", record.trim_end()));
+        records.collect::<Vec<_>>()
+    };
+    let value = |record: &str, key: &str| {
+        let pair = record.split(' ').find_map(|pair| pair.strip_prefix(key)?.strip_prefix('=')).unwrap();
+        pair.parse::<u64>().unwrap()
+    };
+    wait_for("a request that grows old", SOON, || (value(&records()[1], "oldest_request_ms") >= 100).then_some(()));
+    let records = records();
+    let counts = ["reads", "writes", "errors", "in_flight"].map(|key| value(&records[0], key));
+    assert_eq!(counts, [3, 2, 1, 0], "{records:?}");
+    assert_eq!(value(&records[0], "oldest_request_ms"), 0, "{records:?}");
+    assert_eq!(["reads", "writes", "errors", "in_flight"].map(|key| value(&records[1], key)), [0, 0, 0, 1]);
+}
+
 #[test]
 fn status_counts_since_the_start() {
     let server = Server::serve().size(1 << 20).start();

@@ -546,8 +546,9 @@ pub(crate) struct StatusArgs {
     #[arg(long)]
     pub json: bool,
     /// Show every client too: its number, address, style of protocol, since
-    /// when it is connected (in seconds since 1970), requests and bytes so
-    /// far, and requests in flight. A line each, or an array in JSON.
+    /// when it is connected (in seconds since 1970), requests, bytes, reads,
+    /// writes and errors so far, requests in flight, and the age of the
+    /// oldest. A line each, or an array in JSON.
     #[arg(long, verbatim_doc_comment)]
     pub clients: bool,
     /// Verbosity given after the mode.

@@ -126,6 +126,11 @@ impl Client {
         self.session.in_flight()
     }
 
+    /// Since when its oldest request ages that is not wholly answered.
+    pub(super) fn oldest_ms(&self) -> Option<u64> {
+        self.session.oldest_ms()
+    }
+
     /// What it has had done so far.
     pub(super) fn tally(&self) -> Tally {
         self.session.tally()

@@ -210,12 +210,24 @@ fn the_address_to_connect_from() {
     let source = Server::serve().content(&pattern(1, 1 << 20)).start();
     let destination = listen(0).size(1 << 20).arg("127.0.0.2").start();
     let output = mirror(&source, destination.address(), "");
-    assert_eq!((output.code, &*output.stderr), (Some(1), "Mirror was rejected\n"));
+    assert_eq!(output.code, Some(1));
+    assert!(output.stderr.starts_with("Mirror was rejected: the destination "), "{output:?}");
     let answer = source.control(format!("mirror\n127.0.0.1\n{}\nexit\n::1\n\n", destination.port()));
     assert_eq!(answer, "1: bad bind address\n");
     // Of no interface here.
     let output = mirror(&source, destination.address(), "--bind 192.0.2.77");
-    assert_eq!((output.code, &*output.stderr), (Some(1), "Mirror failed to connect\n"));
+    assert_eq!(output.code, Some(1));
+    assert!(
+        output.stderr.starts_with("Mirror failed to connect: 192.0.2.77 is no address of this machine"),
+        "{output:?}"
+    );
+    source.wait_for_log("not started: cannot connect: 192.0.2.77 is no address of this machine");
+    // The kernel says so at once, because the address is of a network that is not named.
+    let output = run(&["mirror", "-l", "fe80::1", "-p", "1", "-s", source.sock.to_str().unwrap()], &[]);
+    assert_eq!(output.code, Some(1));
+    assert!(output.stderr.starts_with("Mirror failed to connect: "), "{output:?}");
+    source.wait_for_log("migration to [fe80::1]:1: not started: cannot connect: ");
+    assert_eq!(source.status().get("is_mirroring"), "false");
     let (mut source, mut destination) = (source, destination);
     start_mirror(&source, destination.address(), "--bind 127.0.0.2");
     expect_migrated(&mut source, &mut destination);
@@ -228,16 +240,24 @@ fn refusals_before_the_start() {
     let worker = Worker::on(&source);
     let refused = |to: std::net::SocketAddr, text: &str| {
         let output = mirror(&source, to, "");
-        assert_eq!((output.code, &*output.stderr), (Some(1), &*format!("{text}\n")));
+        assert_eq!((output.code, output.stderr.strip_suffix('\n')), (Some(1), Some(text)));
         assert!(output.stdout.is_empty());
         assert_eq!(source.status().get("is_mirroring"), "false");
         worker.expect_progress();
     };
-    refused(nowhere(), "Mirror failed to connect");
-    refused(Scripted::start(|_, mut client| client.send(&[0x47; 152])).address, "Mirror was rejected");
-    refused(Scripted::start(|_, mut client| client.send(b"NBDMAGICIHAVEOPT\0\x03")).address, "Mirror was rejected");
-    refused(Scripted::start(|_, client| drop(client)).address, "Mirror was rejected");
-    refused(Scripted::start(|_, mut client| client.send(b"NBDMAGIC")).address, "Mirror was rejected");
+    // Scripts know the first words.
+    refused(nowhere(), "Mirror failed to connect: Connection refused (os error 111)");
+    let rejected = |greeting: &'static [u8], why: &str| {
+        let peer = Scripted::start(move |_, mut client| client.send(greeting));
+        refused(peer.address, &format!("Mirror was rejected: {why}"));
+    };
+    rejected(&[0x47; 152], "not an NBD greeting: it starts with 0x4747474747474747 0x4747474747474747");
+    let closed = "the destination closed the connection";
+    let no_greeting =
+        "before its greeting: its access control list may refuse this address, or it has no room for a client";
+    rejected(b"", &format!("{closed} {no_greeting}"));
+    rejected(b"NBDMAGIC", &format!("{closed} {no_greeting}"));
+    rejected(b"NBDMAGICIHAVEOPT\0\x03", &format!("{closed} in the middle of the negotiation"));
     for size in [1 << 19, (1 << 20) - 512, (1 << 20) + 512, 0] {
         refused(Script::new(size).start().address, "Remote size does not match local size");
     }
@@ -538,5 +558,36 @@ fn an_image_that_another_server_has_open_stays() {
     assert_eq!(tell("break", &source, "").0, Some(0));
     drop(Server::serve().file(source.image.clone()).arg("--shared-image").start());
     start_mirror(&source, destination.address(), "");
+    expect_migrated(&mut source, &mut destination);
+}
+
+/// What was measured before says nothing of a destination that stands still.
+#[test]
+fn the_speed_of_a_destination_that_stands_still_is_none() {
+    const SIZE: usize = 16 << 20;
+    let mut source = Server::serve().content(&pattern(1, SIZE)).start();
+    let mut destination = listen(0).size(SIZE as u64).start();
+    start_mirror(&source, destination.address(), "--max-speed 4000000");
+    assert_eq!(source.status().get("migration_destination"), destination.address().to_string());
+    wait_for("a speed", SOON, || (source.status().number("migration_speed") > 0).then_some(()));
+    destination.process.signal("STOP");
+    let status = wait_for("a stalled migration", SOON, || {
+        let status = source.status();
+        (status.number("migration_stalled_seconds") >= 2).then_some(status)
+    });
+    assert_eq!(
+        (status.number("migration_speed"), status.number("migration_seconds_left")),
+        (0, 0),
+        "{}",
+        status.line()
+    );
+    assert!(status.number("migration_bytes_left") > 0, "{}", status.line());
+    destination.process.signal("CONT");
+    wait_for("it to go on", SOON, || match source.try_status() {
+        Some(status) if status.get("is_mirroring") == "true" => {
+            (status.number("migration_speed") > 0 && status.number("migration_stalled_seconds") == 0).then_some(())
+        }
+        _ => Some(()),
+    });
     expect_migrated(&mut source, &mut destination);
 }

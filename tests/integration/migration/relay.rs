@@ -146,7 +146,8 @@ fn the_destination_may_be_killed_afterwards() {
 fn a_failure_before_the_end_is_no_relay() {
     let mut source = Server::serve().content(&pattern(1, SIZE)).start();
     let refused = mirror(&source, nowhere(), "--relay");
-    assert_eq!((refused.code, &*refused.stderr), (Some(1), "Mirror failed to connect\n"));
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.stderr.starts_with("Mirror failed to connect: "), "{refused:?}");
     let worker = Worker::on(&source);
     let faults = [(At::LastFlush, Fault::Close); 100];
     let destination = Script::new(SIZE).faults(&faults).busy_with(&worker).start();

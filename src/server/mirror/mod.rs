@@ -8,6 +8,8 @@
 //!     └── 1 s ─ no attempt <───┘  once started; a failure before that is answered and ends it
 //! ```
 
+mod facts;
+
 use super::attempt::{Asked, Attempt, Stage, Task};
 use super::complaints::Complaint;
 use super::config::Destination;
@@ -24,7 +26,7 @@ use crate::buffer::SLICE;
 use crate::command::{Answer, Ending};
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
-use crate::migrate::{Plan, Progress, Step};
+use crate::migrate::{Progress, Step};
 use crate::proto::client::{ClientSession, Event};
 use crate::proto::export::Offer;
 use crate::proto::wire::kind;
@@ -79,7 +81,7 @@ pub(super) struct Mirror {
 
 impl Mirror {
     /// Marks the image, then begins to connect. The error is what the one who asked is told.
-    pub(super) fn start(settings: Settings, starter: Key, key: Key, sh: &mut Shared) -> Result<Self, &'static str> {
+    pub(super) fn start(settings: Settings, starter: Key, key: Key, sh: &mut Shared) -> Result<Self, String> {
         let mut mirror = Self {
             settings,
             attempt: None,
@@ -92,7 +94,7 @@ impl Mirror {
             last_tag: 0,
         };
         if mirror.settings.ending == Ending::Nothing {
-            mirror.connect(key, sh).map_err(|failure| failure.answer())?;
+            mirror.connect(key, sh).map_err(|why| mirror.not_started(&why))?;
             return Ok(mirror);
         }
         sh.mark_sending(&mirror.settings.destination, key)?;
@@ -105,6 +107,12 @@ impl Mirror {
             Ok(()) => self.connect(key, sh).unwrap_or_else(|why| self.failed(&why, key, sh)),
             Err(error) => Next::Close(Reason::NotStarted(mark::cannot_mark(&error))),
         }
+    }
+
+    /// Says why there is no migration; returns what the one who asked for it is told.
+    fn not_started(&self, why: &Failure) -> String {
+        warn!("{self}: not started: {why}");
+        why.answer()
     }
 
     fn connect(&mut self, key: Key, sh: &mut Shared) -> Result<Next, Failure> {
@@ -237,30 +245,6 @@ impl Mirror {
     pub(super) fn may_stop(&self) -> bool {
         let stage = self.attempt.as_ref().map(|attempt| attempt.stage);
         !matches!(stage, Some(Stage::Leaving | Stage::Committing { unlinked: true }))
-    }
-
-    /// What it is doing, in one word.
-    pub(super) fn phase(&self, plan: &Plan) -> &'static str {
-        match &self.attempt {
-            Some(attempt) => attempt.phase(plan),
-            None if self.starter.is_some() => "connecting",
-            None => "retrying",
-        }
-    }
-
-    /// True when the destination offers no FLUSH, so that only it knows how durable the copy is.
-    pub(super) fn lacks_flush(&self, plan: &Plan) -> bool {
-        self.attempt.as_ref().is_some_and(|attempt| attempt.stage != Stage::Dialling && !plan.can().flush)
-    }
-
-    /// Its attempts.
-    pub(super) fn trials(&self) -> &Trials {
-        &self.trials
-    }
-
-    /// When it was asked for.
-    pub(super) fn started_ms(&self) -> u64 {
-        self.started_ms
     }
 
     /// Receives once and takes what it means. False: nothing came.
@@ -402,8 +386,7 @@ impl Mirror {
             Some(Stage::Dialling | Stage::Copying | Stage::Committing { unlinked: false }) | None => {}
         }
         if self.starter.is_some() {
-            warn!("{self}: not started: {why}");
-            return Next::Close(Reason::NotStarted(why.answer().into()));
+            return Next::Close(Reason::NotStarted(self.not_started(why)));
         }
         let begun = self.trials.begun();
         if sh.admission.complaints.may_log(Complaint::FailedAttempt, sh.now_ms) {
