@@ -33,7 +33,7 @@ pub enum Command {
     /// `acl ENTRY...`: replace the access control list with these entries, which are not checked yet; without any, the
     /// list becomes empty.
     Acl(Vec<String>),
-    /// `status [json] [clients]`: report how the server is doing.
+    /// `status [json|prometheus] [clients]`: report how the server is doing.
     Status(StatusForm),
     /// `mirror ADDR PORT [exit|unlink|nothing [BIND_ADDR [MAX_BYTES_PER_SECOND]]] [max_pause_ms=N] [export=NAME]
     /// [relay=yes]`: start a migration.
@@ -57,10 +57,23 @@ pub enum Command {
 /// How a status is written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct StatusForm {
-    /// As a JSON object instead of key=value pairs.
-    pub json: bool,
+    /// How the facts are written down.
+    pub notation: Notation,
     /// With a record of each client.
     pub clients: bool,
+}
+
+/// A notation of facts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Notation {
+    /// key=value pairs.
+    #[default]
+    Pairs,
+    /// `json`: a JSON object.
+    Json,
+    /// `prometheus`: the text format of Prometheus. The ends of its lines are escaped, as in every answer; nothing else in
+    /// it looks like that.
+    Prometheus,
 }
 
 /// Where to migrate to, and how.
@@ -283,7 +296,8 @@ fn parse_status(arguments: &mut impl Iterator<Item = String>) -> Result<StatusFo
     let mut form = StatusForm::default();
     for argument in arguments {
         match argument.as_str() {
-            "json" => form.json = true,
+            "json" => form.notation = Notation::Json,
+            "prometheus" => form.notation = Notation::Prometheus,
             "clients" => form.clients = true,
             _ => return Err(Answer::bad_argument(&argument)),
         }
@@ -494,14 +508,15 @@ mod tests {
 
     #[test]
     fn status_takes_its_forms_in_any_order() {
-        for (text, json, clients) in [
-            ("status json", true, false),
-            ("status\nclients", false, true),
-            ("status clients json", true, true),
-            ("status json\nclients", true, true),
-            ("status json json", true, false),
+        for (text, notation, clients) in [
+            ("status json", Notation::Json, false),
+            ("status\nclients", Notation::Pairs, true),
+            ("status clients json", Notation::Json, true),
+            ("status json\nclients", Notation::Json, true),
+            ("status json json", Notation::Json, false),
+            ("status prometheus", Notation::Prometheus, false),
         ] {
-            assert_eq!(parse(text.as_bytes()), Ok(Command::Status(StatusForm { json, clients })), "{text:?}");
+            assert_eq!(parse(text.as_bytes()), Ok(Command::Status(StatusForm { notation, clients })), "{text:?}");
         }
     }
 

@@ -23,10 +23,10 @@ declare -A folders=(
     [migrate]="mod plan settle flush pace pause pass changes holes incoming mark meter"
     [proto]="mod client server outbox export error wire"
     [proto/client]="mod handshake unanswered account chunk cookies"
-    [proto/server]="negotiation parting mod handshake write read reply step request unanswered inbox memory tally load"
+    [proto/server]="negotiation parting reading mod handshake write read reply step request unanswered inbox memory tally load stopwatch"
     [remote]="mod transfer progress connect"
-    [server]="mod start apply commands status reactor slot client control mirror upstream snapshot listener signals supervisor attempt trials offer dial change outage \
-        mark shared backend gate quota grace admit complaints life inbound effect reason watch socket bind config"
+    [server]="mod start apply commands metrics status reactor slot client control mirror upstream snapshot listener signals supervisor attempt trials offer dial change outage \
+        mark shared backend gate quota grace admit timings complaints life inbound effect reason watch socket bind config"
     [server/client]="deadlines mod"
     [server/mirror]="facts mod"
     [upstream]="mod task dirty command"

@@ -20,7 +20,7 @@ use clap::{CommandFactory, FromArgMatches, Parser};
 use log::warn;
 
 use crate::acl::Acl;
-use crate::command;
+use crate::command::{self, Notation, StatusForm};
 use crate::disk::{Access, EngineChoice};
 use crate::logging::{self, fatal, Verbosity};
 use crate::proto::wire;
@@ -62,7 +62,7 @@ enum Job {
     Read(Target),
     Write(Target),
     Control { sock: PathBuf, words: Vec<String> },
-    Status { sock: PathBuf, json: bool, clients: bool },
+    Status { sock: PathBuf, form: StatusForm },
     Mirror { sock: PathBuf, migration: Migration, wait: bool },
 }
 
@@ -104,9 +104,7 @@ fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
         Job::Read(target) => ended(remote::read(&target, &mut io::stdout()).map(|()| 0)),
         Job::Write(target) => ended(remote::write(&target).map(|()| 0)),
         Job::Control { sock, words } => ended(remote::control(&sock, &words, &mut io::stdout(), &mut io::stderr())),
-        Job::Status { sock, json, clients } => {
-            ended(remote::status(&sock, json, clients, &mut io::stdout(), &mut io::stderr()))
-        }
+        Job::Status { sock, form } => ended(remote::status(&sock, form, &mut io::stdout(), &mut io::stderr())),
         Job::Mirror { sock, migration, wait } => {
             let progress = wait.then(|| match verbosity {
                 Verbosity::Quiet => ProgressForm::Silent,
@@ -157,8 +155,13 @@ fn parse(args: Vec<OsString>) -> Result<(Verbosity, Job), clap::Error> {
             ("limit", log, Ok(Job::Control { sock, words: limit_words(limit) }))
         }
         Mode::Acl(args) => ("acl", args.log, replace_acl(args)),
-        Mode::Status(StatusArgs { sock, json, clients, log }) => {
-            ("status", log, Ok(Job::Status { sock, json, clients }))
+        Mode::Status(StatusArgs { sock, json, prometheus, clients, log }) => {
+            let notation = match (json, prometheus) {
+                (true, _) => Notation::Json,
+                (false, true) => Notation::Prometheus,
+                (false, false) => Notation::Pairs,
+            };
+            ("status", log, Ok(Job::Status { sock, form: StatusForm { notation, clients } }))
         }
         Mode::Read(args) => ("read", args.log, transfer(args).map(Job::Read)),
         Mode::Write(args) => ("write", args.log, transfer(args).map(Job::Write)),

@@ -400,15 +400,19 @@ fn an_export_of_a_mirror_fits_a_line() {
 }
 
 #[test]
-fn status_has_two_forms() {
+fn status_has_three_forms() {
     for (options, form) in [
-        ("", (false, false)),
-        ("--json", (true, false)),
-        ("--clients", (false, true)),
-        ("--clients --json", (true, true)),
+        ("", (Notation::Pairs, false)),
+        ("--json", (Notation::Json, false)),
+        ("--clients", (Notation::Pairs, true)),
+        ("--clients --json", (Notation::Json, true)),
+        ("--prometheus", (Notation::Prometheus, false)),
     ] {
-        let Job::Status { sock, json, clients } = job(&format!("status -s ctl {options}")) else { panic!() };
-        assert_eq!((sock, (json, clients)), ("ctl".into(), form), "{options}");
+        let Job::Status { sock, form: found } = job(&format!("status -s ctl {options}")) else { panic!() };
+        assert_eq!((sock, (found.notation, found.clients)), ("ctl".into(), form), "{options}");
+    }
+    for other in ["--json", "--clients"] {
+        assert!(refused(&format!("status -s ctl --prometheus {other}")).contains(other));
     }
 }
 

@@ -13,7 +13,7 @@ pub use connect::Error;
 pub use progress::ProgressForm;
 pub use transfer::{read, write, Target};
 
-use crate::command::{encode_command, parse_answer, Answer};
+use crate::command::{encode_command, parse_answer, Answer, Notation, StatusForm};
 use crate::endpoint::{Endpoint, Place};
 use crate::sys;
 use connect::{connect_unix, explain, set_limits};
@@ -43,17 +43,22 @@ pub fn control(path: &Path, words: &[String], out: &mut impl Write, err: &mut im
     print_answer(&answer, &answer.text, out, err)
 }
 
-/// Asks a control socket for the status of its server, as key=value pairs or as JSON, and prints it to `out`; with
-/// `clients` that of each client too, on a line of its own unless it is JSON. Prints any other answer to `err`; returns
-/// the code of the answer.
-pub fn status(path: &Path, json: bool, clients: bool, out: &mut impl Write, err: &mut impl Write) -> Result<u8, Error> {
-    let words: Vec<_> = [(true, "status"), (json, "json"), (clients, "clients")]
-        .into_iter()
-        .filter_map(|(wanted, word)| wanted.then_some(word))
-        .collect();
+/// Asks a control socket for the status of its server and prints it to `out`; as key=value pairs, each client is on a line of
+/// its own. Prints any other answer to `err`; returns the code of the answer.
+pub fn status(path: &Path, form: StatusForm, out: &mut impl Write, err: &mut impl Write) -> Result<u8, Error> {
+    let notation = match form.notation {
+        Notation::Pairs => None,
+        Notation::Json => Some("json"),
+        Notation::Prometheus => Some("prometheus"),
+    };
+    let words: Vec<_> = ["status"].into_iter().chain(notation).chain(form.clients.then_some("clients")).collect();
     let answer = ask(path, &words)?;
-    // No value contains a space, so this separates the clients and nothing else.
-    let text = if json { answer.text.clone() } else { answer.text.replace(" client=", "\nclient=") };
+    let text = match form.notation {
+        // No value contains a space, so this separates the clients and nothing else.
+        Notation::Pairs => answer.text.replace(" client=", "\nclient="),
+        Notation::Json => answer.text.clone(),
+        Notation::Prometheus => unfold(&answer.text),
+    };
     print_answer(&answer, &text, out, err)
 }
 
@@ -66,6 +71,24 @@ pub struct Migration {
     pub bind: Option<IpAddr>,
     /// What follows the address and the port in the command.
     pub words: Vec<String>,
+}
+
+/// Ends lines where an answer has escaped that. A backslash that is escaped itself begins nothing.
+fn unfold(text: &str) -> String {
+    let mut unfolded = String::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (c, chars.clone().next()) {
+            ('\\', Some('n')) => unfolded.push('\n'),
+            ('\\', Some(next)) => unfolded.extend([c, next]),
+            _ => {
+                unfolded.push(c);
+                continue;
+            }
+        }
+        chars.next();
+    }
+    unfolded
 }
 
 /// Starts a migration by way of a control socket; with `progress`, waits until it ends. Prints what was done to `out`; the

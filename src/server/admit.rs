@@ -1,6 +1,7 @@
 //! Who is let in: the rules, and the counts they go by. Every connection that is accepted passes here once.
 
 use super::complaints::Complaints;
+use super::timings::Timings;
 use crate::acl::Acl;
 use crate::proto::server::Tally;
 use std::net::IpAddr;
@@ -43,6 +44,8 @@ pub(super) struct Admission {
     controls: usize,
     /// What was done for clients that are gone.
     closed: Tally,
+    /// How long it took, for all of them.
+    pub timings: Timings,
     /// Bounds what is logged about those who misbehave.
     pub complaints: Complaints,
 }
@@ -50,8 +53,8 @@ pub(super) struct Admission {
 impl Admission {
     /// Nobody is connected yet.
     pub(super) fn new(acl: Acl, places: Places, queues_clients: bool) -> Self {
-        let (closed, complaints) = (Tally::default(), Complaints::default());
-        Self { acl, places, queues_clients, clients: 0, controls: 0, closed, complaints }
+        let (closed, timings, complaints) = (Tally::default(), Timings::default(), Complaints::default());
+        Self { acl, places, queues_clients, clients: 0, controls: 0, closed, timings, complaints }
     }
 
     /// True when who has no place waits in the backlog of the listener, without a greeting.

@@ -2,6 +2,7 @@
 
 use super::config::{Destination, Rates};
 use super::life::{Life, OWN};
+use super::metrics;
 use super::mirror::{self, Mirror};
 use super::reactor::Reactor;
 use super::reason::Next;
@@ -11,7 +12,7 @@ use super::slot::Slot;
 use super::snapshot::Snapshot;
 use super::status;
 use crate::acl::{parse_ip, Entry};
-use crate::command::{Answer, Command, Ending, Limit, StatusForm, Switch};
+use crate::command::{Answer, Command, Ending, Limit, Notation, StatusForm, Switch};
 use crate::disk::Access;
 use crate::endpoint::Endpoint;
 use crate::event::slots::Key;
@@ -36,6 +37,7 @@ impl Reactor {
             Command::Status(StatusForm { clients: true, .. }) if !self.has_memory_for_records() => {
                 Err(Answer::failed("there is no memory for a record of each client"))
             }
+            Command::Status(StatusForm { notation: Notation::Prometheus, .. }) => Ok(metrics::page(self)),
             Command::Status(wanted) => Ok(status::answer(self, wanted)),
             Command::Acl(entries) => match self.replace_acl(&entries) {
                 Ok(()) => return self.fenced(from),

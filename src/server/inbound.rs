@@ -18,7 +18,7 @@ pub(super) fn note_submitted(incoming: &mut Incoming, action: &Action, alone: bo
 /// Notes what the disk has done for the sender. An error says why the process has to end: it cannot repair a disk that
 /// fails.
 pub(super) fn note(incoming: &mut Incoming, completed: &Completed) -> Result<(), String> {
-    let Completed { head, touched, result } = completed;
+    let Completed { head, touched, result, .. } = completed;
     match result {
         Ok(()) if head.kind == kind::FLUSH => incoming.flushed(),
         // A TRIM says nothing about what the bytes are now.

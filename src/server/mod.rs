@@ -18,6 +18,7 @@
 //!
 //! ```text
 //!  mod          the turn                     start, apply, commands, status   opening; effects; what commands do; facts
+//!  metrics                                   facts for those who collect them
 //!  reactor      the slots and their queues   slot                             the kinds of slot
 //!  client, control, mirror, upstream, listener, signals, supervisor           one kind each
 //!  attempt      one try of a migration       trials                           all of them, counted
@@ -26,6 +27,7 @@
 //!  offer, change, outage                        what another server is like; how it is changed; when it is away
 //!  shared       what every slot is lent         backend     what stands behind the requests
 //!  gate, quota, life, admit, effect          what may pass; how much of it; what the server does; who is let in; what slots ask of others
+//!  timings                                   how long requests and turns take
 //!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
 //!  watch, socket, bind, config               is a peer still there; a peer; listening; what to do
 //! ```
@@ -49,6 +51,7 @@ mod inbound;
 mod life;
 mod listener;
 mod mark;
+mod metrics;
 mod mirror;
 mod offer;
 mod outage;
@@ -65,6 +68,7 @@ mod status;
 mod supervisor;
 #[cfg(test)]
 mod tests;
+mod timings;
 mod trials;
 mod upstream;
 mod watch;
@@ -212,8 +216,13 @@ impl Reactor {
         }
 
         self.shared.backend.kick();
-        while let Some(done) = self.shared.backend.pop_done() {
-            self.finish(done)?;
+        if let Some(mut done) = self.shared.backend.pop_done() {
+            self.shared.admission.timings.note_time(sys::monotonic_us());
+            loop {
+                self.finish(done)?;
+                let Some(next) = self.shared.backend.pop_done() else { break };
+                done = next;
+            }
         }
 
         // Whatever was submitted in this turn goes to the server that has the image.
@@ -236,6 +245,8 @@ impl Reactor {
     /// Sleeps until an event, a timer, or not at all when a step would move something. The only place where the process
     /// waits.
     fn wait(&mut self, events: &mut Events) -> Result<(), Fatal> {
+        let ended_us = sys::monotonic_us();
+        self.shared.admission.timings.end_turn(ended_us);
         let timeout = if !self.run.is_empty() || self.shared.backend.has_work() {
             Some(Duration::ZERO)
         } else {
@@ -243,7 +254,7 @@ impl Reactor {
             let gate = sh.gate.opens_at_ms(&mut sh.life, sh.now_ms);
             let deadline = self.grace.wakes_at_ms(sh.wheel.next_expiry());
             let next = gate.into_iter().chain(deadline).chain(sh.admission.complaints.due_ms()).min();
-            next.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(sys::monotonic_ms())))
+            next.map(|at_ms| Duration::from_millis(at_ms.saturating_sub(ended_us / 1000)))
         };
         match self.poll.poll(events, timeout) {
             Err(error) if error.kind() != ErrorKind::Interrupted => {
@@ -251,7 +262,9 @@ impl Reactor {
             }
             _ => {}
         }
-        self.shared.now_ms = sys::monotonic_ms();
+        let now_us = sys::monotonic_us();
+        self.shared.now_ms = now_us / 1000;
+        self.shared.admission.timings.begin_turn(now_us);
         Ok(())
     }
 

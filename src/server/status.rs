@@ -9,13 +9,16 @@ use super::life::Life;
 use super::mirror::Mirror;
 use super::reactor::Reactor;
 use super::slot::Slot;
+use super::timings::{self, Timings};
 use super::upstream::Link;
-use crate::command::StatusForm;
+use crate::command::{Notation, StatusForm};
 use crate::disk::Disk;
 use crate::migrate::{Plan, Progress};
 use crate::printable;
+use crate::proto::server::Tally;
 use std::fmt::{self, Write};
 use std::net::SocketAddr;
+use std::path;
 use std::time::{Duration, SystemTime};
 
 /// The most clients that are listed: a record is at most 400 bytes long, and whoever asks reads 4 MiB.
@@ -50,10 +53,12 @@ pub(super) fn answer(server: &Reactor, form: StatusForm) -> String {
         let now_ms = server.shared.now_ms;
         clients.into_iter().take(RECORDS_MAX).map(|client| of_client(client, now_ms, unix_now)).collect()
     });
-    if form.json {
-        json(&facts, records.as_deref())
-    } else {
-        text(&facts, records.as_deref().unwrap_or_default())
+    match form.notation {
+        Notation::Json => {
+            let times = json_of_times(&server.shared.admission.timings);
+            json(&facts, records.as_deref(), Some(times))
+        }
+        Notation::Pairs | Notation::Prometheus => text(&facts, records.as_deref().unwrap_or_default()),
     }
 }
 
@@ -95,10 +100,22 @@ fn client(slot: &Slot) -> Option<&Client> {
     }
 }
 
+/// The path of the image, where it is one, from the root on.
+pub(super) fn file(server: &Reactor) -> Option<String> {
+    let path = server.shared.backend.disk()?.path();
+    Some(path::absolute(path).unwrap_or_default().display().to_string())
+}
+
+/// What was done for all clients since the start.
+pub(super) fn totals(server: &Reactor) -> Tally {
+    let mut tally = server.shared.admission.closed();
+    server.slots.iter().filter_map(|(_, slot)| client(slot)).for_each(|client| tally += client.tally());
+    tally
+}
+
 fn of_server(server: &Reactor) -> Facts {
     let sh = &server.shared;
-    let mut tally = sh.admission.closed();
-    server.slots.iter().filter_map(|(_, slot)| client(slot)).for_each(|client| tally += client.tally());
+    let tally = totals(server);
     let mut facts = Facts::new();
     let mut put = |name, value| facts.push((name, value));
     put("pid", Value::Number(std::process::id().into()));
@@ -181,8 +198,8 @@ fn of_server(server: &Reactor) -> Facts {
         }
     }
     put("sync", Value::Flag(sh.limits.sync));
-    if let Some(disk) = sh.backend.disk() {
-        put("file", Value::Name(std::path::absolute(disk.path()).unwrap_or_default().display().to_string()));
+    if let Some(file) = file(server) {
+        put("file", Value::Name(file));
     }
     put("version", Value::Text(env!("CARGO_PKG_VERSION").into()));
     put("uptime", Value::Number(sh.now_ms.saturating_sub(server.started_ms) / 1000));
@@ -194,6 +211,7 @@ fn of_server(server: &Reactor) -> Facts {
     let rates = sh.gate.quota.rates();
     put("max_iops", Value::Number(rates.requests.unwrap_or(0)));
     put("max_bytes_per_second", Value::Number(rates.bytes.unwrap_or(0)));
+    put("longest_turn_us", Value::Number(sh.admission.timings.longest_turn_us()));
     facts
 }
 
@@ -206,7 +224,8 @@ fn place_name(dialect: Dialect, address: &str) -> &'static str {
     }
 }
 
-fn upstream(server: &Reactor) -> Option<(&Link, &Standby)> {
+/// The connection to the server that has the image, where that is another one.
+pub(super) fn upstream(server: &Reactor) -> Option<(&Link, &Standby)> {
     match (server.slots.get(server.link?)?, &server.shared.backend) {
         (Slot::Upstream(link), Backend::Upstream(standby)) => Some((link, standby)),
         _ => None,
@@ -222,12 +241,13 @@ fn seconds(ms: u64) -> String {
 }
 
 /// A time of the server's clock, in seconds since 1970.
-fn unix_seconds(at_ms: u64, now_ms: u64) -> u64 {
+pub(super) fn unix_seconds(at_ms: u64, now_ms: u64) -> u64 {
     let unix_now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     unix_now.saturating_sub(Duration::from_millis(now_ms.saturating_sub(at_ms))).as_secs()
 }
 
-fn migration(server: &Reactor) -> Option<(&Mirror, &Plan)> {
+/// The migration that is running.
+pub(super) fn migration(server: &Reactor) -> Option<(&Mirror, &Plan)> {
     let Life::Sending { mirror, plan } = &server.shared.life else { return None };
     match server.slots.get(*mirror)? {
         Slot::Mirror(mirror) => Some((mirror, plan)),
@@ -278,14 +298,32 @@ impl fmt::Display for Value {
     }
 }
 
-/// One JSON object (RFC 8259), the records of clients in an array of it.
-fn json(facts: &Facts, records: Option<&[Facts]>) -> String {
-    let mut members: Vec<String> = facts.iter().map(json_member).collect();
+/// One JSON object (RFC 8259), the records of clients in an array of it, and what else there is.
+fn json(facts: &Facts, records: Option<&[Facts]>, more: Option<String>) -> String {
+    let mut members: Vec<String> = facts.iter().map(json_member).chain(more).collect();
     if let Some(records) = records {
-        let objects: Vec<_> = records.iter().map(|record| json(record, None)).collect();
+        let objects: Vec<_> = records.iter().map(|record| json(record, None, None)).collect();
         members.push(format!("\"clients\":[{}]", objects.join(",")));
     }
     format!("{{{}}}", members.join(","))
+}
+
+/// What the requests of each command took: how many took as many microseconds at the most as the name of a bucket says, and
+/// longer than that of the one before.
+fn json_of_times(timings: &Timings) -> String {
+    let commands = timings.by_command().map(|(name, times)| {
+        let counts = times.buckets.iter().enumerate().filter(|(_, count)| **count > 0);
+        let buckets = counts.map(|(bucket, count)| match timings::bound_us(bucket) {
+            Some(bound_us) => format!("\"{bound_us}\":{count}"),
+            None => format!("\"more\":{count}"),
+        });
+        let (all_us, disk_us, requests) = (times.all_us, times.disk_us, times.buckets.iter().sum::<u64>());
+        let buckets = buckets.collect::<Vec<_>>().join(",");
+        format!(
+            "\"{name}\":{{\"requests\":{requests},\"us\":{all_us},\"disk_us\":{disk_us},\"buckets\":{{{buckets}}}}}"
+        )
+    });
+    format!("\"commands\":{{{}}}", commands.collect::<Vec<_>>().join(","))
 }
 
 fn json_member((name, value): &(&str, Value)) -> String {
@@ -330,7 +368,7 @@ mod tests {
     fn names_stay_one_word_and_whole() {
         let name = Value::Name("/a b\n\\u0020\u{2003}é".into());
         assert_eq!(name.to_string(), r"/a\u0020b\u000a\\u0020\u2003é");
-        assert_eq!(json(&vec![("file", name)], None), "{\"file\":\"/a b\\n\\\\u0020\u{2003}é\"}");
+        assert_eq!(json(&vec![("file", name)], None, None), "{\"file\":\"/a b\\n\\\\u0020\u{2003}é\"}");
     }
 
     #[test]
@@ -354,9 +392,9 @@ mod tests {
     fn json_has_types_and_escapes() {
         let server = r#""pid":18446744073709551615,"is_mirroring":true,"address":"/a b\t\"\\\u007f\u0085é\u{2003}🦀""#
             .replace(r"\u{2003}", "\u{2003}");
-        assert_eq!(json(&facts(), None), format!("{{{server}}}"));
-        assert_eq!(json(&facts(), Some(&[])), format!("{{{server},\"clients\":[]}}"));
+        assert_eq!(json(&facts(), None, None), format!("{{{server}}}"));
+        assert_eq!(json(&facts(), Some(&[]), None), format!("{{{server},\"clients\":[]}}"));
         let clients = r#""clients":[{"client":1,"style":"oldstyle"},{"client":9,"style":"oldstyle"}]"#;
-        assert_eq!(json(&facts(), Some(&[record(1), record(9)])), format!("{{{server},{clients}}}"));
+        assert_eq!(json(&facts(), Some(&[record(1), record(9)]), None), format!("{{{server},{clients}}}"));
     }
 }

@@ -51,6 +51,12 @@ pub fn monotonic_ms() -> u64 {
     now.as_secs() * 1000 + u64::from(now.subsec_millis())
 }
 
+/// The same clock in microseconds.
+pub fn monotonic_us() -> u64 {
+    let now = clock(libc::CLOCK_MONOTONIC);
+    now.as_secs() * 1_000_000 + u64::from(now.subsec_micros())
+}
+
 /// A number that nobody can foresee.
 pub fn random() -> u64 {
     // The standard library takes the keys of its hash maps from the kernel, so that nobody can foresee their order.

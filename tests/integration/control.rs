@@ -79,7 +79,11 @@ fn status_has_its_keys_in_order() {
 
     let output = run(&["status", "--sock", server.sock.to_str().unwrap()], &[]);
     assert_eq!((output.code, output.stderr.as_str()), (Some(0), ""));
-    assert_eq!(String::from_utf8(output.stdout).unwrap(), status.line(), "one line, ended by a newline");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.lines().count() == 1 && printed.ends_with('\n'), "one line, ended by a newline: {printed}");
+    // What time changes may have another value.
+    let same = |pair: &&str| !pair.starts_with("uptime=") && !pair.starts_with("longest_turn_us=");
+    assert!(printed.split(' ').filter(same).eq(status.line().split(' ').filter(same)), "{printed}{}", status.line());
 }
 
 /// What was there before the newer keys stays where it was.
@@ -94,7 +98,7 @@ fn status_says_what_is_in_force() {
     let server = builder.file(image.clone()).args(options).start();
     let status = server.status();
     let keys: Vec<_> = status.line().trim_end().split(' ').map(|pair| pair.split_once('=').unwrap().0).collect();
-    assert_eq!(keys[keys.len() - 10..], [&["sync", "file"][..], &SETTINGS].concat());
+    assert_eq!(keys[keys.len() - 11..keys.len() - 1], [&["sync", "file"][..], &SETTINGS].concat());
     let escaped = image.to_str().unwrap().replace('\\', "\\\\");
     let escaped = escaped.replace(' ', "\\u0020").replace('\t', "\\u0009").replace('\n', "\\u000a");
     assert_eq!(status.get("file"), escaped);

@@ -22,6 +22,7 @@ mod limits;
 mod logs;
 mod manual;
 mod memory;
+mod metrics;
 mod migration;
 mod names;
 mod package;

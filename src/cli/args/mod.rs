@@ -264,7 +264,10 @@ Example:
   flexnbd status --sock /run/disk.sock
 Example: how many bytes each client has moved, with jq:
   flexnbd status --sock /run/disk.sock --json --clients |
-      jq '.clients[] | .address, .bytes'")]
+      jq '.clients[] | .address, .bytes'
+Example: metrics for the textfile collector of node-exporter:
+  flexnbd status --sock /run/disk.sock --prometheus > disk.prom.new &&
+      mv disk.prom.new disk.prom")]
     Status(StatusArgs),
     /// Read bytes from a server to stdout, in a single NBD query.
     #[command(override_usage = format!("flexnbd read {TRANSFER_USAGE}"))]
@@ -545,6 +548,10 @@ pub(crate) struct StatusArgs {
     /// Print one JSON object instead, on one line.
     #[arg(long)]
     pub json: bool,
+    /// Print metrics for Prometheus instead: counters, latencies of each
+    /// command and what is going on, without the clients one by one.
+    #[arg(long, conflicts_with_all = ["json", "clients"], verbatim_doc_comment)]
+    pub prometheus: bool,
     /// Show every client too: its number, address, style of protocol, since
     /// when it is connected (in seconds since 1970), requests, bytes, reads,
     /// writes and errors so far, requests in flight, and the age of the

@@ -18,9 +18,11 @@ mod memory;
 mod negotiation;
 mod parting;
 mod read;
+mod reading;
 mod reply;
 pub mod request;
 mod step;
+mod stopwatch;
 mod tally;
 mod unanswered;
 mod write;
@@ -28,6 +30,7 @@ mod write;
 pub use load::Load;
 pub use memory::BUFFERED_MAX;
 pub use step::{Allowed, Completed, End, Failed, Step};
+pub use stopwatch::Took;
 pub use tally::Tally;
 
 use crate::buffer::Pool;
@@ -43,6 +46,7 @@ use read::{LongRead, Slice};
 use request::{refuse, without_payload, Request};
 use std::io::IoSlice;
 use std::rc::Rc;
+use stopwatch::Stopwatch;
 use unanswered::{Pending, Unanswered};
 use write::{Arriving, Piece};
 
@@ -73,6 +77,9 @@ pub struct ServerSession {
     tally: Tally,
     /// Of the requests that were taken and not refused since [`ServerSession::take_load`].
     load: Load,
+    stopwatch: Stopwatch,
+    /// What the request took that was answered last.
+    took: Option<Took>,
     /// When something came last of a WRITE or `WRITE_ZEROES` that was not refused.
     wrote_ms: Option<u64>,
     /// Every change is done as if FUA were set.
@@ -115,6 +122,8 @@ impl ServerSession {
             outbox,
             tally: Tally::default(),
             load: Load::default(),
+            stopwatch: Stopwatch::default(),
+            took: None,
             wrote_ms: None,
             durable: false,
         }
@@ -131,6 +140,11 @@ impl ServerSession {
         if let State::Handshake(haggle) = &mut self.state {
             haggle.resize_export(size);
         }
+    }
+
+    /// Tells the time, in microseconds, by which it is measured how long requests take.
+    pub fn note_time(&mut self, now_us: u64) {
+        self.stopwatch.now_us = now_us;
     }
 
     /// Where to receive into, in this order: the rest of the payload's slice, then what follows it. Both are empty after
@@ -158,6 +172,7 @@ impl ServerSession {
             State::Handshake(_) | State::Request | State::Closing(_) => 0,
         };
         self.inbox.received(n - taken, now_ms);
+        self.stopwatch.received_us = self.stopwatch.now_us;
     }
 
     /// The peer has closed its side. [`Violation::Truncated`] when it did so inside a request.
@@ -212,6 +227,7 @@ impl ServerSession {
             let errno = Errno::of(&error, head.asks_for_fast_zero());
             Failed { error, errno, violation: has_begun.then_some(Violation::ReplyCutShort(errno)) }
         });
+        self.took = None;
         pending.in_work -= 1;
         pending.error = pending.error.or(result.as_ref().err().map(|failed| failed.errno));
         match (buffer, pending.error) {
@@ -242,7 +258,7 @@ impl ServerSession {
                 }
             }
         }
-        Some(Completed { head, touched, result })
+        Some(Completed { head, touched, result, took: self.took.take() })
     }
 
     /// The bytes to write next, for one vectored write; says how many slices it filled.
@@ -398,7 +414,7 @@ impl ServerSession {
     /// Moves a request from the inbox to those that are not answered; returns its tag.
     fn accept(&mut self, head: RequestHead) -> u32 {
         let since_ms = self.inbox.take_message(REQUEST_LEN);
-        let tag = self.unanswered.push(head, since_ms);
+        let tag = self.unanswered.push(head, since_ms, self.stopwatch.received_us);
         debug_assert!(self.unanswered.len() <= IN_FLIGHT_MAX, "invariant 1");
         tag
     }
@@ -406,59 +422,9 @@ impl ServerSession {
     fn hand_out(&mut self, tag: u32, head: RequestHead, action: Action) -> Step {
         if let Some(pending) = self.unanswered.get_mut(tag) {
             pending.in_work += 1;
+            pending.times.asked_us.get_or_insert(self.stopwatch.now_us);
         }
         Step::Request(Request { head, tag, action })
-    }
-
-    /// Starts a READ whose head is still in the inbox.
-    fn start_read(&mut self, head: RequestHead, pool: &mut Pool) -> Step {
-        let is_alone = self.unanswered.is_empty();
-        let Some(buffer) = read::first_buffer(&head, is_alone, &mut self.memory, pool) else { return Step::NeedRoom };
-        let tag = self.accept(head);
-        self.load += Load::of(&head);
-        let (tag, action) = if buffer.capacity() < head.length as usize {
-            self.long_read.insert(LongRead::new(head, tag, self.style)).next_slice(buffer)
-        } else {
-            (tag, read::whole(&head, buffer, self.style))
-        };
-        self.hand_out(tag, head, action)
-    }
-
-    /// More work of the READ that runs alone.
-    fn read_on(&mut self, pool: &mut Pool) -> Option<Step> {
-        let long = self.long_read.as_mut()?;
-        let &Pending { head, error: None, .. } = self.unanswered.get(long.tag())? else { return None };
-        // Chunks of holes take no memory of the pool, so that nothing but the number of replies bounds them.
-        if self.outbox.heads() >= IN_FLIGHT_MAX {
-            return None;
-        }
-        let (tag, action) = long.next(self.outbox.is_empty(), &mut self.memory, pool)?;
-        Some(self.hand_out(tag, head, action))
-    }
-
-    /// A READ, or a slice of one, has been read.
-    fn read_arrived(&mut self, tag: u32, slice: Slice, pool: &mut Pool) {
-        if let Some(long) = &mut self.long_read {
-            long.arrived(tag, slice);
-            self.queue_long_read(pool);
-        } else {
-            self.queue_read(tag, slice, pool);
-        }
-    }
-
-    /// Queues what of the READ that runs alone has its turn.
-    fn queue_long_read(&mut self, pool: &mut Pool) {
-        while let Some((tag, slice)) = self.long_read.as_mut().and_then(|long| Some((long.tag(), long.take()?))) {
-            self.queue_read(tag, slice, pool);
-        }
-    }
-
-    fn queue_read(&mut self, tag: u32, slice: Slice, pool: &mut Pool) {
-        let Some(pending) = self.unanswered.get_mut(tag) else { return };
-        read::queue(pending, slice, self.style, &mut self.outbox, &mut self.memory, pool);
-        if pending.replied == pending.head.length {
-            self.note_answered(tag, true);
-        }
     }
 
     /// Hands on what has come of a payload. `None`: look again, the state has changed.
@@ -508,6 +474,7 @@ impl ServerSession {
         self.long_read = None;
         if let Some(answered) = self.unanswered.take(tag) {
             self.tally.note(&answered.head, succeeded);
+            self.took = self.stopwatch.took(answered.times);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What a session is told, what it wants next, and what it says of work that is done.
 
 use super::request::{Refusal, Request};
+use super::stopwatch::Took;
 use crate::proto::error::{Errno, Violation};
 use crate::proto::wire::RequestHead;
 use std::io;
@@ -57,6 +58,8 @@ pub struct Completed {
     pub touched: Option<Range<u64>>,
     /// How it ended.
     pub result: Result<(), Failed>,
+    /// How long the request took, if that is what has answered it.
+    pub took: Option<Took>,
 }
 
 /// Why a piece of work failed, and what that means to the client.

@@ -1,6 +1,7 @@
 //! The requests of a client that are not answered, by their tags.
 
 use super::memory::SLICES_MAX;
+use super::stopwatch::Times;
 use crate::proto::error::Errno;
 use crate::proto::wire::RequestHead;
 use slab::Slab;
@@ -14,6 +15,7 @@ pub(super) struct Pending {
     pub(super) head: RequestHead,
     /// Since when it ages, in milliseconds.
     pub(super) since_ms: u64,
+    pub(super) times: Times,
     /// Pieces of its work that are under way.
     pub(super) in_work: u32,
     /// Bytes of a READ that are queued for the client, or known to it as a hole.
@@ -27,9 +29,10 @@ pub(super) struct Pending {
 pub(super) struct Unanswered(Slab<Pending>);
 
 impl Unanswered {
-    /// Adds a request that came at `since_ms`; returns its own tag.
-    pub(super) fn push(&mut self, head: RequestHead, since_ms: u64) -> u32 {
-        let place = self.0.insert(Pending { head, since_ms, in_work: 0, replied: 0, error: None });
+    /// Adds a request that ages from `since_ms` on, and was received at `received_us`; returns its own tag.
+    pub(super) fn push(&mut self, head: RequestHead, since_ms: u64, received_us: u64) -> u32 {
+        let times = Times { received_us, asked_us: None };
+        let place = self.0.insert(Pending { head, since_ms, times, in_work: 0, replied: 0, error: None });
         u32::try_from(place).unwrap_or(u32::MAX / TAGS) * TAGS
     }
 

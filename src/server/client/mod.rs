@@ -141,6 +141,7 @@ impl Client {
         self.excuse(sh.now_ms);
         self.kept_since_ms = None;
         self.stalled = false;
+        self.session.note_time(sh.admission.timings.now_us());
         let mut received = false;
         while sh.backend.has_room() {
             // What is small cannot be refused, so that each client asks for little while memory is short.
@@ -318,7 +319,11 @@ impl Client {
 
     /// Takes a completion. The data goes out in the write step of the same turn.
     pub(super) fn disk_done(&mut self, done: Done, sh: &mut Shared) -> Next {
+        self.session.note_time(sh.admission.timings.now_us());
         let completed = self.session.complete(done, &mut sh.pool);
+        if let Some(Completed { head, took: Some(took), .. }) = &completed {
+            sh.admission.timings.note(head.kind, *took);
+        }
         if let (Life::Receiving { incoming, .. }, Some(completed)) = (&mut sh.life, &completed) {
             if let Err(why) = inbound::note(incoming, completed) {
                 sh.effects.push_back(Effect::Fail(why));
