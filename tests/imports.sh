@@ -17,7 +17,7 @@ cd "$tree/src"
 # file names only what stands below it; what it takes from `super` itself stands in mod.rs.
 declare -A folders=(
     [cli]="mod doors address args"
-    [cli/args]="mod proxy common values"
+    [cli/args]="mod control proxy common values"
     [disk]="mod engine ring changes kernel verify hint zero pace sparse reads mark commit queue open image"
     [event]="mod alarm ready run_queue wheel slots"
     [migrate]="mod plan settle flush pace pause pass changes holes incoming mark meter"

@@ -30,12 +30,10 @@ use crate::sys;
 use crate::upstream::Replay;
 use address::{acl_entry, invalid, Options};
 use args::common::{AccessArgs, DoorArgs, LimitArgs, LogFlags};
+use args::control::{AclArgs, LimitModeArgs, MirrorSpeedArgs, SnapshotArgs, SockArgs, StatusArgs};
 use args::proxy::{ProxyArgs, ReplayKind, SwitchArgs};
 use args::values;
-use args::{
-    AclArgs, CommandLine, HelpArgs, LimitModeArgs, ListenArgs, MirrorArgs, MirrorSpeedArgs, Mode, ServeArgs,
-    SnapshotArgs, SockArgs, StatusArgs, TransferArgs,
-};
+use args::{CommandLine, HelpArgs, ListenArgs, MirrorArgs, Mode, ServeArgs, TransferArgs};
 
 /// Fills the place of the program's name in a command line that is made here; help shows the one in [`args`].
 const PROGRAM: &str = "flexnbd";
