@@ -14,9 +14,9 @@ pub fn check_socket_path(path: &Path) -> io::Result<()> {
     if length <= SOCKET_PATH_MAX {
         return Ok(());
     }
-    Err(io::Error::other(format!(
-        "the path has {length} bytes, and that of a UNIX socket at most {SOCKET_PATH_MAX}; choose a shorter one"
-    )))
+    let why =
+        format!("the path has {length} bytes, that of a UNIX socket at most {SOCKET_PATH_MAX}; choose a shorter one");
+    Err(io::Error::other(why))
 }
 
 /// Where a server listens.
