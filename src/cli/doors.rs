@@ -6,7 +6,6 @@ use crate::endpoint::Endpoint;
 use crate::server::{ControlDoor, Dialect, Door};
 use crate::sys::passed::Passed;
 use std::net::SocketAddr;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 /// All ways into a server.
@@ -21,18 +20,18 @@ pub(super) struct Doors {
 /// What the options `args` and `sock` ask for, and what was passed, each socket with its name.
 pub(super) fn doors(args: DoorArgs, sock: Option<PathBuf>, passed: Vec<(String, Passed)>) -> Result<Doors, String> {
     differ(&args, sock.as_deref())?;
-    let (passed, passed_control) = sort(passed)?;
-    if let (Some(path), Some(_)) = (&sock, &passed_control) {
+    let passed = sort(passed)?;
+    if let (Some(path), Some(_)) = (&sock, &passed.control) {
         let why = "a control socket was passed, too; leave one of them out";
         return Err(invalid("--sock <SOCK>", &path.to_string_lossy(), why));
     }
-    let mut nbd = opened(args, passed.is_empty())?;
-    nbd.extend(passed);
-    Ok(Doors { nbd, control: sock.map(ControlDoor::At).or(passed_control.map(ControlDoor::Passed)) })
+    let mut nbd = opened(args, passed.nbd.is_empty())?;
+    nbd.extend(passed.nbd);
+    Ok(Doors { nbd, control: sock.map(ControlDoor::At).or(passed.control) })
 }
 
-/// The sockets that the server opens for NBD itself.
-fn opened(args: DoorArgs, is_all: bool) -> Result<Vec<(Door, Dialect)>, String> {
+/// The sockets that the server opens for NBD itself; where none was passed, there must be one.
+fn opened(args: DoorArgs, must_be_one: bool) -> Result<Vec<(Door, Dialect)>, String> {
     let DoorArgs { addr, port, newstyle_port, newstyle_sock, export_name: _ } = args;
     let at = |endpoint, dialect| (Door::At(endpoint), dialect);
     let newstyle_unix = newstyle_sock.map(|path| at(Endpoint::Unix(path), Dialect::Newstyle));
@@ -40,7 +39,7 @@ fn opened(args: DoorArgs, is_all: bool) -> Result<Vec<(Door, Dialect)>, String> 
         if port.is_some() || newstyle_port.is_some() {
             return Err("--addr <ADDR> is required where a port is given".into());
         }
-        if newstyle_unix.is_none() && is_all {
+        if newstyle_unix.is_none() && must_be_one {
             return Err(
                 "--addr <ADDR> is required, with a port or as the path of a UNIX socket, unless --newstyle-sock \
                         <PATH> is given or a supervisor passes a socket (LISTEN_FDS)"
@@ -78,13 +77,12 @@ fn opened(args: DoorArgs, is_all: bool) -> Result<Vec<(Door, Dialect)>, String> 
 }
 
 /// Tells what passed sockets are for by their names. A name that says nothing is that of a unit, or of a library.
-#[allow(clippy::type_complexity, reason = "a name for it would be read once")]
-fn sort(passed: Vec<(String, Passed)>) -> Result<(Vec<(Door, Dialect)>, Option<UnixListener>), String> {
+fn sort(passed: Vec<(String, Passed)>) -> Result<Doors, String> {
     let mut nbd = Vec::new();
     let mut control = None;
     for (name, socket) in passed {
         match (name.as_str(), socket) {
-            ("control", Passed::Unix(socket)) if control.is_none() => control = Some(socket),
+            ("control", Passed::Unix(socket)) if control.is_none() => control = Some(ControlDoor::Passed(socket)),
             ("control", Passed::Unix(_)) => {
                 return Err("LISTEN_FDNAMES: two sockets are called control; expected one".into());
             }
@@ -98,7 +96,7 @@ fn sort(passed: Vec<(String, Passed)>) -> Result<(Vec<(Door, Dialect)>, Option<U
             (_, socket) => nbd.push((Door::Passed(socket), Dialect::Newstyle)),
         }
     }
-    Ok((nbd, control))
+    Ok(Doors { nbd, control })
 }
 
 /// Makes sure that each UNIX socket has a path of its own: the server would find itself there.

@@ -28,9 +28,11 @@ fn activated(passed: Vec<OwnedFd>, variables: &str, words: &[&str]) -> Command {
 }
 
 /// Runs it until it ends by itself; its stderr is what it wrote to the log.
-fn refused(dir: &TempDir, passed: Vec<OwnedFd>, variables: &str) -> Output {
+fn refused(dir: &TempDir, passed: Vec<OwnedFd>, variables: &str, more: &[&str]) -> Output {
     let log = dir.join("log");
-    let mut command = activated(passed, variables, &["serve", "--file", image(dir).to_str().unwrap()]);
+    let image = image(dir);
+    let words = [&["serve", "--file", image.to_str().unwrap()], more].concat();
+    let mut command = activated(passed, variables, &words);
     let mut process = Process::spawn(command.env("LOG", &log));
     let code = process.wait(SOON).code();
     Output { code, stdout: Vec::new(), stderr: fs::read_to_string(log).unwrap() }
@@ -125,7 +127,7 @@ fn what_is_no_listening_socket_is_refused() {
         (stream.into(), "not a listening stream socket"),
         (UdpSocket::bind("127.0.0.1:0").unwrap().into(), "not a listening stream socket"),
     ] {
-        let output = refused(&dir, vec![passed], one);
+        let output = refused(&dir, vec![passed], one, &[]);
         assert!(output.code == Some(2) && output.stderr.contains(why), "{output:?}");
     }
     let tcp = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
@@ -138,12 +140,17 @@ fn what_is_no_listening_socket_is_refused() {
         (vec![tcp()], "LISTEN_PID=1 LISTEN_FDS=1", "--addr <ADDR> is required"),
         (vec![tcp()], "LISTEN_FDS=1", "--addr <ADDR> is required"),
     ] {
-        let output = refused(&dir, passed, variables);
+        let output = refused(&dir, passed, variables, &[]);
         assert!(output.code == Some(2) && output.stderr.contains(why), "{variables}: {output:?}");
     }
     let passed = vec![unix(&dir.join("a")), unix(&dir.join("b"))];
-    let output = refused(&dir, passed, "LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=control:control");
+    let output = refused(&dir, passed, "LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=control:control", &[]);
     assert!(output.code == Some(2) && output.stderr.contains("two sockets are called control"), "{output:?}");
+    let passed = vec![unix(&dir.join("c"))];
+    let output =
+        refused(&dir, passed, &format!("{one} LISTEN_FDNAMES=control"), &["--sock", "d", "--newstyle-sock", "e"]);
+    assert!(output.code == Some(2) && output.stderr.contains("a control socket was passed, too"), "{output:?}");
+    assert!(!dir.join("d").exists() && !dir.join("e").exists());
 }
 
 /// The socket of a supervisor that reads nothing by itself.
