@@ -94,7 +94,9 @@ impl Supervisor {
     }
 
     fn arm(&mut self, key: Key, sh: &mut Shared) {
-        if let Some(at_ms) = self.sign_due_ms.into_iter().chain(self.look_ms).min() {
+        // A look that is due is taken at the end of this turn.
+        let look_ms = self.look_ms.filter(|&look_ms| look_ms > sh.now_ms);
+        if let Some(at_ms) = self.sign_due_ms.into_iter().chain(look_ms).min() {
             self.alarm.arm(at_ms, key, &mut sh.wheel);
         }
     }
