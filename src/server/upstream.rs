@@ -101,9 +101,10 @@ impl Link {
         &self.current
     }
 
-    /// True when each of its addresses has been tried since it was last of use.
+    /// True when an attempt at each of its addresses has failed since it was last of use.
     pub(super) fn has_tried_all(&self) -> bool {
-        self.outage.attempts() as usize > self.settings.others.len()
+        let failed = self.outage.attempts().saturating_sub(self.dial.is_some().into());
+        failed as usize > self.settings.others.len()
     }
 
     /// How the server speaks, for people.

@@ -1,6 +1,7 @@
 //! Names of hosts: what looks them up, and what does not.
 
-use crate::support::{peers, reserved_port, run, Server, TempDir, SOON};
+use crate::support::{has, peers, program, reserved_port, run, run_command, Need, Server, TempDir, BIN, SOON};
+use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// To be at `localhost` is to be at `127.0.0.1` and mostly at `::1`, too, which comes first; the servers here are at the former.
@@ -28,6 +29,41 @@ fn clients_look_names_up() {
     let moved = run(&words, &[]);
     assert!(moved.code == Some(0) && moved.stdout.ends_with(b"Migration completed\n"), "{moved:?}");
     peers::expect_migrated(&mut source, &mut listener);
+}
+
+/// In a file system where a name has two addresses, and the server is at the one that comes last.
+#[test]
+fn of_several_addresses_the_next_is_tried() {
+    let needs = [Need::Root, Need::Program("unshare"), Need::Program("mount"), Need::Program("getent")];
+    if !has(&needs) || !has(&[Need::Kernel("unshare --mount true")]) {
+        return;
+    }
+    let dir = TempDir::new();
+    let hosts = dir.join("hosts").to_str().unwrap().to_owned();
+    fs::write(&hosts, "127.0.0.2 disks.test\n127.0.0.1 disks.test\n").unwrap();
+    let with_hosts = ["unshare", "--mount", "sh", "-c", "mount --bind \"$0\" /etc/hosts && exec \"$@\"", &hosts];
+    let output = |words: &[&str]| run_command(program(with_hosts[0]).args(&with_hosts[1..]).args(words), &[]);
+    let listed = String::from_utf8(output(&["getent", "ahostsv4", "disks.test"]).stdout).unwrap();
+    let last = listed.lines().next_back().unwrap().split_whitespace().next().unwrap();
+    assert!(!listed.starts_with(last), "two of them: {listed}");
+
+    let mut server = Server::serve().content(&[7; 4096]).addr(last).start();
+    let port = server.port().to_string();
+    let read = output(&[BIN, "read", "-l", "disks.test", "-p", &port, "-F", "0", "-S", "1"]);
+    assert_eq!((read.code, read.stdout), (Some(0), vec![7]), "{}", read.stderr);
+    // At the start, one attempt is one at each address.
+    let conn = format!("--conn-addr disks.test --conn-port {port}");
+    let proxy = Server::proxy_to_nowhere().args(&conn).through(&with_hosts).start();
+    assert_eq!(proxy.status().get("upstream"), format!("{last}:{port}"));
+    proxy.expect_healthy();
+    let switched = output(&[BIN, "switch", "-s", "nothing", "-C", "disks.test", "-P", &port]);
+    assert!(switched.code == Some(1) && switched.stderr.contains("name one of them"), "{switched:?}");
+
+    let mut listener = peers::listen(0).size(4096).addr(last).start();
+    let (port, sock) = (listener.port().to_string(), server.sock.to_str().unwrap().to_owned());
+    let moved = output(&[BIN, "mirror", "-l", "disks.test", "-p", &port, "-s", &sock, "--wait", "-q"]);
+    assert!(moved.code == Some(0) && moved.stdout.ends_with(b"Migration completed\n"), "{moved:?}");
+    peers::expect_migrated(&mut server, &mut listener);
 }
 
 /// A proxy has looked the name up once, and comes back to the address where the server was.
