@@ -10,7 +10,7 @@
 //!
 //! Addresses stay text; whoever uses them parses them.
 
-use crate::printable::escape;
+use crate::printable::{escape, shorten};
 use std::fmt;
 use std::str::FromStr;
 
@@ -19,9 +19,6 @@ pub const LINE_MAX: usize = 1 << 10;
 
 /// The longest command in bytes, without the empty line: enough for an access control list of a thousand long entries.
 pub const COMMAND_MAX: usize = 64 << 10;
-
-/// How much of a client's input an answer repeats, in characters: more than any address with a mask.
-const ECHO_MAX: usize = 128;
 
 /// The longest pause a migration may be allowed, in milliseconds: most clients give up on a disk that is silent for
 /// longer.
@@ -152,11 +149,11 @@ impl Answer {
 
     /// An entry of an access control list does not parse.
     pub fn bad_spec(entry: &str) -> Self {
-        Self::failed(format!("bad spec: {}", echo(entry)))
+        Self::failed(format!("bad spec: {}", shorten(entry)))
     }
 
     fn bad_argument(argument: &str) -> Self {
-        Self::failed(format!("bad argument: {}", echo(argument)))
+        Self::failed(format!("bad argument: {}", shorten(argument)))
     }
 
     fn missing_command() -> Self {
@@ -376,7 +373,7 @@ fn parse_path(arguments: &mut impl Iterator<Item = String>) -> Result<String, An
     if path.starts_with('/') && !path.contains('\0') {
         return Ok(path);
     }
-    Err(Answer::failed(format!("bad path: {}: it has to begin with '/'", echo(&path))))
+    Err(Answer::failed(format!("bad path: {}: it has to begin with '/'", shorten(&path))))
 }
 
 fn parse_pause(text: &str) -> Option<u64> {
@@ -401,19 +398,12 @@ fn readable(argument: &[u8]) -> String {
     std::str::from_utf8(argument).map_or_else(escaped, str::to_owned)
 }
 
-/// What a client wrote, fit to be repeated in an answer: no control characters, at most [`ECHO_MAX`] characters of it.
-fn echo(text: &str) -> String {
-    let mut chars = text.chars();
-    let mut echoed = escape(chars.by_ref().take(ECHO_MAX));
-    if chars.next().is_some() {
-        echoed.push_str("...");
-    }
-    echoed
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// How much of a client's input an answer repeats.
+    const SHORT_MAX: usize = 128;
 
     fn parse(bytes: &[u8]) -> Result<Command, Answer> {
         let mut reader = Reader::default();
@@ -579,8 +569,8 @@ mod tests {
         assert_eq!(parse(b"acl\n\xff\x80x\n\n"), Ok(Command::Acl(strings(&["\\xff\\x80x"]))));
         assert_eq!(Answer::bad_spec("\\xff\u{1b}[2J\n\u{85}").text, "bad spec: \\xff\\u001b[2J\\n\\u0085");
         let long = Answer::bad_spec(&"é".repeat(500));
-        assert_eq!(long.text, format!("bad spec: {}...", "é".repeat(ECHO_MAX)));
-        assert_eq!(Answer::bad_spec(&"x".repeat(ECHO_MAX)).text.len(), "bad spec: ".len() + ECHO_MAX);
+        assert_eq!(long.text, format!("bad spec: {}...", "é".repeat(SHORT_MAX)));
+        assert_eq!(Answer::bad_spec(&"x".repeat(SHORT_MAX)).text.len(), "bad spec: ".len() + SHORT_MAX);
     }
 
     /// What the reader says when it gets the input in these pieces.

@@ -24,6 +24,19 @@ pub fn escape(text: impl IntoIterator<Item = char>) -> String {
     escaped
 }
 
+/// The most characters of it that [`shorten`] leaves of a text: more than any address with a mask.
+const SHORT_MAX: usize = 128;
+
+/// The beginning of a text, with its control characters escaped; three dots say that there was more.
+pub fn shorten(text: &str) -> String {
+    let mut chars = text.chars();
+    let mut short = escape(chars.by_ref().take(SHORT_MAX));
+    if chars.next().is_some() {
+        short.push_str("...");
+    }
+    short
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -203,11 +203,13 @@ impl Drive {
     /// Lets the session take one step, and says what may happen then.
     fn step(&mut self, client: &mut dyn Client, disk: &mut dyn Disk) -> Can {
         let step = self.session.next_step(self.allowed, &mut self.pool);
-        let go_on = matches!(step, Step::Request(_) | Step::Refused(_) | Step::Named);
+        let go_on = matches!(step, Step::Request(_) | Step::Refused(_) | Step::UnknownExport(_) | Step::Named);
         let (needs_bytes, kept) = (matches!(step, Step::NeedBytes), matches!(step, Step::Kept));
         match step {
             Step::Request(request) => self.work(request, disk),
             Step::Refused(refusal) => client.refused(&refusal),
+            // At most 128 characters and three dots, each character escaped as six at the most.
+            Step::UnknownExport(name) => assert!(name.chars().count() <= 128 * 6 + 3 && !name.contains('\n')),
             Step::Named => self.session.go_on(),
             Step::NeedBytes => client.is_waited_for(&self.session, self.opened_ms),
             Step::NeedRoom => {

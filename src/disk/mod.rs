@@ -53,6 +53,14 @@ use std::path::{Path, PathBuf};
 /// The most operations in flight: more than 100 clients at 32 each, and under 1 MiB of queue.
 pub const OPS_MAX: usize = 4096;
 
+/// What an error of an operation means, for people.
+pub fn explain(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the file has become shorter than the image".into(),
+        _ => error.to_string(),
+    }
+}
+
 /// Who waits for the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EngineChoice {

@@ -175,7 +175,9 @@ impl fmt::Display for Violation {
             Self::BadOptionMagic(magic) => write!(f, "not an NBD option: it starts with {magic:#018x}"),
             Self::OptionTooLong(length) => write!(f, "an option of {length} bytes"),
             Self::TooManyOptions(most) => write!(f, "more than {most} options"),
-            Self::UnknownExport => write!(f, "asked for an export that is not there; the only one has an empty name"),
+            Self::UnknownExport => {
+                write!(f, "asked for an export that is not there; the default one has an empty name")
+            }
             Self::Truncated => write!(f, "hung up in the middle of a message"),
             Self::ReplyCutShort(errno) => write!(f, "a read failed with {errno} in the middle of its reply"),
         }

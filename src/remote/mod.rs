@@ -225,3 +225,21 @@ fn receive_answer(path: &Path, mut stream: UnixStream) -> Result<Answer, Error> 
     }
     parse_answer(&line).map_err(|error| Error(format!("{}: {error}", path.display())))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_end_where_an_answer_has_escaped_that() {
+        for (text, unfolded) in [
+            ("", ""),
+            (r"a\nb\n", "a\nb\n"),
+            (r#"x{f="/a\\nb\"\\"} 1\ny"#, "x{f=\"/a\\\\nb\\\"\\\\\"} 1\ny"),
+            (r"\\\n\\n\", "\\\\\n\\\\n\\"),
+            ("é\\n🦀", "é\n🦀"),
+        ] {
+            assert_eq!(unfold(text), unfolded, "{text}");
+        }
+    }
+}

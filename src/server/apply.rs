@@ -15,7 +15,7 @@ use super::socket::{Peer, Socket};
 use crate::command::Answer;
 use crate::event::slots::Key;
 use crate::sys::net::Keepalive;
-use log::info;
+use log::{info, log};
 use std::collections::VecDeque;
 use std::fmt;
 use std::io;
@@ -115,7 +115,8 @@ impl Reactor {
         let places = self.places();
         let sh = &mut self.shared;
         let Life::Sealing { sender, then_serve, stop } = sh.life else { return };
-        info!("the migration is complete: {} bytes are here and durable", sh.backend.export().size);
+        let level = sh.admission.complaints.level_of_end(Complaint::IncompleteMigration);
+        log!(level, "the migration is complete: {} bytes are here and durable", sh.backend.export().size);
         if then_serve {
             sh.share_image();
             info!("serving {} on {places}", sh.backend.name());

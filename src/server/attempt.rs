@@ -205,7 +205,8 @@ impl Attempt {
         self.reading -= buffer.capacity();
         if let Err(error) = result {
             sh.pool.give(buffer);
-            return Err(Failure::Broken(format!("cannot read the image at offset {}: {error}", range.start)));
+            let why = disk::explain(&error);
+            return Err(Failure::Broken(format!("cannot read the image at offset {}: {why}", range.start)));
         }
         match sh.life.plan() {
             Some(plan) if plan.can().zero && disk::is_zero(buffer.filled()) => {

@@ -1,8 +1,8 @@
 //! The log lines that peers cause: a few of each kind in an interval, over all peers, and then how many more there were. So
 //! a peer that comes again and again fills no log, and hides nothing but its like.
 
-use log::warn;
-use std::collections::BTreeMap;
+use log::{log, Level};
+use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 
 /// How long an interval is, in milliseconds. It begins with the first complaint after the last one.
@@ -13,8 +13,14 @@ const INTERVAL_MS: u64 = 10_000;
 pub(super) enum Complaint {
     /// A client asked for what is not there or not allowed.
     RefusedRequest,
+    /// The disk had no room for what a client wrote.
+    DiskFull,
     /// The disk failed a client's request.
+    DiskError,
+    /// A client's request could not be done for another reason.
     FailedRequest,
+    /// A client asked for an export that is not there.
+    UnknownExport,
     /// A client did not end in good order.
     BadEnd,
     /// A sender left before its image was complete.
@@ -38,11 +44,22 @@ impl Complaint {
         }
     }
 
+    /// How loud: what is wrong here and not with a peer is an error.
+    fn level(self) -> Level {
+        match self {
+            Self::DiskFull | Self::DiskError => Level::Error,
+            _ => Level::Warn,
+        }
+    }
+
     /// Several of them.
     fn plural(self) -> &'static str {
         match self {
             Self::RefusedRequest => "refused requests",
+            Self::DiskFull => "requests for which the disk had no room",
+            Self::DiskError => "requests that the disk failed",
             Self::FailedRequest => "failed requests",
+            Self::UnknownExport => "clients that asked for an export that is not there",
             Self::BadEnd => "clients that ended badly",
             Self::IncompleteMigration => "incomplete migrations",
             Self::RefusedConnection => "refused connections",
@@ -59,6 +76,8 @@ pub(super) struct Complaints {
     /// `None`: the interval begins with the next one.
     began_ms: Option<u64>,
     counts: BTreeMap<Complaint, Count>,
+    /// What was complained of in the log, and may be over some time.
+    open: BTreeSet<Complaint>,
 }
 
 #[derive(Debug, Default)]
@@ -74,10 +93,20 @@ impl Complaints {
         let may = count.logged < of.lines_max();
         if may {
             count.logged += 1;
+            self.open.insert(of);
         } else {
             count.left_out += 1;
         }
         may
+    }
+
+    /// How loud it is to be said that something is over: as loud as the last complaint of it was, and once.
+    pub(super) fn level_of_end(&mut self, of: Complaint) -> Level {
+        if self.open.remove(&of) {
+            of.level()
+        } else {
+            Level::Info
+        }
     }
 
     /// As [`Complaints::may_log`], for a client whose last line was logged at `last_ms`: it has one in an interval's time.
@@ -113,17 +142,19 @@ impl Complaints {
 
     /// Ends the interval and tells what was left out.
     pub(super) fn tell(&mut self) {
-        if let Some(what) = self.end() {
-            warn!("not logged: {what}");
+        if let Some((level, what)) = self.end() {
+            log!(level, "not logged: {what}");
         }
     }
 
-    /// Ends the interval; what was left out, in words.
-    fn end(&mut self) -> Option<String> {
+    /// Ends the interval; what was left out, in words, and as loud as the loudest of it.
+    fn end(&mut self) -> Option<(Level, String)> {
         self.began_ms = None;
-        let left_out = mem::take(&mut self.counts).into_iter().filter(|(_, count)| count.left_out > 0);
-        let words: Vec<_> = left_out.map(|(of, count)| format!("{} more {}", count.left_out, of.plural())).collect();
-        (!words.is_empty()).then(|| words.join(", "))
+        let counts = mem::take(&mut self.counts);
+        let left_out = || counts.iter().filter(|(_, count)| count.left_out > 0);
+        let words: Vec<_> = left_out().map(|(of, count)| format!("{} more {}", count.left_out, of.plural())).collect();
+        let level = left_out().map(|(of, _)| of.level()).min()?;
+        Some((level, words.join(", ")))
     }
 }
 
@@ -142,11 +173,28 @@ mod tests {
         assert!(!complaints.may_log(Complaint::FailedAttempt, 7_000));
         complaints.look(14_999);
         assert_eq!(complaints.due_ms(), Some(15_000), "an interval begins with its first complaint");
-        assert_eq!(complaints.end().unwrap(), "990 more refused requests, 1 more failed attempts of a migration");
+        let left_out = "990 more refused requests, 1 more failed attempts of a migration";
+        assert_eq!(complaints.end().unwrap(), (Level::Warn, left_out.into()));
         assert!(complaints.may_log(Complaint::RefusedRequest, 15_000));
         assert_eq!(complaints.due_ms(), None, "nothing to be told");
         complaints.look(25_000);
         assert_eq!((complaints.began_ms, complaints.counts.len()), (None, 0));
+    }
+
+    #[test]
+    fn an_end_is_as_loud_as_what_it_ends() {
+        let mut complaints = Complaints::default();
+        let end = |complaints: &mut Complaints| complaints.level_of_end(Complaint::Shortage);
+        assert_eq!(end(&mut complaints), Level::Info);
+        assert!(complaints.may_log(Complaint::Shortage, 0) && complaints.may_log(Complaint::DiskFull, 0));
+        assert_eq!((end(&mut complaints), end(&mut complaints)), (Level::Warn, Level::Info));
+        assert!(!complaints.may_log(Complaint::Shortage, 1));
+        assert_eq!(end(&mut complaints), Level::Info, "nobody has heard of it");
+        assert_eq!(complaints.level_of_end(Complaint::DiskFull), Level::Error);
+        assert!((0..10).all(|_| complaints.may_log(Complaint::DiskError, 2)));
+        assert!(!complaints.may_log(Complaint::DiskError, 3));
+        let left_out = "1 more requests that the disk failed, 1 more turns without memory";
+        assert_eq!(complaints.end().unwrap(), (Level::Error, left_out.into()));
     }
 
     #[test]
@@ -160,7 +208,7 @@ mod tests {
             }
         }
         assert_eq!(logged, [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0]);
-        assert_eq!(complaints.end().unwrap(), "1190 more failed requests");
+        assert_eq!(complaints.end().unwrap(), (Level::Warn, "1190 more failed requests".into()));
         let again = clients.map(|mut last_ms| complaints.may_log_again(Complaint::FailedRequest, &mut last_ms, 9_999));
         assert_eq!(again.iter().filter(|&&again| again).count(), 2, "those that had no line yet");
         assert!(complaints.may_log_again(Complaint::FailedRequest, &mut clients[0], 10_000));

@@ -12,11 +12,12 @@ use crate::event::ready::Ready;
 use crate::event::slots::Key;
 use crate::sys;
 use crate::sys::passed::Passed;
-use log::warn;
+use log::{log, warn};
 use mio::event::{Event, Source};
 use mio::{Interest, Registry, Token};
 use std::fmt;
 use std::io::{self, ErrorKind};
+use std::mem;
 use std::os::fd::BorrowedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net;
@@ -104,7 +105,12 @@ impl Listener {
                 return Next::Idle;
             }
             match self.accept() {
-                Ok((socket, peer)) => sh.effects.push_back(Effect::Accepted(key, socket, peer, self.purpose)),
+                Ok((socket, peer)) => {
+                    if mem::take(&mut self.rests_until_ms) > 0 {
+                        log!(sh.admission.complaints.level_of_end(Complaint::LostConnection), "{self}: accepts again");
+                    }
+                    sh.effects.push_back(Effect::Accepted(key, socket, peer, self.purpose));
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.ready.clear_readable(),
                 // The peer gave up before it was accepted, or a signal came: the next one may be fine.
                 Err(error) if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted) => {}

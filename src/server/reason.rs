@@ -78,6 +78,11 @@ impl Reason {
                 | Self::Received
         )
     }
+
+    /// True when the peer went, or seems to have gone.
+    pub(super) fn is_leaving(&self) -> bool {
+        matches!(self, Self::Socket(_) | Self::HungUp | Self::Vanished { .. })
+    }
 }
 
 impl fmt::Display for Reason {

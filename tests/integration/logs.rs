@@ -1,7 +1,12 @@
 //! The log: the manual's line format, the levels of each verbosity, no floods, and never a wait for stderr.
 
-use crate::support::{kind, peers, request, run, wait_for, Server, SOON};
+use crate::support::fuse::{Disk, Op};
+use crate::support::newstyle::{self, info_data, opt, option, string, Haggler, PORT};
+use crate::support::peers::{At, Fault, Script};
+use crate::support::{errno, kind, peers, request, run, wait_for, Server, SOON};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::net::TcpStream;
 use std::process::Stdio;
 use std::time::Instant;
 
@@ -258,7 +263,7 @@ fn a_full_stderr_does_not_hold_the_server() {
 
 #[test]
 fn a_full_disk_under_stderr_does_not_end_the_server() {
-    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let full = File::options().write(true).open("/dev/full").unwrap();
     let server = Server::serve().size(4096).arg("-v").stderr(full).start();
     three_clients(&server);
     server.expect_healthy();
@@ -268,7 +273,7 @@ fn a_full_disk_under_stderr_does_not_end_the_server() {
 fn several_programs_may_share_a_log() {
     let server = Server::serve().size(4096).start();
     let shared = server.dir().join("shared");
-    let mut file = std::fs::File::options().create(true).append(true).read(true).open(&shared).unwrap();
+    let mut file = File::options().create(true).append(true).read(true).open(&shared).unwrap();
     let first = Server::serve().size(4096).arg("-v").stderr(Stdio::from(file.try_clone().unwrap())).start();
     let second = Server::serve().size(4096).arg("-v").stderr(Stdio::from(file.try_clone().unwrap())).start();
     (0..50).for_each(|_| [&first, &second].into_iter().for_each(three_clients));
@@ -279,4 +284,159 @@ fn several_programs_may_share_a_log() {
         let sound = [&first, &second].iter().any(|server| level_of(line, server.pid()).is_ok());
         assert!(sound, "torn: {line}");
     }
+}
+
+/// A load balancer looks whether the port is open, closes with what it was sent unread, and is no peer that did wrong.
+#[test]
+fn a_connection_that_asks_for_nothing_is_no_warning() {
+    let mut server = Server::serve().size(4096).arg(PORT).arg("-v").start();
+    let mut local = Vec::new();
+    for _ in 0..3 {
+        let client = server.connect_bare();
+        // The greeting has come and is not read: the close is a reset.
+        assert_eq!(client.stream.peek(&mut [0]).unwrap(), 1);
+        local.push(client.stream.local_addr().unwrap().to_string());
+        drop(client);
+        let haggler = Haggler::new(&server);
+        local.push(haggler.client.stream.local_addr().unwrap().to_string());
+    }
+    let mut reader = server.connect();
+    let reader_local = reader.stream.local_addr().unwrap().to_string();
+    reader.send(&request(kind::READ, 0, 1, 0, 512));
+    // Its reply has come, too.
+    wait_for("the reply", SOON, || (reader.stream.peek(&mut [0; 528]).unwrap() == 528).then_some(()));
+    drop(reader);
+    // Nobody who says nothing is one; who stops half-way is.
+    let silent = TcpStream::connect(newstyle::address(&server)).unwrap();
+    local.push(silent.local_addr().unwrap().to_string());
+    let mut stopped = Haggler::new(&server);
+    stopped.client.send(b"IHAVE");
+    let half_way = stopped.client.stream.local_addr().unwrap().to_string();
+    let closed = |who: &str| {
+        server.log().lines().find(|line| line.contains(who) && line.contains("closed: ")).map(str::to_owned)
+    };
+    for who in &local {
+        let line = wait_for("its end", SOON, || closed(who));
+        assert_eq!(level_of(&line, server.pid()), Ok('I'), "{line}");
+    }
+    let line = wait_for("its end", SOON, || closed(&half_way));
+    assert_eq!(level_of(&line, server.pid()), Ok('W'), "{line}");
+    let line = wait_for("its end", SOON, || closed(&reader_local));
+    assert_eq!(level_of(&line, server.pid()), Ok('W'), "it had asked for something: {line}");
+    assert_eq!(server.stop().code(), Some(0));
+}
+
+/// What is wrong here is an error, and what peers do wrong takes none of its lines.
+#[test]
+fn a_full_or_failing_disk_is_an_error_of_its_own() {
+    let Some(disk) = Disk::mount(8 << 20) else { return };
+    let mut server = Server::serve().file(disk.furnish("image", &vec![1; 1 << 20])).start();
+    let mut client = server.connect();
+    assert_eq!(client.write(1 << 20, &[1; 100]), errno::ENOSPC);
+    assert!(server.wait_for_log("refused WRITE").contains(":W:"));
+    disk.fail(Op::Write, .., libc::ENOSPC);
+    disk.fail(Op::Read, ..4096, libc::EIO);
+    disk.drop_cache("image");
+    let (start, times) = (Instant::now(), 50);
+    for _ in 0..times {
+        assert_eq!(client.write(8192, &[7; 4096]), errno::ENOSPC);
+        assert_eq!(client.read(0, 512), Err(errno::EIO));
+    }
+    disk.heal(Op::Write);
+    disk.heal(Op::Read);
+    assert_eq!(server.stop().code(), Some(0));
+    let log = server.log();
+    for (what, called) in [
+        ("failed: No space left", "requests for which the disk had no room"),
+        ("failed: Input/output", "requests that the disk failed"),
+    ] {
+        let lines = log.lines().filter(|line| line.contains(":E:") && line.contains(what)).count() as u64;
+        let told = log.lines().filter(|line| line.contains(":E:")).filter_map(|line| {
+            let (before, _) = line.split_once("not logged: ")?.1.split_once(&format!(" more {called}"))?;
+            before.rsplit(' ').next()?.parse::<u64>().ok()
+        });
+        assert_eq!(lines + told.sum::<u64>(), times, "{what}: {log}");
+        assert!(lines > 0 && lines <= lines_max(start), "{what}: {log}");
+    }
+}
+
+#[test]
+fn a_file_that_became_shorter_is_called_that() {
+    let server = Server::serve().content(&[7; 8192]).start();
+    let mut client = server.connect();
+    File::options().write(true).open(&server.image).unwrap().set_len(4096).unwrap();
+    assert_eq!(client.read(4096, 512), Err(errno::EIO));
+    let line = server.wait_for_log("READ");
+    assert!(line.contains(":E:") && line.contains("failed: the file has become shorter than the image; "), "{line}");
+}
+
+#[test]
+fn an_export_that_is_not_there_is_named() {
+    let server = Server::serve().size(4096).arg(PORT).start();
+    let mut haggler = Haggler::new(&server);
+    let local = haggler.client.stream.local_addr().unwrap().to_string();
+    haggler.expect(opt::GO, &info_data(b"disk one\n\x1b[2J", &[]), newstyle::rep::ERR_UNKNOWN);
+    let line = server.wait_for_log("asked for an export");
+    assert_eq!(level_of(&line, server.pid()), Ok('W'));
+    assert!(line.contains(&local) && line.ends_with(r#": "disk one\n\u001b[2J""#), "{line}");
+    // It may go on, and one that has no other way to be told is closed.
+    haggler.expect_in_step();
+    let mut haggler = Haggler::new(&server);
+    haggler.client.send(&option(opt::EXPORT_NAME, &b"x".repeat(4000)));
+    haggler.client.read_to_close();
+    let line = server.wait_for_log("xxx");
+    assert!(line.ends_with(&format!(": \"{}...\"", "x".repeat(128))), "{line}");
+    let lines = server.log().lines().count();
+    let mut haggler = Haggler::new(&server);
+    for _ in 0..60 {
+        haggler.expect(opt::INFO, &[string(b"other"), vec![0, 0]].concat(), newstyle::rep::ERR_UNKNOWN);
+    }
+    assert!(server.log().lines().count() <= lines + 20, "no flood: {}", server.log());
+}
+
+/// Whoever asks for it is told, and writes the zeroes.
+#[test]
+fn a_fast_zero_that_is_refused_is_no_error() {
+    const FAST_ZERO: u16 = 16;
+    let Some(disk) = Disk::mount(8 << 20) else { return };
+    // To this file system each range is one to write.
+    disk.fail(Op::Fallocate, .., libc::EOPNOTSUPP);
+    let mut server = Server::serve().file(disk.furnish("image", &vec![1; 1 << 20])).arg(PORT).start();
+    let mut client = newstyle::simple(&server);
+    assert_eq!(client.ask(kind::WRITE_ZEROES, FAST_ZERO, 0, 4096, &[]), 95);
+    assert_eq!(client.ask(kind::WRITE_ZEROES, 0, 0, 4096, &[]), 0);
+    assert_eq!(server.status().number("errors"), 0);
+    assert_eq!(server.stop().code(), Some(0));
+    assert!(!server.log().lines().any(|line| line.contains(":W:") || line.contains(":E:")), "{}", server.log());
+}
+
+/// Who was told of failures without `--verbose` is told of the success, too; who was not, is not.
+#[test]
+fn a_success_is_as_loud_as_the_failures_before_it() {
+    let mut quiet = Server::serve().size(1 << 20).start();
+    let mut listener = peers::listen(0).size(1 << 20).start();
+    peers::start_mirror(&quiet, listener.address(), "");
+    peers::expect_migrated(&mut quiet, &mut listener);
+    assert_eq!((&*quiet.log(), &*listener.log()), ("", ""));
+
+    let mut source = Server::serve().size(1 << 20).start();
+    let destination = Script::new(1 << 20).faults(&[(At::FirstFlush, Fault::Close)]).start();
+    peers::start_mirror(&source, destination.address, "");
+    destination.wait_until_gone();
+    let mut listener = peers::listen(destination.address.port()).size(1 << 20).start();
+    peers::expect_migrated(&mut source, &mut listener);
+    assert!(source.log().contains(":W:") && source.log().contains("attempt 1 failed"), "{}", source.log());
+    let last = source.log().lines().last().unwrap().to_owned();
+    assert!(last.contains(":W:") && last.contains(": complete: "), "{last}");
+
+    let mut listener = peers::listen(0).size(1 << 20).start();
+    let mut sender = listener.connect();
+    assert_eq!(sender.write(0, &[1; 4096]), 0);
+    drop(sender);
+    listener.wait_for_log("no complete migration");
+    let mut source = Server::serve().size(1 << 20).start();
+    peers::start_mirror(&source, listener.address(), "");
+    peers::expect_migrated(&mut source, &mut listener);
+    let last = listener.log().lines().last().unwrap().to_owned();
+    assert!(last.contains(":W:") && last.contains("the migration is complete"), "{last}");
 }

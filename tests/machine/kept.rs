@@ -6,7 +6,7 @@ use flexnbd::proto::error::Errno;
 use flexnbd::proto::export::Export;
 use flexnbd::proto::outbox::PIECES_MAX;
 use flexnbd::proto::server::request::Request;
-use flexnbd::proto::server::{Allowed, ServerSession, Step, IN_FLIGHT_MAX};
+use flexnbd::proto::server::{Allowed, Load, ServerSession, Step, Took, IN_FLIGHT_MAX};
 use flexnbd::proto::wire::{kind, RequestHead, REQUEST_LEN};
 use flexnbd::work::{Action, Done};
 use std::io::IoSlice;
@@ -210,6 +210,71 @@ fn a_write_whose_payload_was_kept_ages_later() {
     kept.complete(last);
     kept.send_all();
     assert_eq!(kept.session.oldest_ms(), None);
+}
+
+/// What a quota counts is known before a request is taken, and is that of all requests that were.
+#[test]
+fn a_load_is_that_of_what_was_taken() {
+    let mut kept = Kept::new();
+    let load = |requests, bytes| Load { requests, bytes };
+    let stream = stream(&[
+        RequestHead { offset: SIZE, ..head(kind::READ, 0, 0, 9) },
+        head(kind::READ, 0, 0, 100),
+        head(kind::TRIM, 0, 0, 4096),
+        head(kind::READ, 0, 0, 0),
+        head(kind::WRITE, 0, 0, 3 * SLICE as u32),
+    ]);
+    kept.receive(&stream[..27], 0);
+    assert_eq!(kept.session.upcoming(), None, "it is not all there");
+    kept.receive(&stream[27..28], 0);
+    assert_eq!(kept.session.upcoming(), None, "it will be refused");
+    assert!(matches!(kept.step(Allowed::Everything), Step::Refused(_)));
+    assert_eq!(kept.session.take_load(), load(0, 0));
+    // The payload of the WRITE stays away.
+    kept.receive(&stream[28..5 * 28], 0);
+    assert_eq!(kept.session.upcoming(), Some(load(1, 100)));
+    kept.request(Allowed::Everything, kind::READ);
+    assert_eq!((kept.session.take_load(), kept.session.upcoming()), (load(1, 100), Some(load(1, 0))));
+    assert!(matches!(kept.step(Allowed::Reads), Step::Kept));
+    assert_eq!(kept.session.take_load(), load(0, 0));
+    kept.request(Allowed::Everything, kind::TRIM);
+    // A READ of nothing is answered on the way to the next request.
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
+    assert_eq!(kept.session.take_load(), load(3, 3 * SLICE as u64));
+    assert_eq!(kept.session.upcoming(), None, "a payload goes on");
+}
+
+#[test]
+fn a_request_takes_from_its_receipt_until_its_answer() {
+    let mut kept = Kept::new();
+    kept.session.note_time(1_000);
+    kept.receive(&stream(&[head(kind::FLUSH, 0, 0, 0), head(kind::READ, 0, 0, 0)]), 1);
+    kept.session.note_time(1_500);
+    let flush = kept.request(Allowed::Everything, kind::FLUSH);
+    assert!(matches!(kept.step(Allowed::Everything), Step::NeedBytes));
+    kept.session.note_time(4_000);
+    let done = Done { owner: 0, tag: flush.tag, buffer: None, touched: None, extents: Vec::new(), result: Ok(()) };
+    let completed = kept.session.complete(done, &mut kept.pool).unwrap();
+    assert_eq!(completed.took, Some(Took { all_us: 3_000, disk_us: 2_500 }));
+
+    // A WRITE of two pieces takes until the second is done.
+    let write = stream(&[head(kind::WRITE, 0, 0, SLICE as u32 + 1)]);
+    let mut pieces = Vec::new();
+    for part in [&write[..28], &write[28..28 + SLICE], &write[28 + SLICE..]] {
+        kept.receive(part, 4);
+        match kept.step(Allowed::Everything) {
+            Step::Request(piece) => pieces.push(piece),
+            step => assert!(matches!(step, Step::NeedBytes), "{step:?}"),
+        }
+    }
+    let took = pieces.into_iter().map(|piece| {
+        let Action::Write { payload, .. } = piece.action else { panic!("{piece:?}") };
+        let (tag, buffer) = (piece.tag, Some(payload));
+        let done = Done { owner: 0, tag, buffer, touched: None, extents: Vec::new(), result: Ok(()) };
+        kept.session.note_time(5_000);
+        kept.session.complete(done, &mut kept.pool).unwrap().took
+    });
+    assert!(took.eq([None, Some(Took { all_us: 1_000, disk_us: 1_000 })]));
 }
 
 /// A sender keeps its place by writing: what is refused, or says nothing of any byte, is no write.

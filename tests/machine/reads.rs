@@ -67,7 +67,8 @@ impl Reader {
             }
             self.session.received(n, 0);
             while bytes.is_empty() && self.session.is_negotiating() {
-                assert!(matches!(self.step(), Step::NeedBytes));
+                // It also asks for an export that is not there.
+                assert!(matches!(self.step(), Step::NeedBytes | Step::UnknownExport(_)));
             }
         }
     }

@@ -6,6 +6,7 @@
 //!
 //! Specification: "Newstyle negotiation", "Fixed newstyle negotiation", "Option types", "Option reply types".
 
+use crate::printable;
 use crate::proto::error::Violation;
 use crate::proto::export::{Agreed, Export, SessionName, Style, ALLOCATION, ALLOCATION_ID, NOT_YET, SESSION_ID};
 use crate::proto::wire::{
@@ -53,6 +54,8 @@ pub struct Haggle {
     no_zeroes: bool,
     agreed: Agreed,
     options: u32,
+    /// The name of the export that was asked for last and is not there, fit to be shown.
+    unknown: Option<String>,
     /// The replies to a client that has named its session, until they may be given.
     held: Option<Vec<u8>>,
 }
@@ -66,7 +69,8 @@ impl Haggle {
         greeting.extend((handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES).to_be_bytes());
         let agreed = Agreed::default();
         let (name, state) = (Rc::from(""), State::ClientFlags);
-        (Self { export, name, state, no_zeroes: false, agreed, options: 0, held: None }, greeting)
+        let unknown = None;
+        (Self { export, name, state, no_zeroes: false, agreed, options: 0, unknown, held: None }, greeting)
     }
 
     /// The export has this name, too.
@@ -138,6 +142,11 @@ impl Haggle {
         Ok(Some((OPTION_HEAD_LEN + data.len(), haggled)))
     }
 
+    /// The name of an export that was asked for in this step and is not there, fit to be shown.
+    pub fn take_unknown(&mut self) -> Option<String> {
+        self.unknown.take()
+    }
+
     /// What the client has named its session.
     pub fn session(&self) -> Option<SessionName> {
         self.agreed.session
@@ -183,8 +192,9 @@ impl Haggle {
     }
 
     /// `NBD_OPT_EXPORT_NAME`: no reply can say no, so another name ends the connection.
-    fn export_name(&self, name: &[u8], out: &mut Vec<u8>) -> Result<Haggled, Violation> {
+    fn export_name(&mut self, name: &[u8], out: &mut Vec<u8>) -> Result<Haggled, Violation> {
         if !self.has_name(name) {
+            self.unknown = Some(shown(name));
             return Err(Violation::UnknownExport);
         }
         out.extend(self.export.size.to_be_bytes());
@@ -211,17 +221,6 @@ impl Haggle {
         name.is_empty() || name == self.name.as_bytes()
     }
 
-    /// A name that the export does not have is unknown; what is no valid name at all is invalid.
-    fn check_name(&self, name: &[u8]) -> Result<(), u32> {
-        if self.has_name(name) {
-            Ok(())
-        } else if name.len() > STRING_MAX || name.contains(&0) || std::str::from_utf8(name).is_err() {
-            Err(option_reply::ERR_INVALID)
-        } else {
-            Err(option_reply::ERR_UNKNOWN)
-        }
-    }
-
     /// `NBD_OPT_STRUCTURED_REPLY`, once.
     fn structured_reply(&mut self, data: &[u8]) -> Result<(), u32> {
         if !data.is_empty() || self.agreed.structured {
@@ -232,7 +231,7 @@ impl Haggle {
     }
 
     /// `NBD_OPT_INFO` and `NBD_OPT_GO`: what the export is.
-    fn info(&self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
+    fn info(&mut self, kind: u32, data: &[u8], out: &mut Vec<u8>) -> Result<(), u32> {
         let mut fields = Fields(data);
         let name = string(&mut fields);
         let wanted = fields.u16().zip(Some(fields.0)).filter(|(count, rest)| rest.len() == usize::from(*count) * 2);
@@ -248,6 +247,16 @@ impl Haggle {
             reply(out, kind, option_reply::INFO, &sizes);
         }
         Ok(())
+    }
+
+    /// A name that the export does not have is unknown; what is no valid name at all is invalid.
+    fn check_name(&mut self, name: &[u8]) -> Result<(), u32> {
+        if self.has_name(name) {
+            return Ok(());
+        }
+        self.unknown = Some(shown(name));
+        let is_valid = name.len() <= STRING_MAX && !name.contains(&0) && std::str::from_utf8(name).is_ok();
+        Err(if is_valid { option_reply::ERR_UNKNOWN } else { option_reply::ERR_INVALID })
     }
 
     /// A SET replaces what was selected before, also when it fails.
@@ -313,6 +322,11 @@ fn string<'a>(fields: &mut Fields<'a>) -> Option<&'a [u8]> {
     let (string, rest) = fields.0.split_at_checked(length)?;
     fields.0 = rest;
     Some(string)
+}
+
+/// A name that somebody else has chosen, as it may be shown.
+fn shown(name: &[u8]) -> String {
+    printable::shorten(&String::from_utf8_lossy(name))
 }
 
 /// Appends an option reply. Its data is this server's own and short.

@@ -244,7 +244,7 @@ impl ServerSession {
                 let payload = reply::block_status(&extents);
                 self.outbox.push_head(reply::block_status_begins(head.cookie, &payload).filled(), since_ms);
                 self.outbox.push_text(payload, since_ms);
-                self.note_answered(tag, true);
+                self.note_answered(tag, None);
             }
             (buffer, _) => {
                 if let Some(buffer) = buffer {
@@ -344,6 +344,11 @@ impl ServerSession {
     /// True when what comes next is a request, and others are not answered yet.
     pub fn may_wait(&self) -> bool {
         matches!(self.state, State::Request) && self.in_flight() > 0
+    }
+
+    /// True when the client has said anything, of what was measured ([`ServerSession::note_time`]).
+    pub fn has_received(&self) -> bool {
+        self.stopwatch.received_us > 0
     }
 
     /// True while no request can come yet.
@@ -464,16 +469,16 @@ impl ServerSession {
             Some(errno) => reply::failed(head, *errno, self.style),
         };
         self.outbox.push_head(reply.filled(), *since_ms);
-        let succeeded = error.is_none();
-        self.note_answered(tag, succeeded);
+        let error = *error;
+        self.note_answered(tag, error);
     }
 
     /// The reply to a request is queued to its end.
-    fn note_answered(&mut self, tag: u32, succeeded: bool) {
+    fn note_answered(&mut self, tag: u32, error: Option<Errno>) {
         // It ran alone.
         self.long_read = None;
         if let Some(answered) = self.unanswered.take(tag) {
-            self.tally.note(&answered.head, succeeded);
+            self.tally.note(&answered.head, error);
             self.took = self.stopwatch.took(answered.times);
         }
     }

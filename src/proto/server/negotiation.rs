@@ -13,6 +13,7 @@ impl ServerSession {
         }
         let mut replies = Vec::new();
         let found = haggle.step(self.inbox.filled(), &mut replies);
+        let unknown = haggle.take_unknown();
         if !replies.is_empty() {
             self.outbox.push_text(replies, self.inbox.received_ms());
         }
@@ -31,7 +32,7 @@ impl ServerSession {
                 }
             }
         }
-        None
+        unknown.map(Step::UnknownExport)
     }
 
     /// What the client has named its session.

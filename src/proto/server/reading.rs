@@ -54,7 +54,7 @@ impl ServerSession {
         let Some(pending) = self.unanswered.get_mut(tag) else { return };
         read::queue(pending, slice, self.style, &mut self.outbox, &mut self.memory, pool);
         if pending.replied == pending.head.length {
-            self.note_answered(tag, true);
+            self.note_answered(tag, None);
         }
     }
 }

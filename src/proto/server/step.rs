@@ -42,6 +42,8 @@ pub enum Step {
     NeedBytes,
     /// Nothing to do before something of this session is completed or sent or, if memory has run out, some comes back.
     NeedRoom,
+    /// The client has asked for an export that is not there, and is answered as that wants. The name, fit to be shown.
+    UnknownExport(String),
     /// The client has named its session. Nothing more of it is looked at before [`go_on`](super::ServerSession::go_on) or
     /// [`refuse`](super::ServerSession::refuse).
     Named,

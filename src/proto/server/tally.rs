@@ -1,5 +1,6 @@
 //! What a session has done, counted.
 
+use crate::proto::error::Errno;
 use crate::proto::wire::{kind, RequestHead};
 
 /// What a session has done since it began.
@@ -17,15 +18,15 @@ pub struct Tally {
     pub read_bytes: u64,
     /// Bytes of successful WRITEs and `WRITE_ZEROES`.
     pub written_bytes: u64,
-    /// Requests answered with an error.
+    /// Requests answered with an error. That zeroes are not to be had fast is none.
     pub errors: u64,
 }
 
 impl Tally {
     /// Counts a request that is answered now.
-    pub(super) fn note(&mut self, head: &RequestHead, succeeded: bool) {
-        let bytes = if succeeded { u64::from(head.length) } else { 0 };
-        self.errors += u64::from(!succeeded);
+    pub(super) fn note(&mut self, head: &RequestHead, error: Option<Errno>) {
+        let bytes = if error.is_none() { u64::from(head.length) } else { 0 };
+        self.errors += u64::from(error.is_some_and(|errno| errno != Errno::NotSup));
         match head.kind {
             kind::READ => {
                 self.reads += 1;

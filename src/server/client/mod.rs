@@ -12,15 +12,18 @@ use super::reason::{Next, Reason};
 use super::shared::Shared;
 use super::socket::{Peer, Received, Socket};
 use super::watch::Watch;
+use crate::disk;
 use crate::event::alarm::Alarm;
 use crate::event::slots::Key;
+use crate::proto::error::Errno;
 use crate::proto::export::{Agreed, Export, SessionName, Style};
 use crate::proto::outbox::PIECES_MAX;
 use crate::proto::server::request::{Refusal, Request};
 use crate::proto::server::{Completed, End, Failed, ServerSession, Step, Tally};
+use crate::proto::wire::RequestHead;
 use crate::sys;
 use crate::work::{Action, Done, Op};
-use log::{info, warn};
+use log::{debug, error, info, warn};
 use std::fmt;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::rc::Rc;
@@ -203,6 +206,11 @@ impl Client {
                     sh.mark_incoming();
                     return Next::Idle;
                 }
+                Step::UnknownExport(name) => {
+                    if sh.admission.complaints.may_log(Complaint::UnknownExport, sh.now_ms) {
+                        warn!("{self}: asked for an export that is not there: \"{name}\"");
+                    }
+                }
                 Step::Named => {
                     if let Some(next) = self.wait_for_place(key, sh) {
                         return next;
@@ -330,7 +338,7 @@ impl Client {
             }
         }
         if let Some(Completed { head, result: Err(Failed { error, errno, violation }), .. }) = completed {
-            self.warn_of(Complaint::FailedRequest, &format_args!("{head} failed: {error}; answered {errno}"), sh);
+            self.tell_failure(&head, &error, errno, sh);
             if let Some(violation) = violation {
                 return Next::Close(Reason::Violation(violation));
             }
@@ -388,7 +396,10 @@ impl Client {
         let seconds = sh.now_ms.saturating_sub(self.opened_ms) / 1000;
         let Tally { reads, writes, errors, .. } = tally;
         let did = format_args!("{reads} reads, {writes} writes, {errors} errors, {seconds} s");
-        if reason.is_orderly() {
+        // Whoever only looks whether somebody listens goes as it likes.
+        let has_asked = tally != Tally::default() || self.session.in_flight() > 0;
+        let only_looked = !has_asked && reason.is_leaving() || !self.session.has_received();
+        if reason.is_orderly() || only_looked {
             info!("{self}: closed: {reason}, {did}");
         } else if sh.admission.complaints.may_log(Complaint::BadEnd, sh.now_ms) {
             warn!("{self}: closed: {reason}, {did}");
@@ -405,6 +416,21 @@ impl Client {
         }
         sh.admission.client_left(tally);
         self.session.release(&mut sh.pool);
+    }
+
+    /// Says that a request has failed. Who hears that zeroes are not to be had fast writes them, and nothing is wrong.
+    fn tell_failure(&mut self, head: &RequestHead, error: &io::Error, errno: Errno, sh: &mut Shared) {
+        let why = disk::explain(error);
+        let what = format_args!("{head} failed: {why}; answered {errno}");
+        let of = match errno {
+            Errno::NotSup => return debug!("{self}: {what}"),
+            Errno::NoSpc => Complaint::DiskFull,
+            Errno::Io => Complaint::DiskError,
+            _ => return self.warn_of(Complaint::FailedRequest, &what, sh),
+        };
+        if sh.admission.complaints.may_log(of, sh.now_ms) {
+            error!("{self}: {what}");
+        }
     }
 
     /// Complains of one of its requests.

@@ -1,5 +1,5 @@
-//! The outgoing migration: one more slot of the loop. The [`Plan`] decides what goes next; this file reads from the disk,
-//! sends, takes answers, keeps the deadlines, and tells clients to pause and to go on.
+//! The outgoing migration: one more slot of the loop. The [`crate::migrate::Plan`] decides what goes next; this file reads
+//! from the disk, sends, takes answers, keeps the deadlines, and tells clients to pause and to go on.
 //!
 //! ```text
 //!  Dialling ─> Copying ─> Committing ─> Leaving ─> done
@@ -32,7 +32,7 @@ use crate::proto::export::Offer;
 use crate::proto::wire::kind;
 use crate::sys::net::Keepalive;
 use crate::work::{Action, Done};
-use log::{info, warn};
+use log::{info, log, warn, Level};
 use std::fmt;
 use std::io;
 
@@ -432,7 +432,10 @@ impl Mirror {
             let Progress { sent_bytes, zeroed_bytes, .. } = plan.progress();
             let pause_ms = plan.paused_ms(sh.now_ms);
             let took_ms = sh.now_ms.saturating_sub(self.started_ms);
-            info!(
+            // As loud as the failures were.
+            let level = if self.trials.last_error().is_some() { Level::Warn } else { Level::Info };
+            log!(
+                level,
                 "{self}: complete: {sent_bytes} bytes sent, {zeroed_bytes} bytes zeroed, {}.{:03} s, clients paused \
                  for {pause_ms} ms",
                 took_ms / 1000,
