@@ -158,8 +158,17 @@ def new_copy(folder, size):
     return path
 
 
+def unmark(image):
+    """It has moved in the round before."""
+    try:
+        os.removexattr(image, "user.flexnbd.state")
+    except OSError:
+        pass
+
+
 def time_flexnbd(folder, image, results):
     copy = new_copy(folder, os.path.getsize(image))
+    unmark(image)
     with flexnbd(folder, "destination", "listen", copy) as destination, \
             flexnbd(folder, "source", "serve", image) as source:
         started = time.monotonic()
@@ -260,6 +269,7 @@ class Client:
 def measure_pause(folder, image, writes, results):
     work = "writing 50 MB/s" if writes else "idle"
     copy = new_copy(folder, SIZE)
+    unmark(image)
     with flexnbd(folder, "destination", "listen", copy, "--serve") as destination, \
             flexnbd(folder, "source", "serve", image) as source:
         client = Client(source.port, writes)

@@ -8,6 +8,8 @@ use crate::site::{self, Site};
 use crate::support::peers::{expect_same, tell};
 use crate::support::{kind, request, wait_for, Process, Server, BIN, SOON};
 use crate::writer::{check_all, Writer};
+use flexnbd::sys::file;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -158,6 +160,7 @@ impl<'a> Migration<'a> {
         if moved && is_there {
             assert!(!(self.plan.unlinks && code == Some(0)), "the file of the source is not deleted; {self}");
             expect_same(&self.source.image, &image);
+            assert!(is_marked(&self.source.image), "the file of the source would be served again; {self}");
         }
         if let Mirror::Asked(asked) = &mut self.mirror {
             let said = asked.wait(SOON).code();
@@ -312,6 +315,15 @@ impl std::fmt::Display for Migration<'_> {
 }
 
 #[track_caller]
+/// Whether an image says that it has moved, or can have no mark.
+fn is_marked(image: &Path) -> bool {
+    let mut mark = [0; 256];
+    match file::attribute(&File::open(image).unwrap(), c"user.flexnbd.state", &mut mark) {
+        Ok(_) => mark.starts_with(b"moved "),
+        Err(error) => error.raw_os_error() != Some(libc::ENODATA),
+    }
+}
+
 fn listen(plan: &Hop, disk: Medium, file: &Path) -> Server {
     site::listen(file, disk, serves(plan, disk))
 }

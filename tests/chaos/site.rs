@@ -80,7 +80,7 @@ impl Site {
     }
 }
 
-/// Serves an image.
+/// Serves an image, whatever its mark says: which one it is was decided.
 #[track_caller]
 pub fn serve(image: &Path, host: Host) -> Server {
     let limit = format!("FLEXNBD_MS_REQUEST_LIMIT_SECS={}", REQUEST_LIMIT_MS / 1000);
@@ -91,7 +91,7 @@ pub fn serve(image: &Path, host: Host) -> Server {
     } else {
         server.arg(PORT)
     };
-    server.file(image.to_owned()).start()
+    server.file(image.to_owned()).arg("--adopt").start()
 }
 
 /// Awaits an image.

@@ -1,26 +1,28 @@
 #!/bin/bash
-# Shows that the simulated histories find what they are there to find: breaks a copy of src/upstream in one way after the
-# other, and says which seed has found it. Fails when none does, or when the code it would break is not there any more.
+# Shows that the simulated histories and migrations find what they are there to find: breaks a copy of src/upstream and
+# src/migrate in one way after the other, and says which seed has found it. Fails when none does, or when the code it would
+# break is not there any more.
 cd "$(dirname "$0")/../.."
 . tests/teeth.sh
 only=${ONLY:-.}
 enter_copy
 
 status=0
-# breaks WHAT [FILE PERL]...: breaks a copy, and plays the histories.
+tests=histories
+# breaks WHAT [FILE PERL]...: breaks a copy, and plays the tests.
 breaks() {
     local what=$1 result=0 seed
     [[ $what =~ $only ]] || return 0
     shift
     break_copy "$what" simulation "$@"
-    timeout 900 cargo test --locked --quiet --test simulation -- --nocapture histories >log 2>&1 || result=$?
-    seed=$(sed -nE 's/^to run it again: FLEXNBD_SEED=([0-9]+) .*/\1/p' log)
+    timeout 900 cargo test --locked --quiet --test simulation -- --nocapture "$tests" >log 2>&1 || result=$?
+    seed=$(sed -nE 's/^(to run it again: FLEXNBD_SEED=|seed )([0-9]+).*/\2/p' log | head -n 1)
     if [ "$result" = 0 ]; then
         echo "$what: NOT FOUND"
         status=1
     elif [ -z "$seed" ]; then
         tail -20 log >&2
-        echo "teeth: $what: the histories did not come to their end" >&2
+        echo "teeth: $what: the tests did not come to their end" >&2
         exit 1
     else
         echo "$what: found at seed $seed"
@@ -50,5 +52,20 @@ breaks "a FLUSH makes clean what was answered after it was sent, too" \
 
 breaks "the FLUSH of a long WRITE with FUA does not wait for its earlier parts" \
     upstream/mod.rs 's/if (self\.awaits_earlier_parts\(number\))/if false && $1/'
+
+tests=marks::never
+breaks "the image is changed before it is marked as one that comes" \
+    migrate/incoming.rs 's/self\.mark == Marking::Over/true || $&/'
+
+breaks "DISC is said without a mark" \
+    migrate/plan.rs 's/Need::Nothing if (self\.settling\.is_some\(\))/Need::Nothing if false \&\& $1/'
+
+tests=seeds::seeds
+breaks "DISC does not wait until the mark is durable" \
+    migrate/plan.rs 's/(Phase::Marked \{ \.\. \}) => return self\.commit/Phase::Marking { .. } | $&/' \
+    migrate/pause.rs 's/(if let Phase::LastPass \{ since_ms \}) \| (Phase::Marked)/$1 | Phase::Marking { since_ms } | $2/'
+
+breaks "the mark is forgotten with the attempt" \
+    migrate/plan.rs 's/self\.attempt\.settling\.is_some\(\) && is_late/false \&\& is_late/'
 
 exit "$status"

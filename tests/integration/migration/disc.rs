@@ -28,9 +28,12 @@ fn last_line(listener: &mut Server) -> String {
 #[test]
 fn a_source_that_is_killed_between_unlink_and_disc() {
     let content = pattern(1, SIZE);
+    let source = Server::serve();
     // The folder is synced in between.
-    let killer = ["strace", "-D", "-f", "-o", "/dev/null", "-e", "trace=fsync", "-e", "inject=fsync:signal=KILL"];
-    let mut source = Server::serve().through(&killer).content(&content).start();
+    let folder = source.dir().join("");
+    let folder = folder.to_str().unwrap().trim_end_matches('/');
+    let killer = ["strace", "-D", "-f", "-o", "/dev/null", "-P", folder, "-e", "inject=fsync:signal=KILL"];
+    let mut source = source.through(&killer).content(&content).start();
     let mut listener = listen(0).size(SIZE as u64).start();
     start_mirror(&source, listener.address(), "--unlink");
     assert_eq!(source.process.wait(SOON).signal(), Some(9), "{}", source.log());

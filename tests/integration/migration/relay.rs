@@ -212,7 +212,7 @@ fn fio_verifies_across_two_moves() {
     let uri = format!("--uri=nbd://{}", source.address());
     let args = "--name=verify --ioengine=nbd --thread --numjobs=2 --size=32m --offset_increment=32m --rw=randrw \
                 --bsrange=512-64k --bs_unaligned=0 --iodepth=8 --fsync=64 --verify=crc32c --verify_fatal=1 \
-                --verify_backlog=128 --verify_state_save=0 --time_based --runtime=4";
+                --verify_backlog=128 --verify_state_save=0 --time_based --runtime=8";
     let mut fio = program("fio");
     fio.args(args.split_whitespace()).arg(uri).current_dir(source.dir().join(""));
     let fio = thread::spawn(move || run_within(&mut fio, &[], DEADLINE));
