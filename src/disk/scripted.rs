@@ -28,7 +28,7 @@ enum Pushed {
     Read { id: u32, buffer: Buffer, offset: u64, len: usize },
     Write { id: u32, buffer: Buffer, from: usize, offset: u64, len: usize },
     Punch { id: u32, offset: u64, length: u64 },
-    Sync { id: u32 },
+    Sync { id: u32, all: bool },
 }
 
 /// What a ring was given, and what it is to say.
@@ -78,8 +78,8 @@ impl Kernel for Told {
         self.script.borrow_mut().push(Pushed::Punch { id, offset, length }).is_ok()
     }
 
-    fn push_sync(&mut self, id: u32, _all: bool) -> bool {
-        self.script.borrow_mut().push(Pushed::Sync { id }).is_ok()
+    fn push_sync(&mut self, id: u32, all: bool) -> bool {
+        self.script.borrow_mut().push(Pushed::Sync { id, all }).is_ok()
     }
 
     fn enter(&mut self) -> io::Result<()> {
@@ -193,6 +193,11 @@ impl House {
         matches!(self.script.borrow().taken[index], Pushed::Sync { .. })
     }
 
+    /// Whether that is an fsync.
+    pub(super) fn syncs_all(&self, index: usize) -> bool {
+        matches!(self.script.borrow().taken[index], Pushed::Sync { all: true, .. })
+    }
+
     /// Ends what the kernel has in hand at an index: so many bytes, or an error number.
     pub(super) fn end(&mut self, index: usize, result: Result<usize, i32>) {
         let script = &mut *self.script.borrow_mut();
@@ -213,7 +218,7 @@ impl House {
                 self.image.file.write_all_at(&vec![0; n as usize], offset).unwrap();
                 (id, None)
             }
-            Pushed::Sync { id } => (id, None),
+            Pushed::Sync { id, .. } => (id, None),
         };
         let result = result.map_err(io::Error::from_raw_os_error);
         script.ended.push_back(Completion { id, result, buffer });

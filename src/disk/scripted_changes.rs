@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "of sizes that the tests chose")]
 
 use super::changes::FLYING_MAX;
+use super::mark;
 use super::reads::Way;
 use super::ring::Cost;
 use super::scripted::{bytes, read, write, House, SIZE};
@@ -522,4 +523,43 @@ fn changes_that_fly_at_the_end_are_waited_for_if_they_are_short_and_else_left_to
         assert!(house.script.borrow().is_leaked);
         assert_eq!(house.taken(), if is_over { 2 } else { 3 }, "nothing new begins");
     }
+}
+
+/// A change that flies and a sync lock the file, and a mark would wait for them.
+#[test]
+fn a_mark_is_set_when_nothing_flies_and_what_comes_later_waits_for_it() {
+    let mut house = far();
+    if mark::set(&house.image, None).is_err() {
+        // The file system of temporary files has no marks; the tests of migrations say so.
+        return;
+    }
+    let mark = |house: &House| mark::get(&house.image).unwrap().map(|mark| String::from_utf8(mark).unwrap());
+    house.submit(1, 0, fill(0, 4096, 7));
+    house.kick();
+    house.engine.submit_mark(9, 1, Some("first".into()), true);
+    house.submit(1, 2, fill(8192, 4096, 7));
+    house.kick();
+    assert_eq!((house.taken(), house.engine.has_work(), mark(&house)), (1, false, None));
+    house.end(0, Ok(4096));
+    settle(&mut house);
+    assert_eq!((done(&mut house), mark(&house).as_deref()), (vec![(0, None)], Some("first")));
+    assert_eq!((0..house.taken()).filter(|&index| house.syncs_all(index)).count(), 1);
+    let change = (0..2).find(|&index| !house.is_sync(index)).unwrap();
+    house.end(change, Ok(4096));
+    settle(&mut house);
+    assert_eq!((done(&mut house), house.taken()), (vec![(2, None)], 1));
+
+    // Behind the sync comes another mark, which need not be durable; one more is dropped with its owner.
+    house.engine.submit_mark(9, 3, None, false);
+    house.engine.submit_mark(8, 4, Some("dropped".into()), true);
+    house.kick();
+    house.engine.forget(8);
+    assert_eq!((done(&mut house), house.engine.has_work()), (vec![(4, Some(ErrorKind::ConnectionAborted))], false));
+    assert_eq!(mark(&house).as_deref(), Some("first"));
+    house.end(0, Ok(0));
+    settle(&mut house);
+    assert_eq!((done(&mut house), mark(&house), house.taken()), (vec![(1, None), (3, None)], None, 0));
+    house.submit(1, 5, Action::Flush);
+    settle(&mut house);
+    assert!(house.is_sync(0) && !house.syncs_all(0), "what need not be durable costs no fsync");
 }
