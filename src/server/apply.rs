@@ -110,6 +110,17 @@ impl Reactor {
         }
     }
 
+    /// The server ends. Those who wait for the end of a migration hear what that means for it.
+    pub(super) fn tell_waiters(&mut self, outcome: &Result<(), Fatal>) {
+        let answer = match (outcome, &self.shared.life) {
+            (Err(why), _) => Answer::failed(&*why.0),
+            (Ok(()), Life::Sending { .. }) => Answer::ok("migrated"),
+            (Ok(()), _) => Answer::failed("the server has been stopped"),
+        };
+        // That ends nothing but what has ended.
+        let _ = self.apply(Effect::AnswerWaiters(answer));
+    }
+
     /// A received image is durable, and so is that it is one.
     pub(super) fn sealed(&mut self) {
         let places = self.places();

@@ -129,6 +129,7 @@ pub fn serve(config: Config) -> Result<(), Fatal> {
     if let Some(Slot::Supervisor(supervisor)) = server.supervisor.and_then(|key| server.slots.get(key)) {
         supervisor.tell_stop();
     }
+    server.tell_waiters(&outcome);
     server.part();
     server.shared.admission.complaints.tell();
     server.leave_upstream();
