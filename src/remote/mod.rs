@@ -15,7 +15,7 @@ pub use transfer::{read, write, Target};
 
 use crate::command::{encode_command, parse_answer, Answer, Notation, StatusForm};
 use crate::endpoint::{Endpoint, Place};
-use crate::sys;
+use crate::sys::{self, SignalFd};
 use connect::{connect_unix, explain, set_limits};
 use progress::{ProgressLine, Report};
 use std::fmt;
@@ -33,6 +33,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 const LOOK_EVERY_MS: u64 = 250;
 /// How the answer to `mirror` begins when the destination cannot be connected to.
 const NOT_CONNECTED: &str = "Mirror failed to connect";
+/// How many columns a terminal has that does not say.
+const COLUMNS: usize = 80;
 /// The longest answer that is read, in bytes: more than the status of as many clients as a server lists.
 const ANSWER_MAX: usize = 4 << 20;
 
@@ -180,11 +182,18 @@ pub fn switch(
 /// Waits for the answer to `wait` and shows the status meanwhile.
 fn watch(path: &Path, waiting: UnixStream, progress: &mut ProgressLine<impl Write>) -> Result<Answer, Error> {
     let failed = |error| Error(format!("{}: cannot wait: {error}", path.display()));
+    let interrupt = SignalFd::interrupt().map_err(failed)?;
     while !sys::wait_readable(waiting.as_fd(), LOOK_EVERY_MS).map_err(failed)? {
+        if interrupt.read().map_err(failed)?.is_some() {
+            progress.clear();
+            progress.write(&format!("the migration goes on; flexnbd break --sock {} stops it\n", path.display()));
+            sys::end_by_interrupt();
+        }
         // A status that does not come is no reason to stop: if the server is gone, `waiting` becomes readable.
         if let Ok(status) = ask(path, &["status"]) {
             if let Some(report) = Report::parse(&status.text) {
-                progress.show(&report, sys::monotonic_ms());
+                let columns = sys::columns(io::stderr().as_fd()).map_or(COLUMNS, usize::from);
+                progress.show(&report, sys::monotonic_ms(), columns.saturating_sub(1));
             }
         }
     }

@@ -5,9 +5,6 @@
 use std::fmt;
 use std::io::Write;
 
-/// How much of a line a terminal shows, in columns: a line that wraps could not be redrawn, and hardly any terminal is
-/// narrower.
-const COLUMNS: usize = 79;
 /// How often a line is written where it cannot be redrawn, in milliseconds.
 const LINE_EVERY_MS: u64 = 5_000;
 /// The units of an amount, each 1024 times the one before.
@@ -153,12 +150,13 @@ impl<W: Write> ProgressLine<W> {
         Self { form, out, told: None, drawn: false }
     }
 
-    /// Shows how far the migration is, if a line is due.
-    pub(super) fn show(&mut self, report: &Report, now_ms: u64) {
+    /// Shows how far the migration is, if a line is due. A line that is drawn over has at most so many columns, because one
+    /// that wraps could not be.
+    pub(super) fn show(&mut self, report: &Report, now_ms: u64, columns: usize) {
         match self.form {
             ProgressForm::Silent => {}
             ProgressForm::Redrawn => {
-                self.write(&format!("\r{:.COLUMNS$}\x1b[K", report.to_string()));
+                self.write(&format!("\r{:.columns$}\x1b[K", report.to_string()));
                 self.drawn = true;
             }
             ProgressForm::Lines => {
@@ -179,7 +177,7 @@ impl<W: Write> ProgressLine<W> {
     }
 
     /// Writes in one piece, so that the line does not flicker.
-    fn write(&mut self, text: &str) {
+    pub(super) fn write(&mut self, text: &str) {
         let _ = self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush());
     }
 }
@@ -187,6 +185,8 @@ impl<W: Write> ProgressLine<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const COLUMNS: usize = 79;
 
     const COPYING: &str = "pid=1 is_mirroring=true has_control=true size=1048576 clients_allowed=true num_clients=0 \
                            migration_speed=124780544 migration_duration=3 migration_seconds_left=75 \
@@ -202,7 +202,7 @@ mod tests {
         let mut out = Vec::new();
         let mut progress = ProgressLine::new(form, &mut out);
         for &(status, now_ms) in reports {
-            progress.show(&Report::parse(status).unwrap(), now_ms);
+            progress.show(&Report::parse(status).unwrap(), now_ms, COLUMNS);
         }
         progress.clear();
         String::from_utf8(out).unwrap()

@@ -106,6 +106,14 @@ fn wait(fd: BorrowedFd, events: c_short, timeout_ms: u64) -> io::Result<bool> {
     })
 }
 
+/// How many columns a terminal has; `None` for what is none, or does not say.
+pub fn columns(terminal: BorrowedFd) -> Option<u16> {
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: `size` is a valid winsize for the call to fill, and the descriptor is open while it is borrowed.
+    let known = unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) } == 0;
+    Some(size.ws_col).filter(|&columns| known && columns > 0)
+}
+
 /// The stop signals (SIGINT, SIGQUIT, SIGTERM, SIGHUP) as something to poll and read.
 #[derive(Debug)]
 pub struct SignalFd {
@@ -117,16 +125,20 @@ impl SignalFd {
     /// ignored: a blocked signal is never ignored. Only a SIGHUP that is ignored stays so. Call it while the process has a
     /// single thread: any other would have to block them too.
     pub fn new() -> io::Result<Self> {
-        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: `sigemptyset` initialises the set it is given, and cannot fail on a valid pointer.
-        let mut set = unsafe {
-            libc::sigemptyset(set.as_mut_ptr());
-            set.assume_init()
-        };
         // `nohup` ignores SIGHUP for a reason. A shell ignores SIGINT and SIGQUIT of what a script starts with `&` because of
         // its own terminal, and a server whose script sends them is meant to stop.
         let ignored = |&signal: &c_int| signal == libc::SIGHUP && is_ignored(signal);
-        for signal in STOP_SIGNALS.into_iter().filter(|signal| !ignored(signal)) {
+        Self::of(STOP_SIGNALS.into_iter().filter(|signal| !ignored(signal)))
+    }
+
+    /// The same of SIGINT alone, which is what Ctrl-C sends. Where it is ignored, it does not come.
+    pub fn interrupt() -> io::Result<Self> {
+        Self::of([libc::SIGINT].into_iter().filter(|&signal| !is_ignored(signal)))
+    }
+
+    fn of(signals: impl Iterator<Item = c_int>) -> io::Result<Self> {
+        let mut set = no_signals();
+        for signal in signals {
             // SAFETY: `set` is initialised, `signal` is a valid number.
             check(unsafe { libc::sigaddset(&raw mut set, signal) })?;
         }
@@ -151,6 +163,25 @@ impl SignalFd {
             Err(error) => Err(error),
         }
     }
+}
+
+fn no_signals() -> libc::sigset_t {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: `sigemptyset` initialises the set it is given, and cannot fail on a valid pointer.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        set.assume_init()
+    }
+}
+
+/// Ends the process by SIGINT, blocked or not, as if nobody had read one: a shell asks whether a program ended like that to
+/// know whether its script is to end, too.
+pub fn end_by_interrupt() {
+    // SAFETY: `raise` takes a number. The signal stays pending while it is blocked.
+    unsafe { libc::raise(libc::SIGINT) };
+    let none = no_signals();
+    // SAFETY: `none` is initialised; the old mask is not asked for.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) };
 }
 
 /// True for a signal that the parent process has set to be ignored.

@@ -5,12 +5,14 @@ use crate::support::peers::{
     Script, Worker,
 };
 use crate::support::{
-    allocated, kind, pattern, run, run_command, wait_for, Loop, Process, Scripted, Server, TempDir, BIN, SOON,
+    allocated, has, kind, pattern, program, run, run_command, wait_for, Loop, Need, Process, Scripted, Server, TempDir,
+    BIN, SOON,
 };
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -330,7 +332,11 @@ fn waiting_for_the_end() {
             let said = String::from_utf8(output.stdout).unwrap();
             assert_eq!((output.code, &*said), (Some(1), "Migration started\n"), "{how}: {}", output.stderr);
             let why = output.stderr.lines().last().unwrap();
-            assert!(how != "break" || why == "migration stopped", "{how}: {why}");
+            match how {
+                "break" => assert_eq!(why, "migration stopped"),
+                "TERM" => assert!(why.starts_with("stopped by a signal while a migration was running; "), "{why}"),
+                _ => assert!(why.contains("whether the migration was completed is not known"), "{why}"),
+            }
             assert!(!why.starts_with("copying"), "{how}: no reason: {why}");
         });
         if how != "break" {
@@ -364,13 +370,36 @@ fn who_waits_may_leave() {
     let mut command = Command::new(BIN);
     let port = destination.port().to_string();
     command.args(["mirror", "--addr", "127.0.0.1", "--port", &port, "--wait", "--max-speed", "1000", "--sock"]);
-    command.arg(&source.sock).stdout(Stdio::null()).stderr(Stdio::null());
+    let said = source.dir().join("said");
+    command.arg(&source.sock).stdout(Stdio::null()).stderr(File::create(&said).unwrap());
     let mut waiting = Process::spawn(&mut command);
-    wait_for_status(&source, "migration_phase", "copying");
+    wait_for("the first progress", SOON, || fs::read_to_string(&said).unwrap().contains("copying: ").then_some(()));
     waiting.signal("INT");
-    waiting.wait(SOON);
+    assert_eq!(waiting.wait(SOON).signal(), Some(libc::SIGINT), "as a shell expects it of Ctrl-C");
+    let last = format!("the migration goes on; flexnbd break --sock {} stops it\n", source.sock.display());
+    assert!(fs::read_to_string(&said).unwrap().ends_with(&last));
     wait_for_status(&source, "is_mirroring", "true");
     assert_eq!(tell("mirror-speed", &source, "--max-speed 0").0, Some(0));
+    expect_migrated(&mut source, &mut destination);
+}
+
+#[test]
+fn progress_fits_the_terminal() {
+    if !has(&[Need::Program("script"), Need::Program("stty")]) {
+        return;
+    }
+    let mut source = Server::serve().content(&pattern(1, 1 << 20)).start();
+    let mut destination = listen(0).size(1 << 20).start();
+    let (port, sock) = (destination.port(), source.sock.display());
+    let line = format!(
+        "stty cols 30; exec {BIN} mirror --addr 127.0.0.1 --port {port} --sock {sock} --wait --max-speed 1000000"
+    );
+    let output = run_command(program("script").args(["-qec", &line, "/dev/null"]), &[]);
+    assert_eq!(output.code, Some(0), "{}", output.stderr);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let drawn: Vec<_> = text.split('\r').filter_map(|line| line.strip_suffix("\x1b[K")).collect();
+    assert!(drawn.iter().any(|line| line.starts_with("copying: ") && line.len() == 29), "{text:?}");
+    assert!(drawn.iter().all(|line| line.len() <= 29), "{text:?}");
     expect_migrated(&mut source, &mut destination);
 }
 
