@@ -116,6 +116,10 @@ SIGHUP where there is a terminal; without one it is ignored.
 --newstyle-sock or with sockets that systemd passes (LISTEN_FDS). The names of
 those say what they are for: oldstyle, control, and newstyle or any other.
 
+An image that has been migrated away, and one that a migration has not filled,
+are marked (extended attribute user.flexnbd.state). They are refused with exit
+code 1 and a line that says where the image is; see --adopt.
+
 Environment:
   FLEXNBD_MS_REQUEST_LIMIT_SECS  Seconds, such as 60 or 0.5, without progress on
           a request after which an attempt at a migration has failed and the
@@ -130,10 +134,11 @@ Example: serve disk.img to one address and one network, with a control socket:
     #[command(after_help = "\
 One sender at a time is taken. Until one has sent the whole image and said that
 it is complete, every attempt that fails is followed by waiting for the next;
-what was received so far is not an image to use. When the image is complete and
-on stable storage, the exit code is 0. After a signal that stops it, as with
-serve, or an error of the file, it is 1. The file must exist and have the size
-of the image that comes.
+what was received so far is not an image to use, and serve refuses the file from
+its first change on. When the image is complete and on stable storage, serve
+takes it, and the exit code is 0. After a signal that stops it, as with serve,
+or an error of the file, it is 1. The file must exist and have the size of the
+image that comes.
 
 The options are those of serve. --killswitch bounds what one request of the
 sender may take; --max-clients, --max-iops and --max-bytes-per-second matter
