@@ -5,9 +5,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
+# Both are copied first: somebody may work on the sources meanwhile.
 for copy in one another-one; do
     mkdir "$folder/$copy"
     cp -r Cargo.toml Cargo.lock Makefile README.md .cargo src tests "$folder/$copy/"
+done
+for copy in one another-one; do
     env -u CARGO_TARGET_DIR make -C "$folder/$copy"
 done
 cmp "$folder/one/target/release/flexnbd" "$folder/another-one/target/release/flexnbd"
