@@ -24,6 +24,8 @@ const LANE: u64 = 2048;
 const LIMIT: usize = 12 << 10;
 /// Operations of one input.
 const OPS_MAX: u32 = 64;
+/// Operations that the honest server is asked for at the end, at most.
+const LAST_OPS: usize = 32;
 /// Commands of the honest server, after which it counts as asked for ever.
 const ENOUGH: usize = 10_000;
 /// Stands for [`Action::Verify`], which is no command.
@@ -69,6 +71,8 @@ struct Sent {
     length: u32,
     durable: bool,
     is_map: bool,
+    /// What a READ that nobody has submitted was told, where it begins.
+    ahead: Option<(u64, Vec<Option<u8>>)>,
 }
 
 struct World {
@@ -80,6 +84,11 @@ struct World {
     sent: Vec<Sent>,
     /// Whom the commands of this connection are for, once the first one is known.
     known: Vec<(Asked, Id)>,
+    /// What the server has said of each byte in answer to a READ that nobody has submitted, since it was changed last.
+    ahead: Vec<Option<u8>>,
+    /// Something is asked of the place where the last READ ended, at times.
+    goes_on: bool,
+    read_end: u64,
     ops: u32,
 }
 
@@ -89,6 +98,7 @@ struct Lost;
 fn abilities(offer: Offer, length_max: u32) -> Abilities {
     let has = |flag| offer.has(flag);
     Abilities {
+        size: SIZE,
         flush: has(transmission::SEND_FLUSH),
         fua: has(transmission::SEND_FUA),
         trim: has(transmission::SEND_TRIM),
@@ -108,8 +118,12 @@ impl World {
         }
         self.ops += 1;
         let (owner, tag) = (u64::from(self.ops % 3), self.ops);
-        let start = u64::from(self.ops) * 5 % LANES * LANE + size % 8;
-        let (offset, length) = (start, 1 + size * 7 % (LANE - 8));
+        let offset = if self.goes_on && choice & 0x20 != 0 {
+            self.read_end % SIZE
+        } else {
+            u64::from(self.ops) * 5 % LANES * LANE + size % 8
+        };
+        let length = (1 + size * 7 % (LANE - 8)).min(LANE - offset % LANE);
         let durable = choice & 0x40 != 0;
         let payload = |length: u64| {
             let mut buffer = Buffer::with_capacity(length as usize);
@@ -157,6 +171,17 @@ impl World {
     fn ask(&mut self, owner: u64, tag: u32, kind: u16, range: Range<u64>, durable: bool, action: Action) {
         let got = if kind == kind::READ { vec![None; (range.end - range.start) as usize] } else { Vec::new() };
         let (sent, answered, bytes, is_durable) = (0, 0, 0, false);
+        if kind == kind::READ {
+            self.read_end = range.end;
+        }
+        if let Some(range) = action.touches() {
+            self.ahead[range.start as usize..range.end as usize].fill(None);
+            for (start, told) in self.sent.iter_mut().filter_map(|sent| sent.ahead.as_mut()) {
+                // It may be read before the change or after it.
+                let is_changed = overlap(&range, &(*start..*start + told.len() as u64));
+                told.truncate(if is_changed { 0 } else { told.len() });
+            }
+        }
         self.open.push(Open { owner, tag, kind, range, durable, sent, answered, bytes, is_durable, got });
         self.core.submit(Op { owner, tag, action });
     }
@@ -167,8 +192,13 @@ impl World {
 
     /// The next command, with whom it is for.
     fn next_command(&mut self) -> Option<Command> {
-        let (replays, own) = (self.core.is_replaying(), self.core.counts().own_flushes);
+        let (replays, before) = (self.core.is_replaying(), self.core.counts());
         let command = self.core.next_command()?;
+        // What ended without the server has ended before this.
+        while let Some(done) = self.core.pop_done() {
+            self.done(&done);
+        }
+        let (own, ahead) = (self.core.counts().own_flushes, self.core.counts().reads_ahead);
         let can = self.can.expect("nothing is asked while nobody is there");
         let is_zero = |bytes: &Buffer| bytes.filled().iter().all(|&byte| byte == 0);
         let kind = match command.what {
@@ -191,7 +221,16 @@ impl World {
         };
         assert!(may && (can.fua || !command.fua), "the server does not know it");
         let asked = command.asked;
-        let open = if replays || self.core.counts().own_flushes > own {
+        let range = command.offset..command.offset + u64::from(command.length);
+        let mut told = None;
+        let open = if ahead > before.reads_ahead {
+            let changes =
+                self.open.iter().filter(|open| matches!(open.kind, kind::WRITE | kind::WRITE_ZEROES | kind::TRIM));
+            assert!(!replays && range.end <= SIZE && changes.into_iter().all(|open| !overlap(&open.range, &range)));
+            assert!(command.what == What::Read && !self.sent.iter().any(|sent| sent.ahead.is_some()), "one at a time");
+            told = Some((range.start, vec![None; command.length as usize]));
+            None
+        } else if replays || own > before.own_flushes {
             None
         } else if let Some(&(_, id)) = self.known.iter().find(|known| known.0 == asked) {
             Some(id)
@@ -208,7 +247,7 @@ impl World {
         }
         let durable = command.fua || command.what == What::Flush;
         let is_map = matches!(command.what, What::Map { .. });
-        self.sent.push(Sent { asked, open, length: command.length, durable, is_map });
+        self.sent.push(Sent { asked, open, length: command.length, durable, is_map, ahead: told });
         Some(command)
     }
 
@@ -279,7 +318,13 @@ impl World {
 
     /// Some bytes of a READ are known.
     fn told(&mut self, asked: Asked, offset: u64, bytes: impl Iterator<Item = u8>) {
-        let id = self.sent.iter().find(|sent| sent.asked == asked).and_then(|sent| sent.open);
+        let sent = self.sent.iter_mut().find(|sent| sent.asked == asked).expect("it was asked");
+        if let Some((start, told)) = &mut sent.ahead {
+            let place = (offset - *start) as usize..;
+            told.get_mut(place).into_iter().flatten().zip(bytes).for_each(|(told, byte)| *told = Some(byte));
+            return;
+        }
+        let id = sent.open;
         if let Some(open) = id.and_then(|id| self.find(id)) {
             open.bring(offset, bytes);
         }
@@ -287,7 +332,10 @@ impl World {
 
     fn answered(&mut self, asked: Asked, error: u32) -> Result<(), Lost> {
         let at = self.sent.iter().position(|sent| sent.asked == asked).expect("it was asked");
-        let Sent { open, length, durable, is_map, .. } = self.sent.remove(at);
+        let Sent { open, length, durable, is_map, ahead, .. } = self.sent.remove(at);
+        if let Some((start, told)) = ahead.filter(|_| error == 0) {
+            self.ahead[start as usize..][..told.len()].copy_from_slice(&told);
+        }
         if let Some(open) = open.filter(|_| error == 0).and_then(|id| self.find(id)) {
             open.answered += 1;
             open.bytes += if is_map { open.range.end - open.range.start } else { u64::from(length) };
@@ -327,7 +375,8 @@ impl World {
             VERIFY => false,
             _ => true,
         };
-        if is_asked {
+        let is_ahead = open.kind == kind::READ && open.sent == 0;
+        if is_asked && !is_ahead {
             let has_all = open.sent > 0 && open.sent == open.answered && open.bytes >= length;
             assert!(has_all, "done without all of its replies");
             assert!(open.is_durable || !open.durable, "not durable");
@@ -337,7 +386,9 @@ impl World {
                 let hole: u64 = done.extents.iter().map(Extent::length).sum();
                 let mut read = vec![0; hole as usize];
                 read.extend(done.buffer.iter().flat_map(Buffer::filled));
-                let told: Option<Vec<u8>> = open.got.into_iter().collect();
+                let got =
+                    if is_ahead { &self.ahead[open.range.start as usize..open.range.end as usize] } else { &open.got };
+                let told: Option<Vec<u8>> = got.iter().copied().collect();
                 assert_eq!(Some(read), told, "what is read is what the server has said");
             }
             kind::BLOCK_STATUS => {
@@ -357,15 +408,18 @@ impl World {
         (self.session, self.can) = (None, None);
         self.sent.clear();
         self.known.clear();
+        self.ahead.fill(None);
         self.open.iter_mut().for_each(Open::restart);
         self.core.lost();
         self.take_done();
     }
 
-    /// A server that answers everything, one command after the other, until nothing is left to ask.
-    fn come_to_rest(&mut self) {
+    /// A server that answers everything, one command after the other, until nothing is left to ask; then it is asked for more,
+    /// one operation at a time.
+    fn come_to_rest(&mut self, choices: &mut Choices) {
         self.lose();
         let can = Abilities {
+            size: SIZE,
             flush: true,
             fua: self.ops % 2 == 0,
             trim: true,
@@ -377,24 +431,36 @@ impl World {
         };
         self.can = Some(can);
         self.core.connected(can);
-        for settles in [false, true] {
-            self.core.settle(settles);
-            for step in 0.. {
-                assert!(step < ENOUGH, "asked for ever");
-                let Some(Command { asked, what, offset, length, payload, .. }) = self.next_command() else { break };
-                drop(payload);
-                if what == What::Read {
-                    let bytes: Vec<u8> = (0..length).map(|at| at as u8).collect();
-                    self.told(asked, offset, bytes.iter().copied());
-                    self.core.data(asked, offset, &bytes);
-                }
-                assert!(self.answered(asked, 0).is_ok(), "an honest server does nothing wrong");
-            }
-            self.take_done();
-            assert!(self.open.is_empty() && self.core.is_empty(), "everything ends");
+        self.core.settle(false);
+        self.serve();
+        for _ in 0..LAST_OPS {
+            self.submit(choices);
+            self.serve();
         }
+        self.core.settle(true);
+        self.serve();
         assert!(self.core.is_settled(), "nothing is left to lose");
     }
+
+    fn serve(&mut self) {
+        for step in 0.. {
+            assert!(step < ENOUGH, "asked for ever");
+            let Some(Command { asked, what, offset, length, payload, .. }) = self.next_command() else { break };
+            drop(payload);
+            if what == What::Read {
+                let bytes: Vec<u8> = (self.ops..).take(length as usize).map(|byte| byte as u8).collect();
+                self.told(asked, offset, bytes.iter().copied());
+                self.core.data(asked, offset, &bytes);
+            }
+            assert!(self.answered(asked, 0).is_ok(), "an honest server does nothing wrong");
+        }
+        self.take_done();
+        assert!(self.open.is_empty() && self.core.is_empty(), "everything ends");
+    }
+}
+
+fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
+    one.start < other.end && other.start < one.end
 }
 
 /// What a proxy does with what servers say, one connection after the other.
@@ -407,14 +473,19 @@ pub fn upstream(data: &[u8]) {
     let first = choices.next();
     let replay = if first & 7 == 7 { Replay::Unanswered } else { Replay::Dirty };
     let length_max = if first & 8 == 0 { 32 << 20 } else { 600 };
+    let goes_on = first & 64 != 0;
+    let read_ahead = if goes_on { LANE as usize * 3 } else { 0 };
     let mut world = World {
-        core: Upstream::new(replay, LIMIT),
+        core: Upstream::new(replay, LIMIT, read_ahead),
         session: None,
         can: None,
         told_flush: false,
         open: Vec::new(),
         sent: Vec::new(),
         known: Vec::new(),
+        ahead: vec![None; SIZE as usize],
+        goes_on,
+        read_end: 0,
         ops: 0,
     };
     while !stream.is_empty() {
@@ -442,5 +513,5 @@ pub fn upstream(data: &[u8]) {
         }
         world.take_done();
     }
-    world.come_to_rest();
+    world.come_to_rest(&mut choices);
 }

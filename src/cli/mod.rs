@@ -17,7 +17,6 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser};
-use log::warn;
 
 use crate::acl::Acl;
 use crate::command::{self, Notation, StatusForm};
@@ -54,8 +53,7 @@ const _: () = assert!(command::LINE_MAX <= wire::STRING_MAX, "a name that fits a
 /// What a command line asks for, checked.
 #[derive(Debug)]
 enum Job {
-    Serve(server::Config),
-    Proxy { config: server::Config, reads_ahead: bool },
+    Serve(Box<server::Config>),
     Switch { sock: PathBuf, switch: Switch, wait: bool },
     Read(Target),
     Write(Target),
@@ -89,13 +87,7 @@ fn is_proxy(args: &[OsString]) -> bool {
 
 fn perform(job: Job, verbosity: Verbosity) -> ExitCode {
     match job {
-        Job::Serve(config) => ended(server::serve(config).map(|()| 0)),
-        Job::Proxy { config, reads_ahead } => {
-            if reads_ahead {
-                warn!("--cache does nothing: requests are sent to the server while others wait for its answers");
-            }
-            ended(server::serve(config).map(|()| 0))
-        }
+        Job::Serve(config) => ended(server::serve(*config).map(|()| 0)),
         Job::Switch { sock, switch, wait } => {
             ended(remote::switch(&sock, &switch, wait, &mut io::stdout(), &mut io::stderr()))
         }
@@ -217,7 +209,7 @@ fn server(args: ServeArgs, listens: Option<server::Role>) -> Result<Job, String>
         role,
         request_limit_ms: request_limit_ms(env::var_os(REQUEST_LIMIT).as_deref())?,
     };
-    config(args.doors, args.access, args.max_clients, args.limit, server::Backing::Image(image)).map(Job::Serve)
+    serving(args.doors, args.access, args.max_clients, args.limit, server::Backing::Image(image))
 }
 
 fn proxy(args: ProxyArgs) -> Result<Job, String> {
@@ -233,25 +225,24 @@ fn proxy(args: ProxyArgs) -> Result<Job, String> {
             ReplayKind::None => Replay::Nothing,
         },
         replay_limit: args.replay_limit,
+        read_ahead: args.cache.unwrap_or_default(),
         give_up_ms: Some(args.give_up_ms).filter(|&ms| ms > 0),
         start_timeout_ms: args.start_timeout_ms,
     };
-    let reads_ahead = args.cache.is_some_and(|bytes| bytes > 0);
-    let config = config(args.doors, args.access, args.max_clients, args.limit, server::Backing::Upstream(upstream))?;
-    Ok(Job::Proxy { config, reads_ahead })
+    serving(args.doors, args.access, args.max_clients, args.limit, server::Backing::Upstream(upstream))
 }
 
-/// What servers of both kinds are told.
-fn config(
+/// To serve, with what servers of both kinds are told.
+fn serving(
     mut doors: DoorArgs,
     access: AccessArgs,
     max_clients: usize,
     limit: LimitArgs,
     backing: server::Backing,
-) -> Result<server::Config, String> {
+) -> Result<Job, String> {
     let export_name = doors.export_name.take();
     let doors = doors::doors(doors, access.sock, sys::passed::take_passed()?)?;
-    Ok(server::Config {
+    let config = server::Config {
         doors: doors.nbd,
         export_name: export_name.unwrap_or_default(),
         control: doors.control,
@@ -264,7 +255,8 @@ fn config(
         },
         upstream_limit_ms: upstream_limit_ms(env::var_os(UPSTREAM_LIMIT).as_deref())?,
         backing,
-    })
+    };
+    Ok(Job::Serve(Box::new(config)))
 }
 
 /// The whole seconds of [`UPSTREAM_LIMIT`], in milliseconds.

@@ -90,6 +90,8 @@ pub struct Upstream {
     pub replay: Replay,
     /// The bound of that, in bytes.
     pub replay_limit: usize,
+    /// How far small READs that follow one another are read ahead of, in bytes; 0 is not at all.
+    pub read_ahead: usize,
     /// How long an outage may take before clients are cut, in milliseconds; `None` is for ever.
     pub give_up_ms: Option<u64>,
     /// How long to try at the start, in milliseconds; 0 is once.

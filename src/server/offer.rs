@@ -59,6 +59,7 @@ pub(super) fn abilities_of_destination(offer: Offer) -> migrate::Abilities {
 pub(super) fn abilities(offer: Offer) -> Abilities {
     let has = |flag| offer.has(flag);
     Abilities {
+        size: offer.size,
         flush: has(transmission::SEND_FLUSH),
         fua: has(transmission::SEND_FUA),
         trim: has(transmission::SEND_TRIM),

@@ -89,7 +89,7 @@ impl Shared {
     /// The image is at `to` now: what clients ask goes there from now on. The file is closed, so that it may come back under
     /// the same name.
     pub(super) fn relay_to(&mut self, to: Destination) {
-        let core = Upstream::new(Replay::Dirty, RELAY_LIMIT);
+        let core = Upstream::new(Replay::Dirty, RELAY_LIMIT, 0);
         let (name, export) = (to.to.to_string(), self.backend.export());
         // No operation is in flight: clients were paused, and the last pass of the migration has been answered.
         self.backend = Backend::Upstream(Box::new(Standby { core, name, export }));

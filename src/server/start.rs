@@ -71,7 +71,7 @@ impl Reactor {
                     .map_err(|error| Fatal(error.to_string()))?,
             )),
             Backing::Upstream(upstream) => Backend::Upstream(Box::new(Standby {
-                core: Upstream::new(upstream.replay, upstream.replay_limit),
+                core: Upstream::new(upstream.replay, upstream.replay_limit, upstream.read_ahead),
                 name: upstream.server.to_string(),
                 export: Export { size: 0, read_only: false, flushes: false, several: true },
             })),

@@ -172,6 +172,7 @@ fn of_server(server: &Reactor) -> Facts {
         put("in_flight", Value::Number(standby.core.len() as u64));
         put("own_flushes", Value::Number(counts.own_flushes));
         put("replayed_bytes", Value::Number(counts.replayed_bytes));
+        put("reads_ahead", Value::Number(counts.reads_ahead));
         put("last_error", Value::Text(outage.last_error().unwrap_or("none").into()));
     }
     put("reads", Value::Number(tally.reads));

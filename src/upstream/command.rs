@@ -22,12 +22,16 @@ pub struct Counts {
     pub own_flushes: u64,
     /// Bytes that were written again, zeroes included.
     pub replayed_bytes: u64,
+    /// How many READs were sent that no client has asked for.
+    pub reads_ahead: u64,
 }
 
 /// What the server can do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[allow(clippy::struct_excessive_bools, reason = "each is an ability of its own")]
 pub struct Abilities {
+    /// The length of the export, in bytes.
+    pub size: u64,
     /// FLUSH. Without it nothing is ever known to be durable.
     pub flush: bool,
     /// FUA.
@@ -86,6 +90,8 @@ pub(super) enum For {
     Replay,
     /// This side's own FLUSH, sent after the answer of this number.
     OwnFlush(u64),
+    /// What clients may read next.
+    Ahead,
 }
 
 /// A command for the server.

@@ -29,6 +29,7 @@
 //! Nothing is sent twice in one session, and a session ends only when its connection has: that nobody answers is no
 //! reason to ask again, because what was asked may still happen.
 
+mod ahead;
 mod command;
 mod dirty;
 mod task;
@@ -36,12 +37,13 @@ mod task;
 pub use command::{Abilities, Asked, Command, Counts, Fault, Replay, What};
 
 use crate::work::{Done, Op};
+use ahead::Ahead;
 use command::For;
 use dirty::Dirty;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::ops::Range;
-use task::{Next, Task};
+use task::{overlap, Next, Task};
 
 /// Commands that the server has not answered, at the most.
 pub const COMMANDS_MAX: usize = 64;
@@ -79,6 +81,7 @@ pub struct Upstream {
     waiting: BTreeSet<u64>,
     next_number: u64,
     dirty: Dirty,
+    ahead: Ahead,
     /// How many changes were answered.
     seq: u64,
     /// How many of them a FLUSH has covered.
@@ -108,8 +111,9 @@ enum OwnFlush {
 }
 
 impl Upstream {
-    /// Nothing is connected yet.
-    pub fn new(replay: Replay, limit: usize) -> Self {
+    /// Nothing is connected yet. `limit` is that of [`Upstream::limit`]; small READs that follow one another are read
+    /// `read_ahead` bytes ahead of.
+    pub fn new(replay: Replay, limit: usize, read_ahead: usize) -> Self {
         Self {
             replay,
             limit,
@@ -120,6 +124,7 @@ impl Upstream {
             waiting: BTreeSet::new(),
             next_number: 0,
             dirty: Dirty::default(),
+            ahead: Ahead::new(read_ahead),
             seq: 0,
             flushed_seq: 0,
             reserved: 0,
@@ -147,6 +152,7 @@ impl Upstream {
         self.reserved = 0;
         self.own_flush = if self.dirty.is_empty() { OwnFlush::Idle } else { OwnFlush::Wanted };
         self.flush_again = false;
+        self.ahead.lost();
         for (&number, task) in &mut self.tasks {
             task.restart();
             self.waiting.insert(number);
@@ -161,7 +167,9 @@ impl Upstream {
     pub fn submit(&mut self, op: Op) {
         let number = self.next_number;
         self.next_number += 1;
-        self.tasks.insert(number, Task::new(op));
+        let task = Task::new(op);
+        self.ahead.note(&task);
+        self.tasks.insert(number, task);
         self.waiting.insert(number);
     }
 
@@ -174,7 +182,7 @@ impl Upstream {
         let command = match self.stage {
             Stage::Away => None,
             Stage::Replaying { next } => self.next_replay(next),
-            Stage::Open => self.next_own_flush().or_else(|| self.next_of_tasks()),
+            Stage::Open => self.next_own_flush().or_else(|| self.next_of_tasks()).or_else(|| self.next_ahead()),
         }?;
         self.in_flight += 1;
         Some(command)
@@ -241,6 +249,7 @@ impl Upstream {
                 let range = task.changes();
                 let waits = self.settles
                     || !has_room
+                    || self.ahead.awaits(task)
                     || range.as_ref().is_some_and(|range| ahead.iter().any(|other| overlap(range, other)));
                 if waits {
                     if !has_room {
@@ -255,7 +264,7 @@ impl Upstream {
                 continue;
             }
             let Some(task) = self.tasks.get_mut(&number) else { continue };
-            match task.next(&self.can) {
+            match self.ahead.answers(task).unwrap_or_else(|| task.next(&self.can)) {
                 Next::Ask { what, fua, offset, length, payload } => {
                     if !task.is_begun {
                         self.reserved += task.cost();
@@ -272,6 +281,17 @@ impl Upstream {
             }
         }
         None
+    }
+
+    /// A READ that nobody has asked for, behind all that somebody has.
+    fn next_ahead(&mut self) -> Option<Command> {
+        if self.settles {
+            return None;
+        }
+        let changes = self.tasks.values().filter_map(Task::changes);
+        let (offset, length) = self.ahead.next(&self.can, changes)?;
+        self.counts.reads_ahead += 1;
+        Some(Command { asked: Asked(For::Ahead), what: What::Read, fua: false, offset, length, payload: None })
     }
 
     /// True when the FLUSH of a task would come too early for a part of the same request.
@@ -306,15 +326,17 @@ impl Upstream {
 
     /// Bytes that a READ has brought, from this offset of the export on.
     pub fn data(&mut self, asked: Asked, offset: u64, bytes: &[u8]) {
-        if let Some(task) = self.task(asked) {
-            task.data(offset, bytes);
+        match self.task(asked) {
+            Some(task) => task.data(offset, bytes),
+            None => self.ahead.data(asked, offset, bytes),
         }
     }
 
     /// A hole that a READ has found.
     pub fn hole(&mut self, asked: Asked, range: &Range<u64>) {
-        if let Some(task) = self.task(asked) {
-            task.hole(range);
+        match self.task(asked) {
+            Some(task) => task.hole(range),
+            None => self.ahead.hole(asked, range),
         }
     }
 
@@ -328,7 +350,7 @@ impl Upstream {
     fn task(&mut self, asked: Asked) -> Option<&mut Task> {
         match asked.0 {
             For::Task(number) => self.tasks.get_mut(&number),
-            For::Replay | For::OwnFlush(_) => None,
+            For::Replay | For::OwnFlush(_) | For::Ahead => None,
         }
     }
 
@@ -342,6 +364,7 @@ impl Upstream {
         match asked.0 {
             For::Replay if error != 0 => return Err(Fault::Replay(error)),
             For::Replay => self.go_on(),
+            For::Ahead => self.ahead.answered(error == 0),
             For::OwnFlush(mark) if error == 0 => {
                 self.flushed(mark);
                 self.own_flush = OwnFlush::Idle;
@@ -418,8 +441,9 @@ impl Upstream {
     }
 
     /// The owner is gone: what was not sent for it is dropped, the rest is for nobody. What it has written is flushed, for
-    /// nobody else may ask for that.
+    /// nobody else may ask for that. Before the next client comes, others may use the image: nothing is kept of it.
     pub fn forget(&mut self, owner: u64) {
+        self.ahead.drop_bytes();
         let own: Vec<u64> = self.tasks.iter().filter(|(_, task)| task.owner == owner).map(|(&n, _)| n).collect();
         for number in own {
             match self.tasks.get_mut(&number) {
@@ -516,8 +540,4 @@ impl Upstream {
 /// What becomes of an operation that is for nobody.
 fn gone() -> io::Error {
     io::Error::new(io::ErrorKind::Interrupted, "whoever asked is gone")
-}
-
-fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
-    one.start < other.end && other.start < one.end
 }

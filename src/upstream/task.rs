@@ -196,6 +196,11 @@ impl Task {
         matches!(self.kind, Kind::Write { .. } | Kind::Zero { .. } | Kind::Trim).then(|| self.range.clone())
     }
 
+    /// The bytes of the export that it reads.
+    pub(super) fn reads(&self) -> Option<Range<u64>> {
+        matches!(self.kind, Kind::Read { .. }).then(|| self.range.clone())
+    }
+
     /// What keeping its effect may cost, in bytes of memory. Where it cuts another extent in two, there is one more.
     pub(super) fn cost(&self) -> usize {
         match &self.kind {
@@ -308,6 +313,11 @@ pub(super) fn zeroes(length: u32) -> Rc<Buffer> {
     let mut buffer = Buffer::with_capacity(length);
     buffer.advance(length);
     Rc::new(buffer)
+}
+
+/// True when both have a byte in common.
+pub(super) fn overlap(one: &Range<u64>, other: &Range<u64>) -> bool {
+    one.start < other.end && other.start < one.end
 }
 
 fn unsupported(why: &'static str) -> io::Error {

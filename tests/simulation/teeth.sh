@@ -53,6 +53,12 @@ breaks "a FLUSH makes clean what was answered after it was sent, too" \
 breaks "the FLUSH of a long WRITE with FUA does not wait for its earlier parts" \
     upstream/mod.rs 's/if (self\.awaits_earlier_parts\(number\))/if false && $1/'
 
+breaks "a change does not drop what was read ahead" \
+    upstream/ahead.rs 's/(if )(task\.changes\(\)\.is_some_and\(\|range\| overlap\(&range, &bytes\)\))/$1false && $2/'
+
+breaks "what is being changed is read ahead" \
+    upstream/ahead.rs 's/(length == 0 \|\| )(changes\.any\()/$1false && $2/'
+
 tests=marks::never
 breaks "the image is changed before it is marked as one that comes" \
     migrate/incoming.rs 's/self\.mark == Marking::Over/true || $&/'

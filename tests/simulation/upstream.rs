@@ -103,6 +103,8 @@ struct World {
     gone: Vec<u64>,
     next_owner: u64,
     owners: Vec<u64>,
+    /// Clients that often go on reading where somebody has stopped, in this cell; `None` where nothing is read ahead.
+    goes_on_at: Option<u64>,
     faults: u64,
     log: Vec<String>,
 }
@@ -134,9 +136,10 @@ impl World {
         let first = Written { value: 0, submitted: 0, answered: 0, counts: true, is_trim: false, durable: 0, seen: 0 };
         let mut random = Random::new(seed ^ 0x0ff_5e7);
         let faults = random.pick(&[0, 0, 10, 40]);
+        let read_ahead = random.pick(&[0, 3 << 10, 8 << 10, 20 << 10]);
         Self {
             random,
-            core: Upstream::new(Replay::Dirty, LIMIT),
+            core: Upstream::new(Replay::Dirty, LIMIT, read_ahead),
             now: 1,
             volatile: vec![0; CELLS],
             durable: vec![0; CELLS],
@@ -150,6 +153,7 @@ impl World {
             gone: Vec::new(),
             next_owner: 4,
             owners: vec![1, 2, 3],
+            goes_on_at: (read_ahead > 0).then_some(0),
             faults,
             log: Vec::new(),
         }
@@ -163,16 +167,23 @@ impl World {
 
     fn submit(&mut self) {
         let owner = self.random.pick(&self.owners.clone());
-        let length = self.random.within(1..LONGEST + 1);
-        // Some places are used again and again.
-        let start = if self.random.one_in(2) { self.random.below(8) } else { self.random.below(CELLS as u64 - length) };
+        let goes_on_at = self.goes_on_at.filter(|&at| at < CELLS as u64 && self.random.one_in(2));
+        let (start, length) = if let Some(at) = goes_on_at {
+            (at, self.random.within(1..4).min(CELLS as u64 - at))
+        } else {
+            let length = self.random.within(1..LONGEST + 1);
+            // Some places are used again and again.
+            let is_usual = self.random.one_in(2);
+            (self.random.below(if is_usual { 8 } else { CELLS as u64 - length }), length)
+        };
         let (offset, length) = (start * CELL, length * CELL);
         let cells = cells_of(offset, length);
         let fua = self.random.one_in(4);
         self.next_tag += 1;
         let tag = self.next_tag;
         let value = self.next_value;
-        let (kind, action) = match self.random.below(16) {
+        let choice = if goes_on_at.is_some() { 15 } else { self.random.below(16) };
+        let (kind, action) = match choice {
             0..=5 => {
                 self.next_value += 1;
                 if cells.len() > 2 && self.random.one_in(3) {
@@ -200,6 +211,7 @@ impl World {
             11 if self.random.one_in(2) => (Kind::Other, Action::Cache { offset, length }),
             11 => (Kind::Other, Action::Map { offset, length, most: self.random.pick(&[1, 3]) }),
             _ => {
+                self.goes_on_at = self.goes_on_at.map(|_| start + length / CELL);
                 let buffer = Buffer::with_capacity(usize::try_from(length).unwrap());
                 let skip_hole = self.random.one_in(2);
                 let action = Action::Read { offset, length: usize::try_from(length).unwrap(), skip_hole, buffer };
@@ -366,6 +378,7 @@ impl World {
 
     fn connect(&mut self) {
         let mut can = Abilities {
+            size: CELLS as u64 * CELL,
             flush: true,
             fua: self.random.one_in(2),
             trim: self.random.one_in(2),
@@ -614,13 +627,13 @@ fn histories() {
 
 /// A server that can do nothing but what every one can, TRIM and `WRITE_ZEROES`.
 fn plain(flush: bool) -> Abilities {
-    Abilities { flush, trim: true, zero: true, length_max: 1 << 20, ..Abilities::default() }
+    Abilities { size: 1 << 20, flush, trim: true, zero: true, length_max: 1 << 20, ..Abilities::default() }
 }
 
 /// Clients are cut while what is dirty is on its way back to the server: there is nothing more to wait for.
 #[test]
 fn who_is_given_up_in_the_middle_of_a_replay_keeps_nobody_waiting() {
-    let mut core = Upstream::new(Replay::Dirty, LIMIT);
+    let mut core = Upstream::new(Replay::Dirty, LIMIT, 0);
     core.connected(plain(true));
     core.submit(Op {
         owner: 1,
@@ -643,7 +656,7 @@ fn who_is_given_up_in_the_middle_of_a_replay_keeps_nobody_waiting() {
 /// A server that never answers a FLUSH, and a client that cuts what is dirty into smaller and smaller pieces.
 #[test]
 fn trims_keep_to_the_bound_of_what_is_dirty() {
-    let mut core = Upstream::new(Replay::Dirty, LIMIT);
+    let mut core = Upstream::new(Replay::Dirty, LIMIT, 0);
     core.connected(plain(true));
     core.submit(Op {
         owner: 1,
@@ -669,7 +682,7 @@ fn trims_keep_to_the_bound_of_what_is_dirty() {
 /// A client may ask for FUA although it was told that there is none.
 #[test]
 fn what_cannot_be_made_durable_fails_and_asks_nothing_that_the_server_does_not_know() {
-    let mut core = Upstream::new(Replay::Dirty, LIMIT);
+    let mut core = Upstream::new(Replay::Dirty, LIMIT, 0);
     core.connected(plain(false));
     core.submit(Op {
         owner: 1,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::common::{AccessArgs, DoorArgs, LimitArgs, LogFlags};
-use super::values::{client_count, export, remote_port, replay_limit, seconds_or_none, size};
+use super::values::{client_count, export, read_ahead, remote_port, replay_limit, seconds_or_none};
 
 /// The values of `--replay`; comments of their own would show in its help.
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -108,20 +108,21 @@ pub(crate) struct ProxyArgs {
         verbatim_doc_comment
     )]
     pub start_timeout_ms: u64,
-    /// Read ahead, in bytes, behind '='; for old command lines. It does
-    /// nothing but warn: requests are sent to the server while others wait
-    /// for its answers, which does more.
+    /// Read ahead so many bytes behind small reads that follow one another,
+    /// 0 to 4194304, behind '='; 4096 without. It is for clients that ask for
+    /// one thing at a time. Where others write the same image beside this
+    /// proxy, what is read may be older than what they wrote. [default: 0]
     #[arg(
         short,
         long,
         value_name = "BYTES",
-        value_parser = size,
+        value_parser = read_ahead,
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "4096",
         verbatim_doc_comment
     )]
-    pub cache: Option<u32>,
+    pub cache: Option<usize>,
     /// Verbosity given after the mode.
     #[command(flatten)]
     pub log: LogFlags,

@@ -14,6 +14,9 @@ const LIMIT_MAX_S: u64 = 365 * 24 * 60 * 60;
 const REPLAY_LIMIT_MIN: u64 = 4 << 20;
 /// The most, in bytes: more than a server is likely to flush in time.
 const REPLAY_LIMIT_MAX: u64 = 16 << 30;
+/// The furthest that a proxy reads ahead, in bytes: more than a client reads in the time to the server and back, one small
+/// READ after the other.
+const READ_AHEAD_MAX: u64 = 4 << 20;
 /// The longest name of an export, in bytes: that of any string ("Conventions" in the NBD specification).
 pub(crate) const EXPORT_MAX: usize = 4096;
 /// The longest pause that a server accepts, in milliseconds.
@@ -45,6 +48,10 @@ pub(super) fn seconds_or_none(text: &str) -> Result<u64, String> {
 
 pub(super) fn replay_limit(text: &str) -> Result<usize, String> {
     bytes(text, REPLAY_LIMIT_MIN..=REPLAY_LIMIT_MAX)
+}
+
+pub(super) fn read_ahead(text: &str) -> Result<usize, String> {
+    bytes(text, 0..=READ_AHEAD_MAX)
 }
 
 pub(super) fn size(text: &str) -> Result<u32, String> {

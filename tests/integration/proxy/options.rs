@@ -27,26 +27,25 @@ fn all_letters_and_what_old_command_lines_say() {
     let server = Fading::start(Style::Oldstyle, SIZE, 1);
     let port = server.address.port();
     // The harness names the rest in full.
-    for (line, warns) in [
-        ("-b 127.0.0.1", 0),
-        ("--cache", 1),
-        ("-c", 1),
-        ("-c=65536", 1),
-        ("--cache=0", 0),
-        ("--quiet", 0),
-        ("-q", 0),
-        ("--verbose", 0),
-        ("-v", 0),
-        ("-d 127.0.0.0/8", 0),
-        ("-k=100", 0),
+    for line in [
+        "-b 127.0.0.1",
+        "--cache",
+        "-c",
+        "-c=65536",
+        "--cache=0",
+        "--quiet",
+        "-q",
+        "--verbose",
+        "-v",
+        "-d 127.0.0.0/8",
+        "-k=100",
     ] {
         let proxy = Server::proxy_to_nowhere().args(&format!("-C 127.0.0.1 -P {port} {line}")).start();
         let mut client = proxy.connect();
         assert_eq!(client.write(0, &[7; 512]), 0, "{line}");
         client.send(&request(kind::DISC, 0, 0, 0, 0));
         client.expect_closed();
-        let warnings = proxy.log().lines().filter(|found| found.contains(":W:")).count();
-        assert_eq!(warnings, warns, "{line}: {}", proxy.log());
+        assert!(!proxy.log().contains(":W:"), "{line}: {}", proxy.log());
         proxy.expect_healthy();
     }
 }
@@ -85,6 +84,7 @@ fn wrong_usage_starts_nothing() {
         (format!("{base} --give-up -1"), "--give-up"),
         (format!("{base} --start-timeout x"), "--start-timeout"),
         (format!("{base} --cache=x"), "--cache"),
+        (format!("{base} --cache=4194305"), "--cache"),
         (format!("{base} --bind ::1"), "--bind"),
         (format!("{base} --file x"), "--file"),
         (format!("{base} nonsense"), "nonsense"),
@@ -256,7 +256,8 @@ fn a_signal_ends_the_wait_for_the_server() {
 fn the_status_has_every_key() {
     const KEYS: &str =
         "pid size num_clients upstream upstream_style upstream_state upstream_since reconnects outage_ms \
-                        last_outage_ms replay_bytes replay_limit in_flight own_flushes replayed_bytes";
+                        last_outage_ms replay_bytes replay_limit in_flight own_flushes replayed_bytes \
+                        reads_ahead";
     for (_, style) in PAIRS.into_iter().take(2) {
         let server = Fading::start(style, SIZE, 1);
         let proxy = before(&server).args("--replay-limit 8388608").start();
