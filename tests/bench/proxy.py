@@ -4,9 +4,10 @@ The same client (tests/bench/load.rs) speaks to the server and to a proxy before
 serves an image on tmpfs. On two cores the three processes have less to themselves than the two have, so the share of the
 direct rate says more about the machine than about the proxy there; the added latency does not suffer as much.
 
-Then both are put behind a forwarder that delays everything by 1 ms, one way, and the proxy is asked at depth 1 and 32; and
-the server is killed while another one of the same image waits for the proxy, which was told of it with `switch
---when-lost`: the longest answer a reader has seen is the hand-over.
+Then both are put behind a forwarder that delays everything by 1 ms, one way, and the proxy is asked at depth 1 and 32, and
+by a client that reads one block after the other, without reading ahead and with it; and the server is killed while another
+one of the same image waits for the proxy, which was told of it with `switch --when-lost`: the longest answer a reader has
+seen is the hand-over.
 
 Printed are medians of the rounds.
 
@@ -34,6 +35,8 @@ FLEXNBD = os.environ.get("FLEXNBD", "target/release/flexnbd")
 IMAGE_MIB = 256
 READY_SECONDS, STOP_SECONDS = 20, 5
 DELAY_SECONDS = 0.001
+# What --cache is given; 0 is as without it.
+READ_AHEAD_BYTES = 0, 4096, 128 << 10, 512 << 10
 
 
 class Process:
@@ -76,9 +79,9 @@ def serve(folder, name, image, port, *options):
     return Process(folder, name, "serve", "--file", image, "--port", "0", "--newstyle-port", str(port), *options)
 
 
-def proxy(folder, name, server_port, port):
+def proxy(folder, name, server_port, port, *options):
     return Process(folder, name, "proxy", "--conn-addr", "127.0.0.1", "--conn-port", str(server_port), "--port", "0",
-                   "--newstyle-port", str(port), "--max-clients", "64")
+                   "--newstyle-port", str(port), "--max-clients", "64", *options)
 
 
 def load(port, job, seconds=SECONDS):
@@ -172,6 +175,10 @@ def behind_a_delay(folder, image, figures):
     with serve(folder, "server", image, direct), Delay(direct) as delay, proxy(folder, "proxy", delay.port, through):
         for depth in 1, 32:
             figures.setdefault(f"1 ms, depth {depth}", []).append(load(through, f"depth={depth}")["ops_per_s"])
+        for size in READ_AHEAD_BYTES:
+            ahead = free_port()
+            with proxy(folder, "ahead", delay.port, ahead, f"--cache={size}"):
+                figures.setdefault(f"1 ms, --cache={size}", []).append(load(ahead, "order=sequential")["ops_per_s"])
 
 
 def hand_over(folder, image, figures):
@@ -209,6 +216,9 @@ def main():
     one, many = median(figures, "1 ms, depth 1"), median(figures, "1 ms, depth 32")
     print(f"\nbehind a delay of 1 ms: {bench.number(one)} reads/s at depth 1, {bench.number(many)} at depth 32, "
           f"{many / one:.1f} times as many")
+    for size in READ_AHEAD_BYTES:
+        rate = median(figures, f"1 ms, --cache={size}")
+        print(f"the same, sequential reads at depth 1, --cache={size}: {bench.number(rate)} reads/s")
     print(f"hand-over when the server is killed: {median(figures, 'hand-over ms'):.1f} ms")
     print(f"memory of the proxy: {median(figures, 'idle KiB') / 1024:.1f} MiB idle, "
           f"{median(figures, 'peak KiB') / 1024:.1f} MiB at its peak")
