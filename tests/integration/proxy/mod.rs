@@ -1,5 +1,6 @@
 //! `flexnbd proxy`: clients do not notice that the server behind it goes away.
 
+mod ahead;
 mod failures;
 mod interop;
 mod killed;
