@@ -33,7 +33,7 @@ pub(super) struct Ahead {
     limit: usize,
     /// Where the last small READ ended; nowhere at first.
     at: u64,
-    /// How far ahead of that was read, in bytes; 0 when that READ did not go on where another one had ended, nor in these
+    /// How far ahead was asked for last, in bytes; 0 unless that READ went on where another one had ended, or lay in these
     /// bytes.
     window: usize,
     /// Where they begin in the export.

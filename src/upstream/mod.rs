@@ -25,6 +25,8 @@
 //!    operations that are not answered, in their order, then new ones.
 //! 4. An operation that changes what an earlier, unanswered one changes waits for it. Sent together, the earlier one could
 //!    be executed after the answer to the later one, when it is sent again.
+//! 5. What is read ahead of clients (see `ahead`) is asked for only where no change is unanswered, and dropped when one is
+//!    submitted: nobody reads there what is older than an answer.
 //!
 //! Nothing is sent twice in one session, and a session ends only when its connection has: that nobody answers is no
 //! reason to ask again, because what was asked may still happen.
