@@ -63,7 +63,7 @@
 //! | how a request is done, in which order, what is durable when | `disk` |
 //! | what a migration sends next, when clients are paused | `migrate` |
 //! | what another server is asked again, in which order, and what is kept for that | `upstream` |
-//! | which server that is, when it is tried again, refused or given up | `server/upstream.rs` |
+//! | which server that is, when it is tried again, refused or given up | `server/upstream` |
 //! | when a slot gets a turn, who is let in, what closes it | `server` |
 //! | a control command: its words, what it does | `command`, then `server/commands.rs` |
 //! | an option or an exit code | `cli` |

@@ -29,6 +29,7 @@ declare -A folders=(
         mark shared backend gate quota grace admit timings complaints life inbound effect reason watch socket bind config"
     [server/client]="deadlines mod"
     [server/mirror]="facts mod"
+    [server/upstream]="deadlines mod"
     [upstream]="mod ahead task dirty command"
     [sys]="ring pages memory passed file clone net mod"
 )
