@@ -2,7 +2,7 @@
 //! a peer that comes again and again fills no log, and hides nothing but its like.
 
 use log::{log, Level};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::mem;
 
 /// How long an interval is, in milliseconds. It begins with the first complaint after the last one.
@@ -77,7 +77,7 @@ pub(super) struct Complaints {
     began_ms: Option<u64>,
     counts: BTreeMap<Complaint, Count>,
     /// What was complained of in the log, and may be over some time.
-    open: BTreeSet<Complaint>,
+    open: Vec<Complaint>,
 }
 
 #[derive(Debug, Default)]
@@ -93,7 +93,9 @@ impl Complaints {
         let may = count.logged < of.lines_max();
         if may {
             count.logged += 1;
-            self.open.insert(of);
+            if !self.open.contains(&of) {
+                self.open.push(of);
+            }
         } else {
             count.left_out += 1;
         }
@@ -102,11 +104,8 @@ impl Complaints {
 
     /// How loud it is to be said that something is over: as loud as the last complaint of it was, and once.
     pub(super) fn level_of_end(&mut self, of: Complaint) -> Level {
-        if self.open.remove(&of) {
-            of.level()
-        } else {
-            Level::Info
-        }
+        let Some(place) = self.open.iter().position(|&open| open == of) else { return Level::Info };
+        self.open.swap_remove(place).level()
     }
 
     /// As [`Complaints::may_log`], for a client whose last line was logged at `last_ms`: it has one in an interval's time.
