@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::values::{export, listen_port, rate, seconds_to_ms};
+use super::values::{export, listen_port, seconds_to_ms, speed};
 
 /// How much to log; given before the mode, after it, or both.
 #[derive(Debug, Clone, Copy, Args)]
@@ -51,11 +51,11 @@ pub(crate) struct DoorArgs {
 pub(crate) struct LimitArgs {
     /// Requests per second, of all clients together; 0 is no limit. What
     /// was not used for up to a second may follow in one go.
-    #[arg(long, value_name = "N", value_parser = rate, allow_hyphen_values = true, verbatim_doc_comment)]
+    #[arg(long, value_name = "N", value_parser = speed, allow_hyphen_values = true, verbatim_doc_comment)]
     pub max_iops: Option<u64>,
     /// Bytes per second that are read and written, of all clients together;
     /// K, M, G and T (1024 each) may follow the number; 0 is no limit.
-    #[arg(long, value_name = "N", value_parser = rate, allow_hyphen_values = true, verbatim_doc_comment)]
+    #[arg(long, value_name = "N", value_parser = speed, allow_hyphen_values = true, verbatim_doc_comment)]
     pub max_bytes_per_second: Option<u64>,
 }
 

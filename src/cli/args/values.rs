@@ -62,21 +62,6 @@ pub(super) fn speed(text: &str) -> Result<u64, String> {
     bytes(text, 0..=u64::MAX)
 }
 
-/// So much per second, with a suffix K, M, G or T (1024 each) or without.
-pub(super) fn rate(text: &str) -> Result<u64, String> {
-    let (number, bits) = match text.as_bytes() {
-        [number @ .., b'K' | b'k'] => (number, 10),
-        [number @ .., b'M' | b'm'] => (number, 20),
-        [number @ .., b'G' | b'g'] => (number, 30),
-        [number @ .., b'T' | b't'] => (number, 40),
-        number => (number, 0),
-    };
-    let number = std::str::from_utf8(number).ok().and_then(digits);
-    number
-        .and_then(|number| number.checked_mul(1 << bits))
-        .ok_or_else(|| "expected a whole decimal number, which K, M, G or T (1024 each) may follow".into())
-}
-
 pub(super) fn export(text: &str) -> Result<String, String> {
     if text.len() <= EXPORT_MAX && !text.contains('\0') {
         return Ok(text.into());
