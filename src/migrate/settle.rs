@@ -7,6 +7,9 @@ use super::flush::Need;
 const FLUSHES_MAX: u32 = 3;
 /// For how long after a flush little has been written since, in milliseconds.
 const FRESH_MS: u64 = 1_000;
+/// A flush counts for so many times as long as it took: a slow one must not be asked for again before there was a chance of
+/// a pause.
+const FRESH_TIMES: u64 = 10;
 
 #[derive(Debug, Clone, Copy, Default)]
 enum State {
@@ -34,7 +37,7 @@ impl Settling {
         match self.state {
             State::Asked { .. } => Need::Answer,
             State::Answered { at_ms, took_ms }
-                if now_ms.saturating_sub(at_ms) <= FRESH_MS
+                if now_ms.saturating_sub(at_ms) <= FRESH_MS.max(took_ms.saturating_mul(FRESH_TIMES))
                     && (took_ms <= target_ms / 2 || self.flushes >= FLUSHES_MAX) =>
             {
                 Need::Nothing
@@ -65,7 +68,7 @@ mod tests {
     fn a_slow_flush_is_followed_by_another_and_an_old_one_too() {
         let mut settling = Settling::default();
         let mut now_ms = 0;
-        for took_ms in [5_000, 500, 500] {
+        for took_ms in [5_000, 500, 60] {
             assert_eq!(settling.need(100, now_ms), Need::Flush);
             settling.ask(now_ms);
             assert_eq!(settling.need(100, now_ms), Need::Answer);
@@ -75,6 +78,10 @@ mod tests {
         assert_eq!(settling.need(100, now_ms), Need::Nothing, "these are enough");
         assert_eq!(settling.need(100, now_ms + FRESH_MS), Need::Nothing);
         assert_eq!(settling.need(100, now_ms + FRESH_MS + 1), Need::Flush);
+        settling.ask(now_ms);
+        settling.answered(now_ms + 3_000);
+        assert_eq!(settling.need(100, now_ms + 33_000), Need::Nothing, "a slow one counts for longer");
+        assert_eq!(settling.need(100, now_ms + 33_001), Need::Flush);
         let mut settling = Settling::default();
         settling.ask(7);
         settling.answered(57);

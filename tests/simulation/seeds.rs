@@ -71,7 +71,7 @@ fn world(seed: u64) -> Setup {
     setup.flush_us_per_mib = random.magnitude(10..20_000);
     setup.flush_blocks = random.one_in(2);
     setup.marks = !random.one_in(4);
-    setup.sync_us = random.magnitude(10..200_000);
+    setup.sync_us = random.magnitude(10..5_000_000);
     setup.mark_fails = random.pick(&[0, 0, 2]);
     setup.clients = (0..random.below(4)).map(|_| client(&mut random, size)).collect();
     setup.limits = if random.one_in(3) { limits(&mut random, setup.link_bytes_per_s) } else { Vec::new() };
