@@ -362,10 +362,11 @@ fn a_local_file_system_can_lie_on_it() {
         assert_eq!(read_nowait(&file, SECOND, &mut bytes).unwrap(), 4096);
         assert!(bytes == content[SECOND as usize..][..4096]);
     });
-    disk.fail(Op::Fsync, .., libc::EIO);
+    // What a loop device asks of its file.
+    disk.fail(Op::FsyncAll, .., libc::EIO);
     file.write_all_at(&[1; 512], 0).unwrap();
     assert_eq!(error_of(file.sync_data()), Some(libc::EIO));
-    disk.heal(Op::Fsync);
+    disk.heal(Op::FsyncAll);
 }
 
 /// Whoever waits for what is held can be killed, as is true of disks that are worth it.
