@@ -88,8 +88,9 @@ Exit codes:
   2   wrong usage; nothing was started
   The modes that take --sock SOCK of a running server (mirror, mirror-speed,
   break, switch, resize, snapshot, limit, acl, status) exit with the code of its
-  answer: 0 done, 1 refused, 9 missing command, 10 unknown command. mirror --wait exits with 0
-  when the migration is completed, with 1 when it ends otherwise.
+  answer: 0 done, 1 refused, 9 missing command, 10 unknown command. mirror
+  --wait exits with 0 when the migration is completed, with 1 when it ends
+  otherwise.
 
 The exit code of serve is 0 after a signal or a completed migration, and 1 if a
 signal ended it during a migration. That of listen is 1 after a signal."

@@ -50,10 +50,18 @@ impl Process {
         Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
     }
 
-    /// Sends a signal, by its name (`TERM`).
+    /// Sends a signal, by its name (`TERM`). Who is told to STOP has stopped when this returns.
+    #[track_caller]
     pub fn signal(&self, name: &str) {
-        let status = Command::new("kill").args(["-s", name, &self.0.id().to_string()]).status().unwrap();
+        let pid = self.0.id();
+        let status = Command::new("kill").args(["-s", name, &pid.to_string()]).status().unwrap();
         assert!(status.success(), "cannot send {name}");
+        if name == "STOP" {
+            wait_for("the process to stop", SOON, || {
+                let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+                stat.rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
+            });
+        }
     }
 
     /// Waits for its end.

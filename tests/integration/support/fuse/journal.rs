@@ -11,8 +11,10 @@ use std::sync::Arc;
 
 /// With more changes than this that may or may not be there, not every set of them is tried.
 const ALL_SETS_MAX: usize = 10;
-/// How many sets are tried then, beside every beginning of the list.
+/// How many sets are tried then, beside beginnings of the list.
 const SETS: u64 = 200;
+/// How many beginnings are tried at the most. Each costs as much as there are changes, and while they are tried there are more.
+const BEGINNINGS: usize = 200;
 
 /// What a sync covers.
 #[derive(Debug, Clone, Copy)]
@@ -136,13 +138,14 @@ impl Journal {
     }
 
     /// What a power failure may leave: everything durable and any set of the other changes. All sets of up to 10
-    /// changes; of more, every beginning of the list and 200 sets that the seed decides about.
+    /// changes; of more, up to 200 beginnings of the list and 200 sets that the seed decides about.
     pub fn power_failures(&self, seed: u64) -> PowerFailures {
         let pending = self.entries.iter().filter(|entry| entry.fate != Fate::Durable).count();
         let sets: Vec<Set> = if pending <= ALL_SETS_MAX {
             (0..1_u64 << pending).map(Set::Exactly).collect()
         } else {
-            let beginnings = (0..=pending).map(Set::First);
+            let some = pending.min(BEGINNINGS);
+            let beginnings = (0..=some).map(|number| Set::First(pending * number / some));
             beginnings
                 .chain((0..SETS).map(|number| Set::Seeded(seed.wrapping_mul(SETS).wrapping_add(number))))
                 .collect()
