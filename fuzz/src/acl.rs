@@ -13,6 +13,11 @@ fn bits(address: IpAddr) -> (u128, u32) {
     }
 }
 
+/// The bits above the lowest `beyond`; none when that is all of them.
+fn above(bits: u128, beyond: u32) -> u128 {
+    bits.checked_shr(beyond).unwrap_or(0)
+}
+
 /// Lines of an access control list, each also taken for an address; the choices are the address of a client.
 ///
 /// # Panics
@@ -36,7 +41,7 @@ pub fn acl(data: &[u8]) {
         let (network, length) = bits(address);
         let beyond = prefix.parse().map_or(0, |prefix: u32| length - prefix);
         let (visitor_bits, visitor_length) = bits(visitor);
-        let matches = visitor_length == length && visitor_bits >> beyond == network >> beyond;
+        let matches = visitor_length == length && above(visitor_bits, beyond) == above(network, beyond);
         assert_eq!(Acl::new(vec![entry], true).allows(visitor), matches, "{shown} {visitor}");
         assert!(Acl::new(vec![entry], true).allows(address), "{shown} holds its own address");
         expected |= matches;

@@ -14,7 +14,7 @@ use flexnbd::proto::wire::{
 const MOST_SAID: usize = 256;
 
 /// The name that the export has beside the empty one, and what a list says of it.
-const NAME: &str = "disk";
+pub(super) const NAME: &str = "disk";
 const NAME_LISTED: &[u8] = b"\0\0\0\x04disk";
 
 /// What came of a negotiation.

@@ -3,9 +3,9 @@
 use super::choices::Choices;
 use super::drive::{converse, Client, Server};
 use super::export::{check_data, check_error, content, Pattern, PAYLOAD_MAX, POOLS, SIZE};
-use super::haggling::{haggle, Negotiation};
+use super::haggling::{haggle, Negotiation, NAME};
 use flexnbd::proto::error::Violation;
-use flexnbd::proto::export::{Agreed, Style};
+use flexnbd::proto::export::{Agreed, Export, Style};
 use flexnbd::proto::server::handshake::Haggled;
 use flexnbd::proto::server::{End, ServerSession};
 use flexnbd::proto::wire::{
@@ -230,6 +230,13 @@ impl Asked {
     }
 }
 
+/// A session whose export has a name, as that has which [`haggle`] knows.
+fn named(export: Export, now_ms: u64) -> ServerSession {
+    let mut session = ServerSession::newstyle(export, now_ms);
+    session.name_export(NAME.into());
+    session
+}
+
 /// A newstyle conversation from the server's side: haggling and requests, cut up, against a disk that has holes, is slow
 /// and fails now and then.
 ///
@@ -240,7 +247,7 @@ pub fn newstyle_session(data: &[u8]) {
     let (mut choices, input) = Choices::split(data);
     let cap = POOLS[choices.next() % POOLS.len()];
     let mut oracle = Oracle::new(input, choices.next() % 2 == 0);
-    let server = Server { begin: ServerSession::newstyle, size: SIZE, cap };
+    let server = Server { begin: named, size: SIZE, cap };
     let (end, _) = converse(server, &mut oracle, &mut Pattern, &mut choices.schedule());
     if !matches!(end, Err(Violation::ReplyCutShort(_))) {
         assert_eq!(end, oracle.end);
