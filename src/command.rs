@@ -201,6 +201,21 @@ pub fn encode_command(words: &[&str]) -> Vec<u8> {
     bytes
 }
 
+/// What stands before the time at which a client stops waiting for its answer.
+const END: &str = "until=";
+
+/// Says behind a command when its client stops waiting for the answer, in milliseconds of the machine's monotonic clock. A
+/// server that was stopped for longer does not carry the command out; those that do not know this drop it.
+pub fn encode_end(at_ms: u64) -> Vec<u8> {
+    format!("{END}{at_ms}\n").into_bytes()
+}
+
+/// When the client stops waiting, if the bytes with the end of its command say so.
+pub fn parse_end(bytes: &[u8]) -> Option<u64> {
+    let line = bytes.strip_suffix(b"\n")?.rsplit(|&byte| byte == b'\n').next()?;
+    parse_number(std::str::from_utf8(line).ok()?.strip_prefix(END)?)
+}
+
 /// Collects the bytes of one command. A new one has seen nothing and owns no memory.
 ///
 /// Invariant 1: `text` is at most [`COMMAND_MAX`] bytes, and the last line in it, which begins at `line_start`, at most
@@ -659,6 +674,21 @@ mod tests {
         assert_eq!(driving, Ok(Answer::ok(r#"{"a":"\u001b]0;x\u0007\u009b2J\r"}"#)));
         for bad in [&b""[..], b"\n", b"0: cut", b"updated\n", ": x\n".as_bytes(), b"256: x\n", b"-1: x\n", b"x: y\n"] {
             assert_eq!(parse_answer(bad), Err(MalformedAnswer), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_client_may_say_when_it_stops_waiting() {
+        let mut command = encode_command(&["acl", "127.0.0.1"]);
+        assert_eq!(parse_end(&command), None);
+        command.extend(encode_end(17));
+        assert_eq!(parse_end(&command), Some(17));
+        let mut reader = Reader::default();
+        assert_eq!(reader.push(&command), Ok(Some(Command::Acl(strings(&["127.0.0.1"])))), "no part of the command");
+        for none in
+            [&b""[..], b"until=17", b"status\n\nuntil=\n", b"status\n\nuntil=-1\n", b"status\n\nuntil=1 \n", b"\xff\n"]
+        {
+            assert_eq!(parse_end(none), None, "{none:?}");
         }
     }
 

@@ -13,7 +13,7 @@ pub use connect::Error;
 pub use progress::ProgressForm;
 pub use transfer::{read, write, Target};
 
-use crate::command::{encode_command, parse_answer, Answer, Notation, StatusForm};
+use crate::command::{encode_command, encode_end, parse_answer, Answer, Notation, StatusForm};
 use crate::endpoint::{Endpoint, Place};
 use crate::sys::{self, SignalFd};
 use connect::{connect_unix, explain, set_limits};
@@ -33,6 +33,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 const LOOK_EVERY_MS: u64 = 250;
 /// How the answer to `mirror` begins when the destination cannot be connected to.
 const NOT_CONNECTED: &str = "Mirror failed to connect";
+/// The answer to `mirror` when there is a migration.
+const RUNNING: &str = "mirror already running";
 /// How many columns a terminal has that does not say.
 const COLUMNS: usize = 80;
 /// The longest answer that is read, in bytes: more than the status of as many clients as a server lists.
@@ -93,7 +95,7 @@ fn unfold(text: &str) -> String {
     unfolded
 }
 
-/// Starts a migration by way of a control socket; with `progress`, waits until it ends. Prints what was done to `out`; the
+/// Starts a migration by way of a control socket; with `progress`, waits until it ends, also when it runs already. Prints what was done to `out`; the
 /// progress, a refusal and why the migration failed go to `err`. Returns the code of the last answer.
 ///
 /// `wait` is sent before `mirror`: a small image may have moved, and the server be gone, before a later command arrives.
@@ -110,16 +112,20 @@ pub fn mirror(
         let words = ["mirror".into(), addr, port].into_iter().chain(migration.words.iter().cloned());
         Ok((waiting, ask(path, &words.collect::<Vec<_>>())?))
     };
-    let mut addresses = migration.to.look_up(migration.bind).map_err(Error)?.into_iter();
-    let first = addresses.next().ok_or_else(|| Error(format!("{} has no address", migration.to)))?;
-    let (mut waiting, mut started) = begin(&first)?;
-    for next in addresses {
+    let addresses = migration.to.look_up(migration.bind).map_err(Error)?;
+    let (first, others) = addresses.split_first().ok_or_else(|| Error(format!("{} has no address", migration.to)))?;
+    let (mut waiting, mut started) = begin(first)?;
+    for next in others {
         if !started.text.starts_with(NOT_CONNECTED) {
             break;
         }
-        (waiting, started) = begin(&next)?;
+        (waiting, started) = begin(next)?;
     }
-    let code = print_answer(&started, "Migration started", out, err)?;
+    let code = if progress.is_some() && started.text == RUNNING && goes_to_one_of(path, &addresses)? {
+        print_answer(&Answer::ok(""), "Migration is running already", out, err)?
+    } else {
+        print_answer(&started, "Migration started", out, err)?
+    };
     let Some((form, connection)) = waiting.filter(|_| code == 0) else { return Ok(code) };
     let ended = watch(path, connection, &mut ProgressLine::new(form, &mut *err))
         .map_err(|error| Error(format!("{error}; whether the migration was completed is not known")))?;
@@ -128,6 +134,13 @@ pub fn mirror(
         return Err(Error(format!("{}: {why}", path.display())));
     }
     print_answer(&ended, "Migration completed", out, err)
+}
+
+/// Whether the migration that runs has one of these destinations.
+fn goes_to_one_of(path: &Path, places: &[Endpoint]) -> Result<bool, Error> {
+    let status = ask(path, &["status"])?.text;
+    let destination = status.split(' ').find_map(|fact| fact.strip_prefix("migration_destination="));
+    Ok(places.iter().any(|place| destination == Some(place.to_string().as_str())))
 }
 
 /// A change of a proxy to another server.
@@ -217,7 +230,13 @@ fn send_command(path: &Path, words: &[impl AsRef<str>]) -> Result<UnixStream, Er
     let words: Vec<_> = words.iter().map(AsRef::as_ref).collect();
     let mut stream = connect_unix(path, ANSWER_LIMIT)?;
     set_limits(&stream, ANSWER_LIMIT).map_err(|error| failed("cannot set a limit", &error))?;
-    stream.write_all(&encode_command(&words)).map_err(|error| failed("cannot send the command", &error))?;
+    let mut command = encode_command(&words);
+    // The end of a migration is waited for without a limit.
+    if words != ["wait"] {
+        let limit_ms = u64::try_from(ANSWER_LIMIT.as_millis()).unwrap_or(u64::MAX);
+        command.extend(encode_end(sys::monotonic_ms().saturating_add(limit_ms)));
+    }
+    stream.write_all(&command).map_err(|error| failed("cannot send the command", &error))?;
     Ok(stream)
 }
 

@@ -5,9 +5,9 @@ use super::reason::Next;
 use super::reason::Reason;
 use super::shared::Shared;
 use super::socket::{Received, Socket};
-use crate::command::{Answer, Reader};
+use crate::command::{parse_end, Answer, Reader};
 use crate::event::slots::Key;
-use log::debug;
+use log::{debug, warn};
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
 
@@ -69,13 +69,21 @@ impl Control {
             Ok(received) => received,
             Err(error) => return Next::Close(Reason::Socket(error)),
         };
-        let command = match received {
+        let bytes = match received {
             Received::Nothing => return Next::Idle,
-            Received::End => reader.end_of_stream().map(Some),
-            Received::Bytes(n) => reader.push(bytes.get(..n).unwrap_or_default()),
+            Received::End => None,
+            Received::Bytes(n) => bytes.get(..n),
+        };
+        let command = match bytes {
+            None => reader.end_of_stream().map(Some),
+            Some(bytes) => reader.push(bytes),
         };
         match command {
             Ok(None) => return Next::Again,
+            Ok(Some(_)) if bytes.and_then(parse_end).is_some_and(|end_ms| end_ms <= sh.now_ms) => {
+                warn!("{self}: whoever sent this command waits no more: it is not carried out");
+                return Next::Close(Reason::HungUp);
+            }
             Ok(Some(command)) => {
                 self.state = State::Executing;
                 sh.effects.push_back(Effect::Command(key, command));

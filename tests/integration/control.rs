@@ -53,6 +53,47 @@ fn every_spelling_of_a_command() {
     server.expect_healthy();
 }
 
+/// The modes say until when they wait for an answer. What a server finds later than that is carried out by nobody's wish.
+#[test]
+fn a_command_that_nobody_waits_for_is_not_carried_out() {
+    let server = Server::serve().size(4096).start();
+    for (behind, answer) in [
+        ("until=1\n", ""),
+        ("until=18446744073709551615\n", "0: updated\n"),
+        ("until=-1\n", "0: updated\n"),
+        ("until=\n", "0: updated\n"),
+        ("", "0: updated\n"),
+    ] {
+        assert_eq!(server.control("acl\n127.0.0.1\n\n"), "0: updated\n");
+        assert_eq!(server.control(format!("acl\n127.0.0.0/8\n\n{behind}")), answer, "{behind}");
+        let expected = if answer.is_empty() { "127.0.0.1" } else { "127.0.0.0/8" };
+        assert_eq!(server.status().get("acl"), expected, "{behind}");
+    }
+    assert!(server.log().contains("waits no more: it is not carried out"), "{}", server.log());
+    server.expect_healthy();
+}
+
+/// What the modes send is that.
+#[test]
+fn the_modes_say_until_when_they_wait() {
+    let dir = TempDir::new();
+    let path = dir.join("control");
+    let listener = UnixListener::bind(&path).unwrap();
+    let answering = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let mut said = [0; 4096];
+        let n = stream.read(&mut said).unwrap();
+        stream.write_all(b"0: done\n").unwrap();
+        String::from_utf8_lossy(&said[..n]).into_owned()
+    });
+    let before = flexnbd::sys::monotonic_ms();
+    assert_eq!(run(&["break", "--sock", path.to_str().unwrap()], &[]).code, Some(0));
+    let said = answering.join().unwrap();
+    let until: u64 = said.strip_prefix("break\n\nuntil=").unwrap().trim_end().parse().unwrap();
+    assert!((before + 30_000..flexnbd::sys::monotonic_ms() + 30_000).contains(&until), "{said}");
+}
+
 #[test]
 fn the_answer_comes_without_the_end_of_the_stream() {
     let server = Server::serve().size(4096).start();

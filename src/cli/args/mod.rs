@@ -439,7 +439,8 @@ pub(crate) struct MirrorArgs {
     pub max_pause_ms: Option<u64>,
     /// Stay until the migration ends, and show its progress on stderr. Exit
     /// with 0 when it is completed; else say why not and exit with 1. To end
-    /// the waiting (Ctrl-C) does not end the migration.
+    /// the waiting (Ctrl-C) does not end the migration; the same command, or
+    /// another one to the same place, waits again.
     #[arg(short, long, verbatim_doc_comment)]
     pub wait: bool,
     /// Verbosity given after the mode.

@@ -305,6 +305,28 @@ fn refusals_before_the_start() {
 }
 
 #[test]
+fn who_asks_again_for_the_migration_that_runs_waits_for_its_end() {
+    let mut source = Server::serve().content(&pattern(1, 2 << 20)).start();
+    let mut destination = listen(0).size(2 << 20).start();
+    start_mirror(&source, destination.address(), "--max-speed 1000");
+    let output = mirror(&source, nowhere(), "--wait");
+    assert_eq!((output.code, &*output.stderr), (Some(1), "mirror already running\n"), "another place");
+
+    let said = source.dir().join("said");
+    let port = destination.port().to_string();
+    let mut again = program(BIN);
+    again.args(["mirror", "--addr", "127.0.0.1", "--port", &port, "--wait", "--sock"]).arg(&source.sock);
+    let mut again = Process::spawn(again.stdout(File::create(&said).unwrap()).stderr(Stdio::null()));
+    wait_for("the one who asks again", SOON, || {
+        (fs::read(&said).unwrap() == b"Migration is running already\n").then_some(())
+    });
+    assert_eq!(tell("mirror-speed", &source, "--max-speed 0").0, Some(0));
+    assert!(again.wait(SOON).success());
+    assert!(fs::read(&said).unwrap().ends_with(b"already\nMigration completed\n"));
+    expect_migrated(&mut source, &mut destination);
+}
+
+#[test]
 fn waiting_for_the_end() {
     // Good: what is on stderr is progress, in lines.
     let mut source = Server::serve().content(&pattern(1, 2 << 20)).start();
