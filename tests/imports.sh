@@ -25,8 +25,8 @@ declare -A folders=(
     [proto/client]="mod handshake unanswered account chunk cookies"
     [proto/server]="negotiation parting reading mod handshake write read reply step request unanswered inbox memory tally load stopwatch"
     [remote]="mod transfer progress connect"
-    [server]="mod start apply commands metrics status reactor slot client control mirror upstream snapshot listener signals supervisor attempt trials offer dial change outage \
-        mark shared backend gate quota grace admit timings complaints life inbound effect reason watch socket bind config"
+    [server]="mod start apply commands metrics status reactor slot client control mirror upstream snapshot listener supervisor attempt trials offer dial change outage \
+        mark shared backend gate quota grace admit timings complaints life inbound effect reason watch socket bind signals config"
     [server/client]="deadlines mod"
     [server/mirror]="facts mod"
     [server/upstream]="deadlines mod"

@@ -418,8 +418,8 @@ impl Engine {
     /// it.
     fn start_sync(&mut self, image: &Image) {
         let is_idle = self.dear.is_empty() && self.flights.as_ref().is_none_or(Flights::is_empty);
-        let is_inline = image.source == FileSystem::Memory
-            || image.source == FileSystem::Local && is_idle && self.commit.serves_one();
+        let is_alone = is_idle && self.commit.serves_one() && !image.is_copied;
+        let is_inline = image.source == FileSystem::Memory || image.source == FileSystem::Local && is_alone;
         if !self.commit.start() {
             self.commit.ended(Ok(()), &mut self.done);
         } else if is_inline || !self.flights.as_mut().is_some_and(|flights| flights.push_sync(self.commit.syncs_all()))

@@ -13,13 +13,15 @@ pub(super) struct Image {
     pub(super) size: u64,
     pub(super) is_device: bool,
     pub(super) source: FileSystem,
+    /// Another process makes a copy of the file and may have it locked.
+    pub(super) is_copied: bool,
 }
 
 impl Image {
-    /// True when it can be asked where its holes are. A file system that asks others may not have told them yet what was
+    /// True when it can be asked where its holes are, and answers at once. A file system that asks others may not have told them yet what was
     /// written: on `GlusterFS` 10, what was written to a hole a moment ago is still said to be one.
     pub(super) fn knows_its_holes(&self) -> bool {
-        !self.is_device && self.source != FileSystem::Distributed
+        !self.is_device && self.source != FileSystem::Distributed && !self.is_copied
     }
 
     /// True when fallocate(2) zeroes a range or fails. `GlusterFS` 10 says that it has, and changes nothing.
@@ -30,6 +32,6 @@ impl Image {
     /// A file on a disk of this machine.
     #[cfg(test)]
     pub(super) fn of(file: &File, size: u64) -> Self {
-        Self { file: file.try_clone().unwrap(), size, is_device: false, source: FileSystem::Local }
+        Self { file: file.try_clone().unwrap(), size, is_device: false, source: FileSystem::Local, is_copied: false }
     }
 }

@@ -3,7 +3,7 @@
 //! The way through is always [`Disk::submit`], [`Disk::kick`], [`Disk::pop_done`]. An operation owns its buffer until
 //! it is done, so whoever asked may vanish meanwhile. What becomes of it is in `engine`; what the kernel does of it while
 //! this thread goes on, in `ring` and `changes`; what waits is in `queue`; how long a step may take, in `pace`; what can be read at once,
-//! in `reads`. What is said of the image where its file is, is in `mark`. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is in
+//! in `reads`. The mark on its file is in `mark`. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is in
 //! `open`. There is no socket here and no word of a protocol.
 //!
 //! Operations that are queued together may be carried out in any order, and long ones in steps between others, so two
@@ -144,8 +144,15 @@ impl Disk {
 
     /// Starts to make a second file, at an absolute path, that shares the blocks of the image as it is now. What was written is
     /// in it when it is durable.
-    pub fn clone_to(&self, copy: &Path) -> io::Result<Cloning> {
-        open::clone_to(&self.image, copy)
+    pub fn clone_to(&mut self, copy: &Path) -> io::Result<Cloning> {
+        let cloning = open::clone_to(&self.image, copy)?;
+        self.image.is_copied = true;
+        Ok(cloning)
+    }
+
+    /// That has ended.
+    pub fn clone_ended(&mut self) {
+        self.image.is_copied = false;
     }
 
     /// The path it was opened by.

@@ -53,7 +53,7 @@ fn try_open(path: &Path, access: Access, claim: bool) -> Result<(Image, u64), Pr
         return Err(Problem::TooSmall(tail));
     }
     let source = sys::pages::file_system(&file).unwrap_or(FileSystem::Local);
-    Ok((Image { file, size, is_device: kind.is_block_device(), source }, tail))
+    Ok((Image { file, size, is_device: kind.is_block_device(), source, is_copied: false }, tail))
 }
 
 /// The bytes of its whole sectors, and of the rest.

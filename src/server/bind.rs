@@ -1,6 +1,7 @@
 //! How a listening socket gets its address, its path, or its descriptor from the supervisor.
 
 use super::config::Fatal;
+use super::signals::Signals;
 use crate::endpoint::check_socket_path;
 use crate::sys;
 use crate::sys::passed::Passed;
@@ -9,7 +10,7 @@ use mio::net::{TcpListener, UnixListener};
 use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net;
 use std::path::{Path, PathBuf};
@@ -141,7 +142,7 @@ impl Folder {
 }
 
 /// `None`: a signal has ended the wait for the address.
-pub(super) fn tcp(addr: SocketAddr, signals: BorrowedFd) -> Result<Option<Bound>, Fatal> {
+pub(super) fn tcp(addr: SocketAddr, signals: &Signals) -> Result<Option<Bound>, Fatal> {
     let give_up_ms = sys::monotonic_ms().saturating_add(ADDRESS_WAIT_MS);
     let mut said = false;
     loop {
@@ -152,7 +153,8 @@ pub(super) fn tcp(addr: SocketAddr, signals: BorrowedFd) -> Result<Option<Bound>
                     warn!("{addr}: this machine does not have the address; trying for {ADDRESS_WAIT_MS} ms");
                 }
                 // Nothing is served yet, so waiting stalls nobody.
-                if sys::wait_readable(signals, ADDRESS_RETRY_MS).unwrap_or(false) {
+                let came = sys::wait_readable(signals.as_fd(), ADDRESS_RETRY_MS).unwrap_or(false);
+                if came && signals.take_stop().unwrap_or(true) {
                     return Ok(None);
                 }
             }

@@ -6,6 +6,7 @@ use super::config::{ControlDoor, Dialect, Door, Fatal, Purpose};
 use super::effect::Effect;
 use super::reason::Next;
 use super::shared::Shared;
+use super::signals::Signals;
 use super::socket::{Peer, Socket, Stream};
 use crate::endpoint::Endpoint;
 use crate::event::ready::Ready;
@@ -18,7 +19,6 @@ use mio::{Interest, Registry, Token};
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::mem;
-use std::os::fd::BorrowedFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net;
 
@@ -39,7 +39,7 @@ pub(super) struct Listener {
 
 impl Listener {
     /// Listens for NBD clients, once this machine has the address. `None`: a signal has ended the wait for that.
-    pub(super) fn nbd(door: Door, dialect: Dialect, signals: BorrowedFd) -> Result<Option<Self>, Fatal> {
+    pub(super) fn nbd(door: Door, dialect: Dialect, signals: &Signals) -> Result<Option<Self>, Fatal> {
         let bound = match door {
             Door::At(Endpoint::Tcp(addr)) => bind::tcp(addr, signals)?,
             Door::At(Endpoint::Unix(path)) => Some(bind::unix(&path, |path| net::UnixListener::bind(path))?),

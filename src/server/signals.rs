@@ -22,17 +22,17 @@ impl Signals {
         Ok(Self { fd: SignalFd::new()?, has_terminal: terminal.is_ok() })
     }
 
-    /// Takes the signal that came, and says which. True: it stops the server. Without a terminal a SIGHUP does not: it is a
-    /// supervisor's word for «read your configuration again», and there is none.
+    /// Takes the signals that came, up to one that stops the server, and says which. True: there was one. Without a terminal
+    /// a SIGHUP is none: it is a supervisor's word for «read your configuration again», and there is no configuration.
     pub(super) fn take_stop(&self) -> io::Result<bool> {
-        let Some(signal) = self.fd.read()? else { return Ok(false) };
-        let stops = signal != libc::SIGHUP || self.has_terminal;
-        if stops {
-            info!("stopping: {}", sys::signal_name(signal));
-        } else {
+        while let Some(signal) = self.fd.read()? {
+            if signal != libc::SIGHUP || self.has_terminal {
+                info!("stopping: {}", sys::signal_name(signal));
+                return Ok(true);
+            }
             info!("SIGHUP is ignored: there is no terminal that could hang up; SIGTERM stops the server");
         }
-        Ok(stops)
+        Ok(false)
     }
 }
 

@@ -12,17 +12,19 @@ use super::life::Life;
 use super::reason::{Next, Reason};
 use super::shared::Shared;
 use crate::command::Answer;
+use crate::disk::Disk;
 use crate::event::slots::Key;
 use crate::sys::clone::Cloning;
 use crate::work::{Action, Done, Op};
 use log::{debug, info, warn};
 use mio::unix::SourceFd;
 use mio::Interest;
+use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 
-/// How long changes may wait, in milliseconds: less than clients and the command that asked have patience.
+/// How long it may take, in milliseconds: less than clients and the command that asked have patience.
 const LIMIT_MS: u64 = 20_000;
 
 #[derive(Debug)]
@@ -33,7 +35,8 @@ enum Stage {
     Flushing,
     /// A child process makes the file.
     Copying(Cloning),
-    /// That took too long; it was told to end, and clients go on.
+    /// That took too long, and it was told to end. Before it has, a change would wait in the kernel for the file that it has
+    /// locked, and everybody with it.
     GivenUp(Cloning),
 }
 
@@ -69,8 +72,17 @@ impl Snapshot {
                 Some(ended) => self.end(ended.map_err(|error| explain(&error, &self.to)), sh),
                 None => Next::Idle,
             },
-            Stage::GivenUp(cloning) if cloning.take_end().is_some() => Next::Close(Reason::Answered),
-            Stage::Flushing | Stage::GivenUp(_) => Next::Idle,
+            Stage::GivenUp(cloning) => match cloning.take_end() {
+                Some(ended) => {
+                    if ended.is_ok() {
+                        // It was told that there is none. The name is this server's own, and new.
+                        let _ = fs::remove_file(&self.to);
+                    }
+                    self.resume(sh)
+                }
+                None => Next::Idle,
+            },
+            Stage::Flushing => Next::Idle,
         }
     }
 
@@ -86,8 +98,8 @@ impl Snapshot {
         }
     }
 
-    fn copy(&self, key: Key, sh: &Shared) -> io::Result<Cloning> {
-        let disk = sh.backend.disk().ok_or(ErrorKind::NotFound)?;
+    fn copy(&self, key: Key, sh: &mut Shared) -> io::Result<Cloning> {
+        let disk = sh.backend.disk_mut().ok_or(ErrorKind::NotFound)?;
         let cloning = disk.clone_to(&self.to)?;
         let fd = cloning.as_fd().as_raw_fd();
         sh.registry.register(&mut SourceFd(&fd), key.token(), Interest::READABLE)?;
@@ -96,13 +108,18 @@ impl Snapshot {
 
     /// A wheel entry has fired: changes have waited for long enough.
     pub(super) fn timeout(&mut self, sh: &mut Shared) -> Next {
-        let why = || Err(format!("it was not done within {} s, and clients wait; try again", LIMIT_MS / 1000));
+        let why = || {
+            Err(format!(
+                "it was not done within {} s; changes of clients wait until the kernel has let go of it",
+                LIMIT_MS / 1000
+            ))
+        };
         match std::mem::replace(&mut self.stage, Stage::Flushing) {
             Stage::Draining | Stage::Flushing => self.end(why(), sh),
             Stage::Copying(cloning) => {
                 cloning.cancel();
                 self.stage = Stage::GivenUp(cloning);
-                self.end(why(), sh);
+                self.answer(why(), sh);
                 Next::Again
             }
             Stage::GivenUp(cloning) => {
@@ -114,6 +131,11 @@ impl Snapshot {
 
     /// Answers, and lets clients go on.
     fn end(&self, outcome: Result<(), String>, sh: &mut Shared) -> Next {
+        self.answer(outcome, sh);
+        self.resume(sh)
+    }
+
+    fn answer(&self, outcome: Result<(), String>, sh: &mut Shared) {
         let (to, ms) = (self.to.display(), sh.now_ms.saturating_sub(self.began_ms));
         let answer = match outcome {
             Ok(()) => {
@@ -126,6 +148,11 @@ impl Snapshot {
             }
         };
         sh.effects.push_back(Effect::Answer(self.asker, answer));
+    }
+
+    fn resume(&self, sh: &mut Shared) -> Next {
+        info!("snapshot {}: clients go on", self.to.display());
+        sh.backend.disk_mut().into_iter().for_each(Disk::clone_ended);
         sh.effects.push_back(Effect::ResumeClients);
         sh.life = Life::Serving;
         sh.share_image();

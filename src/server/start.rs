@@ -61,6 +61,7 @@ impl Reactor {
         }
         keep_reserve()?;
         sys::ignore_file_size_signal();
+        sys::clone::expect_children();
         let signals = Signals::new().map_err(|error| Fatal(format!("cannot take signals: {error}")))?;
         if !sys::memory::has_room(OPEN_BYTES) {
             return Err(Fatal(NO_MEMORY.into()));
@@ -165,7 +166,7 @@ impl Reactor {
     pub(super) fn open(&mut self, doors: Vec<(Door, Dialect)>, control: Option<ControlDoor>) -> Result<bool, Fatal> {
         for (door, dialect) in doors {
             let Some(signals) = self.signals() else { return Ok(false) };
-            let Some(listener) = Listener::nbd(door, dialect, signals.as_fd())? else { return Ok(false) };
+            let Some(listener) = Listener::nbd(door, dialect, signals)? else { return Ok(false) };
             self.addresses.push((dialect, listener.to_string()));
             let key = self.add_listener(listener)?;
             self.listeners.push(key);

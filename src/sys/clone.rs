@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::ptr;
 
 /// `FICLONE` of `linux/fs.h`, `_IOW(0x94, 9, int)`.
 const FICLONE: c_ulong = 0x4004_9409;
@@ -18,11 +19,17 @@ const SET_FLAGS: c_ulong = 0x4000_6602 | ((size_of::<c_long>() as c_ulong) << 16
 /// `FS_NOCOW_FL`: btrfs writes the blocks of such a file in place, and two files share blocks when both have it or none.
 const NOCOW: c_int = 0x0080_0000;
 
-/// A child process that makes a copy. It ends with this process, and with this value: then there is no copy.
+/// A child process that makes a copy. It is told to end with this process, and with this value.
 #[derive(Debug)]
 pub struct Cloning {
     pid: libc::pid_t,
     pidfd: OwnedFd,
+}
+
+/// Lets this process hear how its children ended, also when its parent has set that to be ignored.
+pub fn expect_children() {
+    // SAFETY: SIG_DFL is a valid disposition, and no handler of this process is replaced.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 impl Cloning {
@@ -32,10 +39,12 @@ impl Cloning {
         let folder = copy.parent().ok_or(ErrorKind::InvalidInput)?;
         let (folder, copy) = (path(folder)?, path(copy)?);
         let mode = file.metadata()?.mode() & 0o777;
+        let parent = std::process::id();
         // SAFETY: the child calls nothing but `make`, which takes no lock and no memory, and ends.
         let pid = check(unsafe { libc::fork() })?;
         if pid == 0 {
-            let errno = make(file.as_raw_fd(), &folder, &copy, mode).err().and_then(|error| error.raw_os_error());
+            let errno =
+                make(parent, file.as_raw_fd(), &folder, &copy, mode).err().and_then(|error| error.raw_os_error());
             // SAFETY: ends the child at once, without what the parent wants done at its own end.
             unsafe { libc::_exit(errno.unwrap_or_default()) }
         }
@@ -45,16 +54,21 @@ impl Cloning {
             // SAFETY: `fd` is open and nobody else owns it.
             Ok(fd) => Ok(Self { pid, pidfd: unsafe { OwnedFd::from_raw_fd(fd) } }),
             Err(error) => {
-                kill(pid);
-                reap(pid, 0);
+                // SAFETY: takes two numbers. The child was not waited for, so its number is its own.
+                unsafe { libc::kill(pid, libc::SIGKILL) };
+                let _ = reap(pid, 0);
                 Err(error)
             }
         }
     }
 
-    /// How it ended, once; `None` while it works. The error is the operating system's.
+    /// How it ended, once; `None` while it works. The error is the operating system's, or `Interrupted` when that is not known:
+    /// then there may be a copy.
     pub fn take_end(&self) -> Option<io::Result<()>> {
-        let status = reap(self.pid, libc::WNOHANG)?;
+        let status = match reap(self.pid, libc::WNOHANG) {
+            Ok(status) => status?,
+            Err(_) => return Some(Err(ErrorKind::Interrupted.into())),
+        };
         Some(match libc::WEXITSTATUS(status) {
             _ if !libc::WIFEXITED(status) => Err(ErrorKind::Interrupted.into()),
             0 => Ok(()),
@@ -62,9 +76,18 @@ impl Cloning {
         })
     }
 
-    /// Ends it as soon as the kernel lets it go. Nothing will have been made, unless it was at its end.
+    /// Tells it to end, which it does when the kernel lets it go. It may have made the copy by then.
     pub fn cancel(&self) {
-        kill(self.pid);
+        let info: *const libc::siginfo_t = ptr::null();
+        // SAFETY: the descriptor is open, and no information is passed with the signal. Who has ended gets none.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.pidfd.as_raw_fd(), libc::SIGKILL, info, 0) };
+    }
+}
+
+impl Drop for Cloning {
+    fn drop(&mut self) {
+        self.cancel();
+        let _ = reap(self.pid, libc::WNOHANG);
     }
 }
 
@@ -79,34 +102,34 @@ fn path(path: &Path) -> io::Result<CString> {
     Ok(CString::new(path.as_os_str().as_bytes())?)
 }
 
-fn kill(pid: libc::pid_t) {
-    // SAFETY: takes two numbers. The child was not waited for, so its number is its own.
-    unsafe { libc::kill(pid, libc::SIGKILL) };
-}
-
 /// The status of a child that has ended; with `WNOHANG`, `None` while it has not.
-fn reap(pid: libc::pid_t, options: c_int) -> Option<c_int> {
+fn reap(pid: libc::pid_t, options: c_int) -> io::Result<Option<c_int>> {
     let mut status = 0;
     // SAFETY: `status` is a valid int for the call to fill.
-    let ended = super::retry(|| check(unsafe { libc::waitpid(pid, &raw mut status, options) }));
-    matches!(ended, Ok(ended) if ended == pid).then_some(status)
+    let ended = super::retry(|| check(unsafe { libc::waitpid(pid, &raw mut status, options) }))?;
+    Ok((ended == pid).then_some(status))
 }
 
 /// What the child does. The copy has no name before it is whole and durable, so that whatever happens to the child, nothing
 /// is left behind.
-fn make(file: RawFd, folder: &CStr, copy: &CStr, mode: libc::mode_t) -> io::Result<()> {
+fn make(parent: u32, file: RawFd, folder: &CStr, copy: &CStr, mode: libc::mode_t) -> io::Result<()> {
     const IMAGE: RawFd = 0;
     const COPY: RawFd = 1;
     // SAFETY: these calls take numbers, strings that live until they return, and an int to fill; descriptors are this
     // process's own. None of them touches memory that another thread of the parent could have held locked.
     unsafe {
         check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL))?;
+        if u32::try_from(libc::getppid()) != Ok(parent) {
+            return Err(io::Error::from_raw_os_error(libc::EINTR));
+        }
         // What clients are connected by must end when the parent closes it, and not with this process.
         check(libc::dup2(file, IMAGE))?;
         let rest: c_uint = 1;
         check(c_int::try_from(libc::syscall(libc::SYS_close_range, rest, c_uint::MAX, 0)).unwrap_or(-1))?;
         let unnamed = check(libc::open(folder.as_ptr(), libc::O_TMPFILE | libc::O_RDWR, mode))?;
         check(libc::dup2(unnamed, COPY))?;
+        check(libc::fchmod(COPY, mode))?;
+        let folder = check(libc::open(folder.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY))?;
         let mut flags: c_int = 0;
         if libc::ioctl(IMAGE, GET_FLAGS as _, &raw mut flags) == 0 && flags & NOCOW != 0 {
             let wanted = NOCOW;
@@ -117,8 +140,10 @@ fn make(file: RawFd, folder: &CStr, copy: &CStr, mode: libc::mode_t) -> io::Resu
         let link = c"/proc/self/fd/1".as_ptr();
         let name = copy.as_ptr();
         check(libc::linkat(libc::AT_FDCWD, link, libc::AT_FDCWD, name, libc::AT_SYMLINK_FOLLOW))?;
-        let folder = check(libc::open(folder.as_ptr(), libc::O_RDONLY | libc::O_DIRECTORY))?;
-        check(libc::fsync(folder))?;
+        if let Err(error) = check(libc::fsync(folder)) {
+            libc::unlink(name);
+            return Err(error);
+        }
     }
     Ok(())
 }

@@ -160,7 +160,7 @@ fn changes_wait_and_reads_go_on() {
     writer.send_request(kind::WRITE, 0, 7, 0, 4096, &payload);
     assert_eq!(reader.read(0, 4096).unwrap(), content[..4096], "it has not changed");
     assert_eq!(reader.flush(), 0);
-    refused(&server, &mount.join("other"), "another one is being made");
+    refused(&server, &mount.join("other"), "a snapshot is being made");
     let output = run(&["resize", "--sock", server.sock.to_str().unwrap()], &[]);
     assert!(output.stderr.contains("a snapshot is being made"), "{output:?}");
     assert!(made.is_running() && !copy.exists(), "this machine took more than 3 s for a few requests");
