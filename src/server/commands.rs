@@ -25,6 +25,9 @@ use std::path::PathBuf;
 /// How long clients should be paused at most when nobody says otherwise, in milliseconds.
 const DEFAULT_PAUSE_MS: u64 = 100;
 
+/// What a proxy says that is asked to do something with an image.
+const NO_IMAGE_HERE: &str = "this is a proxy, and the image is where it is connected to";
+
 /// What the record of a client takes on its way to the answer, in bytes.
 const RECORD_BYTES: usize = 2 << 10;
 /// What a migration takes beside its map of the image, in bytes.
@@ -51,7 +54,7 @@ impl Reactor {
             Command::Limit(limit) => Ok(self.limit_clients(limit)),
             Command::Break => self.break_mirror(),
             Command::Upstream(wanted) => self.change_upstream(&wanted).map_err(Answer::failed),
-            Command::Resize => self.resize().map_err(Answer::failed),
+            Command::Resize => self.resize().map_err(|why| Answer::failed(format!("not resizing: {why}"))),
             Command::Snapshot(path) => match self.start_snapshot(from, path.into()) {
                 Ok(()) => return None,
                 Err(why) => Err(Answer::failed(format!("no snapshot: {why}"))),
@@ -121,7 +124,7 @@ impl Reactor {
             return Err("bad bind address".into());
         }
         let Some(disk) = sh.backend.disk() else {
-            return Err("not mirroring: this is a proxy, and the image is where it is connected to".into());
+            return Err(format!("not mirroring: {NO_IMAGE_HERE}"));
         };
         if disk.access() == Access::ReadOnly {
             return Err(
@@ -198,18 +201,10 @@ impl Reactor {
     /// Looks at the size of the file again. New clients are told it, and those that are here may use it.
     fn resize(&mut self) -> Result<String, String> {
         let sh = &mut self.shared;
-        match sh.life {
-            Life::Serving => {}
-            Life::Snapshot => return Err("not resizing: a snapshot is being made; try again when it is done".into()),
-            Life::Sending { .. } => return Err("not resizing: a migration is running; stop it first, or wait".into()),
-            Life::Receiving { .. } | Life::Sealing { .. } => return Err("not resizing: there is no image yet".into()),
-            Life::Relaying | Life::Over => return Err("not resizing: the image is at another server".into()),
-        }
-        let Some(disk) = sh.backend.disk_mut() else {
-            return Err("not resizing: this is a proxy, and the image is where it is connected to".into());
-        };
+        sh.life.only_serves()?;
+        let disk = sh.backend.disk_mut().ok_or(NO_IMAGE_HERE)?;
         let before = disk.size();
-        disk.grow().map_err(|why| format!("not resizing: {why}"))?;
+        disk.grow()?;
         let size = disk.size();
         if size > before {
             info!("{}: grown from {before} to {size} bytes", disk.path().display());
@@ -226,16 +221,8 @@ impl Reactor {
     /// Begins a snapshot; it is answered when the file is there.
     fn start_snapshot(&mut self, from: Key, to: PathBuf) -> Result<(), String> {
         let sh = &mut self.shared;
-        match sh.life {
-            Life::Serving => {}
-            Life::Snapshot => return Err("another one is being made; try again when it is done".into()),
-            Life::Sending { .. } => return Err("a migration is running; stop it first, or wait".into()),
-            Life::Receiving { .. } | Life::Sealing { .. } => return Err("there is no image yet".into()),
-            Life::Relaying | Life::Over => return Err("the image is at another server".into()),
-        }
-        let Some(disk) = sh.backend.disk() else {
-            return Err("this is a proxy, and the image is where it is connected to".into());
-        };
+        sh.life.only_serves()?;
+        let disk = sh.backend.disk().ok_or(NO_IMAGE_HERE)?;
         if disk.is_device() {
             return Err("this is a block device; what it lies on, such as LVM, may have snapshots".into());
         }

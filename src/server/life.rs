@@ -59,6 +59,17 @@ pub(super) enum Life {
 }
 
 impl Life {
+    /// Why nothing can be begun that takes an image which is here, and stays; nothing speaks against it while it is only served.
+    pub(super) fn only_serves(&self) -> Result<(), &'static str> {
+        match self {
+            Self::Serving => Ok(()),
+            Self::Snapshot => Err("a snapshot is being made; try again when it is done"),
+            Self::Sending { .. } => Err("a migration is running; stop it first, or wait"),
+            Self::Receiving { .. } | Self::Sealing { .. } => Err("there is no image yet"),
+            Self::Relaying | Self::Over => Err("the image is at another server"),
+        }
+    }
+
     /// The outgoing migration's plan.
     pub(super) fn plan(&mut self) -> Option<&mut Plan> {
         match self {
