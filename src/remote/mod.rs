@@ -232,9 +232,9 @@ fn send_command(path: &Path, words: &[impl AsRef<str>]) -> Result<UnixStream, Er
     set_limits(&stream, ANSWER_LIMIT).map_err(|error| failed("cannot set a limit", &error))?;
     let mut command = encode_command(&words);
     // The end of a migration is waited for without a limit.
-    if words != ["wait"] {
+    if let Some(clock) = sys::clock_name().filter(|_| words != ["wait"]) {
         let limit_ms = u64::try_from(ANSWER_LIMIT.as_millis()).unwrap_or(u64::MAX);
-        command.extend(encode_end(sys::monotonic_ms().saturating_add(limit_ms)));
+        command.extend(encode_end(sys::monotonic_ms().saturating_add(limit_ms), &clock));
     }
     stream.write_all(&command).map_err(|error| failed("cannot send the command", &error))?;
     Ok(stream)

@@ -7,6 +7,7 @@ use super::shared::Shared;
 use super::socket::{Received, Socket};
 use crate::command::{parse_end, Answer, Reader};
 use crate::event::slots::Key;
+use crate::sys;
 use log::{debug, warn};
 use std::fmt;
 use std::io::{IoSlice, IoSliceMut};
@@ -80,7 +81,9 @@ impl Control {
         };
         match command {
             Ok(None) => return Next::Again,
-            Ok(Some(_)) if bytes.and_then(parse_end).is_some_and(|end_ms| end_ms <= sh.now_ms) => {
+            Ok(Some(_))
+                if bytes.and_then(parse_end).is_some_and(|(end_ms, clock)| is_over(end_ms, clock, sh.now_ms)) =>
+            {
                 warn!("{self}: whoever sent this command waits no more: it is not carried out");
                 return Next::Close(Reason::HungUp);
             }
@@ -168,6 +171,11 @@ impl Control {
         debug!("{self}: closed: {reason}");
         sh.admission.control_left();
     }
+}
+
+/// True when this time has passed, by a clock that is this server's, too: a socket may be forwarded to another machine.
+fn is_over(at_ms: u64, clock: &str, now_ms: u64) -> bool {
+    at_ms <= now_ms && sys::clock_name().is_some_and(|own| own == clock)
 }
 
 impl fmt::Display for Control {

@@ -114,6 +114,13 @@ pub fn columns(terminal: BorrowedFd) -> Option<u16> {
     Some(size.ws_col).filter(|&columns| known && columns > 0)
 }
 
+/// What [`monotonic_ms`] counts: this boot of this machine, and the namespace of time in it. `None` when it cannot be told.
+pub fn clock_name() -> Option<String> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let space = std::fs::read_link("/proc/self/ns/time").unwrap_or_default();
+    Some(format!("{}/{}", boot.trim(), space.display()))
+}
+
 /// The stop signals (SIGINT, SIGQUIT, SIGTERM, SIGHUP) as something to poll and read.
 #[derive(Debug)]
 pub struct SignalFd {
