@@ -69,7 +69,7 @@ pub(super) fn get(image: &Image) -> io::Result<Option<Vec<u8>>> {
             mark.truncate(length);
             Ok(Some(mark))
         }
-        Err(error) if error.raw_os_error() == Some(libc::ENODATA) || says_never(&error) => Ok(None),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENODATA | libc::EOPNOTSUPP | libc::ENOSYS)) => Ok(None),
         Err(error) if error.raw_os_error() == Some(libc::ERANGE) => {
             Err(io::Error::other(format!("it is longer than {LENGTH_MAX} bytes")))
         }

@@ -58,7 +58,7 @@ impl Gate {
 
     /// What may pass now. `None`: nothing, and clients are not read from.
     pub(super) fn allows(&self, life: &mut Life, now_ms: u64) -> Option<Allowed> {
-        if life.pauses_clients() || self.taking_back > 0 {
+        if life.pauses_clients() || self.takes_back() {
             return None;
         }
         let keeps_changes = self.orphans > 0
@@ -100,6 +100,11 @@ impl Gate {
     pub(super) fn taken_back(&mut self) {
         debug_assert!(self.taking_back > 0, "it was taken back");
         self.taking_back = self.taking_back.saturating_sub(1);
+    }
+
+    /// True while the mark that the image has moved is being taken back.
+    pub(super) fn takes_back(&self) -> bool {
+        self.taking_back > 0
     }
 
     /// How many operations have passed that may change the image and are not done yet.

@@ -102,6 +102,11 @@ impl Shared {
         }
     }
 
+    /// True unless the image has no mark for certain.
+    fn is_marked(&self) -> bool {
+        self.backend.disk().is_some_and(|disk| !matches!(disk.mark(), Ok(None)))
+    }
+
     /// No attempt to migrate the image has come to its end. If it may be marked as moved, clients wait until that is gone for
     /// good. To be called before the plan hears of it.
     pub(super) fn keep_image(&mut self) {
@@ -136,7 +141,7 @@ impl Shared {
                 debug_assert!(taken, "one sender does not fill the queue");
             }
             ARRIVED => match result {
-                Err(error) if error.kind() != ErrorKind::Unsupported => {
+                Err(error) if error.kind() != ErrorKind::Unsupported || self.is_marked() => {
                     return Err(Fatal(format!(
                         "the image is here and durable, but the mark that it is not cannot be cleared: {error}; serve --adopt \
                          does that"
@@ -147,8 +152,7 @@ impl Shared {
             STAYS => {
                 // Where only the sync has failed, no FLUSH succeeds any more, so that no client is promised anything that
                 // would be lost with the image.
-                let is_there = self.backend.disk().is_some_and(|disk| !matches!(disk.mark(), Ok(None)));
-                if let (Err(error), true) = (result, is_there) {
+                if let (Err(error), true) = (result, self.is_marked()) {
                     return Err(Fatal(format!(
                         "cannot clear the mark that the image has moved: {error}; it has not, and what clients wrote would be \
                          found nowhere. serve --adopt clears it"

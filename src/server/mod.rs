@@ -20,7 +20,7 @@
 //!  mod          the turn                     start, apply, commands, status   opening; effects; what commands do; facts
 //!  metrics                                   facts for those who collect them
 //!  reactor      the slots and their queues   slot                             the kinds of slot
-//!  client, control, mirror, upstream, listener, signals, supervisor           one kind each
+//!  client, control, mirror, upstream, listener, supervisor                    one kind each
 //!  attempt      one try of a migration       trials                           all of them, counted
 //!  dial         an outgoing connection       snapshot   a second file of the image
 //!  mark         what the image is marked as
@@ -29,7 +29,7 @@
 //!  gate, quota, life, admit, effect          what may pass; how much of it; what the server does; who is let in; what slots ask of others
 //!  timings                                   how long requests and turns take
 //!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
-//!  watch, socket, bind, config               is a peer still there; a peer; listening; what to do
+//!  watch, socket, bind, signals, config      is a peer still there; a peer; listening; what stops the server; what to do
 //! ```
 
 mod admit;
@@ -305,6 +305,13 @@ impl Reactor {
 
     /// A signal has come.
     fn stop(&mut self) -> Result<Flow, Fatal> {
+        if self.shared.gate.takes_back() {
+            return Err(Fatal(
+                "stopped by a signal while the mark was taken back that the image has moved; the image here is the one that \
+                 counts, and serve --adopt clears the mark if it is still there"
+                    .into(),
+            ));
+        }
         match &mut self.shared.life {
             Life::Serving | Life::Snapshot | Life::Relaying | Life::Over => Ok(Flow::Stop),
             Life::Receiving { incoming, .. } if incoming.is_durable() => {
