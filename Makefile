@@ -13,7 +13,7 @@ BINARY := $(RELEASE)/flexnbd
 ASSETS := $(RELEASE)/assets
 # The client of the benchmarks.
 LOAD := $(RELEASE)/examples/load
-SOURCES := Cargo.toml Cargo.lock $(shell find src -name '*.rs')
+SOURCES := Cargo.toml Cargo.lock README.md $(shell find src -name '*.rs')
 
 # At a terminal the deadline must not put its child into a process group of its own, or Ctrl-C would not reach it.
 FOREGROUND := $(shell test -t 0 && echo --foreground)

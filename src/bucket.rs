@@ -50,7 +50,7 @@ impl Bucket {
         now_ms.saturating_add(missing.div_ceil(self.per_s))
     }
 
-    /// True when there was room for so much when this was asked last for anything.
+    /// Whether there is room for so much, as of the last time that was asked.
     pub fn holds(&self, amount: u64) -> bool {
         i64::try_from(amount.saturating_mul(1000)).is_ok_and(|amount| amount <= self.left)
     }

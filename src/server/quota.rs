@@ -24,7 +24,7 @@ const NS_PER_S: u64 = 1_000_000_000;
 pub(super) struct Due {
     /// When the last one was that has passed.
     last_ns: u64,
-    /// What is added to for the next one, once that has been looked at.
+    /// The virtual time from which its next request counts; fixed when that is looked at for the first time.
     from_ns: Option<u64>,
 }
 

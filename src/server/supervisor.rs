@@ -10,7 +10,7 @@ use crate::printable;
 use log::warn;
 use std::env;
 use std::ffi::OsStr;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::mem::{discriminant, Discriminant};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
@@ -101,9 +101,10 @@ impl Supervisor {
         }
     }
 
-    /// True when the supervisor's socket has taken it. It does not wait for room.
+    /// False when the supervisor's socket has no room now. One that is gone is told nothing, and not tried again.
     fn send(&self, words: &str) -> bool {
-        self.socket.send_to_addr(words.as_bytes(), &self.to).is_ok()
+        let sent = self.socket.send_to_addr(words.as_bytes(), &self.to);
+        !sent.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
 }
 

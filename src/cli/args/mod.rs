@@ -233,10 +233,10 @@ Example:
     #[command(after_help = "\
 The copy has the image as it is at one moment: all writes that were answered
 before are in it, and none that comes later. Changes of clients wait until it is
-made, for 20 s at the most; reads go on. That takes a file system where files
-can share blocks, such as btrfs and xfs, and FILE has to be on the same one. It
-appears when it is whole and on stable storage, or not at all. What a guest has
-not flushed is missing in it, as after a power failure.
+made, which is given up after 20 s; reads go on. That takes a file system where
+files can share blocks, such as btrfs and xfs, and FILE has to be on the same
+one. It appears when it is whole and on stable storage, or not at all. What a
+guest has not flushed is missing in it, as after a power failure.
 
 Example:
   flexnbd snapshot --sock /run/disk.sock --to /srv/disk.monday.img")]

@@ -109,9 +109,10 @@ pub(crate) struct ProxyArgs {
     )]
     pub start_timeout_ms: u64,
     /// Read ahead so many bytes behind small reads that follow one another,
-    /// 0 to 4194304, behind '='; 4096 without. It is for clients that ask for
-    /// one thing at a time. Where others write the same image beside this
-    /// proxy, what is read may be older than what they wrote. [default: 0]
+    /// behind '='; 4096 without. More than 4M counts as 4M. It is for clients
+    /// that ask for one thing at a time. Where others write the same image
+    /// beside this proxy, what is read may be older than what they wrote.
+    /// [default: 0]
     #[arg(
         short,
         long,

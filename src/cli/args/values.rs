@@ -16,7 +16,7 @@ const REPLAY_LIMIT_MIN: u64 = 4 << 20;
 const REPLAY_LIMIT_MAX: u64 = 16 << 30;
 /// The furthest that a proxy reads ahead, in bytes: more than a client reads in the time to the server and back, one small
 /// READ after the other.
-const READ_AHEAD_MAX: u64 = 4 << 20;
+const READ_AHEAD_MAX: usize = 4 << 20;
 /// The longest name of an export, in bytes: that of any string ("Conventions" in the NBD specification).
 pub(crate) const EXPORT_MAX: usize = 4096;
 /// The longest pause that a server accepts, in milliseconds.
@@ -51,7 +51,8 @@ pub(super) fn replay_limit(text: &str) -> Result<usize, String> {
 }
 
 pub(super) fn read_ahead(text: &str) -> Result<usize, String> {
-    bytes(text, 0..=READ_AHEAD_MAX)
+    // The predecessor took as much as one query reads.
+    bytes(text, 0..=SIZE_MAX).map(|bytes: usize| bytes.min(READ_AHEAD_MAX))
 }
 
 pub(super) fn size(text: &str) -> Result<u32, String> {

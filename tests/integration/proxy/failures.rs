@@ -124,7 +124,7 @@ fn stop_a_fenced_server(silent_after_s: u32, stopped: Duration) {
     let mut client = proxy.connect();
     client.expect_alive();
     let since = Instant::now();
-    server.process.signal("STOP");
+    server.process.freeze();
     send_writes(&mut client, 32);
     let line = wait_for("the end of patience", stopped + SOON, || {
         proxy

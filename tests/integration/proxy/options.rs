@@ -84,7 +84,7 @@ fn wrong_usage_starts_nothing() {
         (format!("{base} --give-up -1"), "--give-up"),
         (format!("{base} --start-timeout x"), "--start-timeout"),
         (format!("{base} --cache=x"), "--cache"),
-        (format!("{base} --cache=4194305"), "--cache"),
+        (format!("{base} --cache=1073741825"), "--cache"),
         (format!("{base} --bind ::1"), "--bind"),
         (format!("{base} --file x"), "--file"),
         (format!("{base} nonsense"), "nonsense"),

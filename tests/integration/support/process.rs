@@ -50,18 +50,20 @@ impl Process {
         Self(command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")))
     }
 
-    /// Sends a signal, by its name (`TERM`). Who is told to STOP has stopped when this returns.
-    #[track_caller]
+    /// Sends a signal, by its name (`TERM`).
     pub fn signal(&self, name: &str) {
-        let pid = self.0.id();
-        let status = Command::new("kill").args(["-s", name, &pid.to_string()]).status().unwrap();
+        let status = Command::new("kill").args(["-s", name, &self.0.id().to_string()]).status().unwrap();
         assert!(status.success(), "cannot send {name}");
-        if name == "STOP" {
-            wait_for("the process to stop", SOON, || {
-                let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-                stat.rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
-            });
-        }
+    }
+
+    /// Stops it until SIGCONT: when this returns, it does nothing more.
+    #[track_caller]
+    pub fn freeze(&self) {
+        self.signal("STOP");
+        wait_for("the process to stop", SOON, || {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+            stat.rsplit_once(") ").unwrap().1.starts_with('T').then_some(())
+        });
     }
 
     /// Waits for its end.
