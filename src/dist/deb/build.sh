@@ -1,6 +1,6 @@
 #!/bin/bash
 # Builds a Debian package: build.sh ROOT VERSION FOLDER, where ROOT holds what `make install` has put below ROOT/usr. Prints the
-# path of the package.
+# path of the package. COMPRESSION is one of dpkg-deb's.
 set -euo pipefail
 root=$1 version=$2 folder=$3
 sources=$(dirname "$0")
@@ -27,5 +27,5 @@ Description: NBD server with live migration
  image to another machine while its clients go on using it.
 END
 package=$folder/flexnbd_${version}_$architecture.deb
-dpkg-deb --root-owner-group --build "$root" "$package" >/dev/null
+dpkg-deb -Z"${COMPRESSION:-xz}" --root-owner-group --build "$root" "$package" >/dev/null
 echo "$package"
