@@ -10,11 +10,11 @@ use std::fmt;
 use std::sync::Arc;
 
 /// With more changes than this that may or may not be there, not every set of them is tried.
-const ALL_SETS_MAX: usize = 10;
+const ALL_SETS_MAX: usize = 7;
 /// How many sets are tried then, beside beginnings of the list.
-const SETS: u64 = 200;
+const SETS: u64 = 60;
 /// How many beginnings are tried at the most. Each costs as much as there are changes, and while they are tried there are more.
-const BEGINNINGS: usize = 200;
+const BEGINNINGS: usize = 60;
 
 /// What a sync covers.
 #[derive(Debug, Clone, Copy)]
@@ -137,8 +137,8 @@ impl Journal {
         pending.map(|entry| entry.text.to_string()).collect()
     }
 
-    /// What a power failure may leave: everything durable and any set of the other changes. All sets of up to 10
-    /// changes; of more, up to 200 beginnings of the list and 200 sets that the seed decides about.
+    /// What a power failure may leave: everything durable and any set of the other changes. All sets of up to 7
+    /// changes; of more, up to 60 beginnings of the list and 60 sets that the seed decides about.
     pub fn power_failures(&self, seed: u64) -> PowerFailures {
         let pending = self.entries.iter().filter(|entry| entry.fate != Fate::Durable).count();
         let sets: Vec<Set> = if pending <= ALL_SETS_MAX {

@@ -177,7 +177,7 @@ impl Disk {
     }
 
     /// What a power failure at this moment may leave: everything durable and any set of the other changes. All sets of
-    /// up to 10 changes; of more, up to 200 beginnings of the list and 200 sets that the seed decides about.
+    /// up to 7 changes; of more, up to 60 beginnings of the list and 60 sets that the seed decides about.
     pub fn power_failures(&self, seed: u64) -> PowerFailures {
         self.common.lock().journal.power_failures(seed)
     }
