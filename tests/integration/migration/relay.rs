@@ -119,6 +119,7 @@ fn the_destination_may_be_killed_afterwards() {
     worker.expect_progress();
     start_mirror(&source, destination.address(), "--relay");
     wait_for_relay(&source);
+    let mut gone = Vec::new();
     for _ in 0..3 {
         worker.expect_progress();
         destination.stop_by("KILL");
@@ -129,9 +130,8 @@ fn the_destination_may_be_killed_afterwards() {
             .engine("sync")
             .through(&["sh", "-c", &restart, "sh"])
             .start();
-        let before = std::mem::replace(&mut destination, again);
-        // Its folder holds the image.
-        std::mem::forget(before);
+        // The folder of the first one holds the image.
+        gone.push(std::mem::replace(&mut destination, again));
         worker.expect_progress();
     }
     worker.stop().check(&destination.image);
