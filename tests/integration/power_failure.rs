@@ -14,7 +14,7 @@ const SECTORS: usize = 1024;
 const SIZE: u64 = (SECTORS * SECTOR) as u64;
 
 /// With more changes than this that may be lost, not all sets of them are tried.
-const ALL_SETS_MAX: usize = 7;
+const ALL_SETS_MAX: usize = 10;
 
 /// How often the two ways of trying were taken.
 #[derive(Default)]

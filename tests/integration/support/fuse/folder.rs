@@ -176,6 +176,13 @@ impl Folder {
         self.files.retain(|file, _| named.contains(file));
     }
 
+    /// The same names and attributes, with files of the same size that are holes.
+    pub fn without_content(&self) -> Self {
+        let mut bare = self.clone();
+        bare.files.values_mut().for_each(|file| file.pages.clear());
+        bare
+    }
+
     /// Carries out a change. What it is about may be missing, when an earlier change was lost with the power: content
     /// then belongs to a file without a name, and a name that is not there needs no removal.
     pub fn apply(&mut self, change: &Change) {
@@ -229,6 +236,11 @@ pub enum Change {
 }
 
 impl Change {
+    /// True when only the content of a file changes, its size included.
+    pub fn is_content(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::Fill { .. } | Self::Resize { .. })
+    }
+
     /// How a log calls it. `name` tells the name of a file.
     pub fn describe(&self, name: impl Fn(FileId) -> String) -> String {
         match self {

@@ -10,11 +10,9 @@ use std::fmt;
 use std::sync::Arc;
 
 /// With more changes than this that may or may not be there, not every set of them is tried.
-const ALL_SETS_MAX: usize = 7;
-/// How many sets are tried then, beside beginnings of the list.
-const SETS: u64 = 60;
-/// How many beginnings are tried at the most. Each costs as much as there are changes, and while they are tried there are more.
-const BEGINNINGS: usize = 60;
+const ALL_SETS_MAX: usize = 10;
+/// How many sets are tried then, beside every beginning of the list.
+const SETS: u64 = 200;
 
 /// What a sync covers.
 #[derive(Debug, Clone, Copy)]
@@ -137,15 +135,14 @@ impl Journal {
         pending.map(|entry| entry.text.to_string()).collect()
     }
 
-    /// What a power failure may leave: everything durable and any set of the other changes. All sets of up to 7
-    /// changes; of more, up to 60 beginnings of the list and 60 sets that the seed decides about.
+    /// What a power failure may leave: everything durable and any set of the other changes. All sets of up to 10
+    /// changes; of more, every beginning of the list and 200 sets that the seed decides about.
     pub fn power_failures(&self, seed: u64) -> PowerFailures {
         let pending = self.entries.iter().filter(|entry| entry.fate != Fate::Durable).count();
         let sets: Vec<Set> = if pending <= ALL_SETS_MAX {
             (0..1_u64 << pending).map(Set::Exactly).collect()
         } else {
-            let some = pending.min(BEGINNINGS);
-            let beginnings = (0..=some).map(|number| Set::First(pending * number / some));
+            let beginnings = (0..=pending).map(Set::First);
             beginnings
                 .chain((0..SETS).map(|number| Set::Seeded(seed.wrapping_mul(SETS).wrapping_add(number))))
                 .collect()
@@ -155,7 +152,8 @@ impl Journal {
             is_durable: entry.fate == Fate::Durable,
             text: Arc::clone(&entry.text),
         });
-        PowerFailures { base: self.base.clone(), changes: changes.collect(), sets: sets.into_iter() }
+        let moment = Moment { bare: self.base.without_content(), base: self.base.clone(), changes: changes.collect() };
+        PowerFailures { moment: Arc::new(moment), sets: sets.into_iter() }
     }
 
     fn name(&self, file: FileId) -> String {
@@ -197,10 +195,37 @@ struct Recorded {
     text: Arc<str>,
 }
 
+/// What is on the disk, and what may be.
+struct Moment {
+    base: Folder,
+    /// The same but for the content of files.
+    bare: Folder,
+    changes: Vec<Recorded>,
+}
+
+impl Moment {
+    /// The changes, and whether they are there after a power failure that leaves this set.
+    fn changes(&self, set: Set) -> impl Iterator<Item = (&Recorded, bool)> {
+        let mut pending = 0..;
+        self.changes.iter().map(move |recorded| {
+            let is_there = recorded.is_durable || set.holds(pending.next().unwrap());
+            (recorded, is_there)
+        })
+    }
+
+    fn applied<'a>(&'a self, to: &Folder, set: Set, of: impl Fn(&Change) -> bool) -> Folder {
+        let mut folder = to.clone();
+        let there = self.changes(set).filter(|(recorded, is_there)| *is_there && of(&recorded.change));
+        there.for_each(|(recorded, _)| folder.apply(&recorded.change));
+        // Content whose name was lost is lost.
+        folder.forget_nameless();
+        folder
+    }
+}
+
 /// What a power failure may leave, one possibility after the other.
 pub struct PowerFailures {
-    base: Folder,
-    changes: Vec<Recorded>,
+    moment: Arc<Moment>,
     sets: std::vec::IntoIter<Set>,
 }
 
@@ -208,47 +233,50 @@ impl Iterator for PowerFailures {
     type Item = Remains;
 
     fn next(&mut self) -> Option<Remains> {
-        let set = self.sets.next()?;
-        let (mut folder, mut lost, mut pending) = (self.base.clone(), Vec::new(), 0..);
-        for Recorded { change, is_durable, text } in &self.changes {
-            if *is_durable || set.holds(pending.next().unwrap()) {
-                folder.apply(change);
-            } else {
-                lost.push(Arc::clone(text));
-            }
-        }
-        // Content whose name was lost is lost.
-        folder.forget_nameless();
-        Some(Remains { folder, lost })
+        let (moment, set) = (Arc::clone(&self.moment), self.sets.next()?);
+        let bare = moment.applied(&moment.bare, set, |change| !change.is_content());
+        Some(Remains { moment, set, bare })
     }
 }
 
-/// A folder after a power failure. Its `Display` says what was lost.
+/// A folder after a power failure. Its `Display` says what was lost. The content of files, which is most of the work, is put
+/// together for those who look at it.
 pub struct Remains {
-    pub(super) folder: Folder,
-    lost: Vec<Arc<str>>,
+    moment: Arc<Moment>,
+    set: Set,
+    /// Names and attributes.
+    bare: Folder,
 }
 
 impl Remains {
     /// The names of the files.
     pub fn names(&self) -> Vec<&str> {
-        self.folder.names().map(|(name, _)| name).collect()
+        self.bare.names().map(|(name, _)| name).collect()
+    }
+
+    /// All of it.
+    pub(super) fn folder(&self) -> Folder {
+        self.moment.applied(&self.moment.base, self.set, |_| true)
     }
 
     /// The content of a file, if it is there.
     pub fn content(&self, name: &str) -> Option<Vec<u8>> {
-        let file = self.folder.file(self.folder.id(name)?)?;
+        let file = self.bare.id(name)?;
+        let folder = self.folder();
+        let file = folder.file(file)?;
         Some(file.read(0..file.size))
     }
 
     /// An extended attribute of a file, if both are there.
     pub fn xattr(&self, name: &str, key: &str) -> Option<&[u8]> {
-        self.folder.file(self.folder.id(name)?)?.xattrs.get(key).map(Vec::as_slice)
+        self.bare.file(self.bare.id(name)?)?.xattrs.get(key).map(Vec::as_slice)
     }
 }
 
 impl fmt::Display for Remains {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "after a power failure that lost {:?}", self.lost)
+        let lost = self.moment.changes(self.set).filter(|(_, is_there)| !is_there);
+        let lost: Vec<&str> = lost.map(|(recorded, _)| &*recorded.text).collect();
+        write!(f, "after a power failure that lost {lost:?}")
     }
 }

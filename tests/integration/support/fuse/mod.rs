@@ -66,7 +66,7 @@ impl Disk {
 
     /// What a power failure has left, mounted again.
     pub fn mount_remains(remains: &Remains, size: u64) -> Option<Self> {
-        Self::mount_folder(remains.folder.clone(), size, true)
+        Self::mount_folder(remains.folder(), size, true)
     }
 
     fn mount_folder(folder: Folder, size: u64, is_cached: bool) -> Option<Self> {
@@ -177,7 +177,7 @@ impl Disk {
     }
 
     /// What a power failure at this moment may leave: everything durable and any set of the other changes. All sets of
-    /// up to 7 changes; of more, up to 60 beginnings of the list and 60 sets that the seed decides about.
+    /// up to 10 changes; of more, every beginning of the list and 200 sets that the seed decides about.
     pub fn power_failures(&self, seed: u64) -> PowerFailures {
         self.common.lock().journal.power_failures(seed)
     }
