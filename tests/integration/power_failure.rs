@@ -3,12 +3,14 @@
 //! A moment is what the disks may hold and what the clients know, taken at once. It is looked at later, so that nobody
 //! waits for that.
 
-use crate::support::fuse::{Disk, Op, Remains};
+use crate::support::fuse::{Disk, Op, PowerFailures, Remains};
 use crate::support::ledger::{Expected, Habits, Ledger, Writer, SECTOR};
 use crate::support::peers::{expect_exit, listen, start_mirror, wait_for_status};
 use crate::support::{kind, request, wait_for, Server, SOON};
 use std::io::ErrorKind;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{mpsc, Arc};
+use std::thread;
 
 const SECTORS: usize = 1024;
 const SIZE: u64 = (SECTORS * SECTOR) as u64;
@@ -155,45 +157,20 @@ fn is_blank(remains: &Remains) -> bool {
     remains.content("image").is_none_or(|image| image.iter().all(|&byte| byte == 0))
 }
 
-/// A migration between two disks that both lose power at every moment that matters, and in between. Clients write all the
-/// time, to whoever has the image.
-fn is_whole_somewhere(options: &str) {
-    // To look at the moments takes a processor, and while that takes long, no flush of a migration is answered.
-    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let (Some(here), Some(there)) = (Disk::mount(4 * SIZE), Disk::mount(4 * SIZE)) else { return };
-    let ledger = Ledger::new(SECTORS);
-    let mut source = Server::serve().file(here.furnish("image", &ledger.content())).start();
-    let destination = listen(0).file(there.furnish_sparse("image", SIZE)).arg("--serve").start();
-    let habits = Habits { depth: 4, flushes: 2, fua: 2, may_end: true };
-    let clients = writers(&ledger, &source, [habits; 4]);
-    let unlinks = options.contains("--unlink");
-    let held = [
-        (&there, Op::Fsync),
-        (&here, Op::Unlink),
-        (&here, Op::FsyncFolder),
-        (&there, Op::FsyncAll),
-        (&here, Op::FsyncAll),
-    ];
-    let (mut is_over, mut seed, mut met) = (false, 0, [false; 5]);
-    for (disk, op) in held {
-        disk.hold(op, ..);
-    }
-    start_mirror(&source, destination.address(), options);
-    while !is_over {
-        let written = there.count(Op::Write);
-        wait_for("the migration to go on", SOON, || {
-            is_over = !source.process.is_running();
-            let is_held = held.iter().any(|(disk, op)| disk.waiting(*op) > 0);
-            (is_over || is_held || there.count(Op::Write) > written).then_some(())
-        });
-        let waiting = held.map(|(disk, op)| disk.waiting(op) > 0);
-        let (expected, failures) = ledger.at_once(|| [&here, &there].map(|disk| disk.power_failures(seed)));
-        for ((disk, op), _) in held.iter().zip(waiting).filter(|(_, is_waiting)| *is_waiting) {
-            disk.heal(*op);
-            disk.hold(*op, ..);
-        }
-        let [at_source, at_destination] = failures;
+/// Both disks and the promises of one moment of a migration.
+struct Moment {
+    expected: Expected,
+    at_source: PowerFailures,
+    at_destination: PowerFailures,
+    unlinks: bool,
+    /// The source removes its file, or makes it durable that it has.
+    is_removing: bool,
+}
+
+impl Moment {
+    /// Fails unless everything promised is on one side whatever the power failures leave, and at most one side would be served.
+    fn check(self) {
+        let Self { expected, at_source, at_destination, unlinks, is_removing } = self;
         let (mut serves_there, mut destination_lost) = (false, None);
         for remains in at_destination {
             let is_copy = is_served(&remains) && !is_blank(&remains);
@@ -213,13 +190,72 @@ fn is_whole_somewhere(options: &str) {
             }
         }
         // With `--unlink`, the source's file is the image as long as it is there. Else it is left behind at the end.
-        let is_left = is_gone || waiting[1] || waiting[2];
+        let is_left = is_gone || is_removing;
         assert!(!is_left || unlinks && destination_lost.is_none(), "the file is gone too early: {destination_lost:?}");
         let has_moved = !unlinks && destination_lost.is_none();
         assert!(source_lost.is_none() || has_moved, "lost: {source_lost:?}; at the destination: {destination_lost:?}");
-        (0..5).for_each(|n| met[n] |= waiting[n]);
-        seed += 1;
     }
+}
+
+/// A migration between two disks that both lose power at every moment that matters, and in between. Clients write all the
+/// time, to whoever has the image.
+fn is_whole_somewhere(options: &str) {
+    let (Some(here), Some(there)) = (Disk::mount(4 * SIZE), Disk::mount(4 * SIZE)) else { return };
+    let ledger = Ledger::new(SECTORS);
+    let mut source = Server::serve().file(here.furnish("image", &ledger.content())).start();
+    let destination = listen(0).file(there.furnish_sparse("image", SIZE)).arg("--serve").start();
+    let habits = Habits { depth: 4, flushes: 2, fua: 2, may_end: true };
+    let clients = writers(&ledger, &source, [habits; 4]);
+    let unlinks = options.contains("--unlink");
+    let held = [
+        (&there, Op::Fsync),
+        (&here, Op::Unlink),
+        (&here, Op::FsyncFolder),
+        (&there, Op::FsyncAll),
+        (&here, Op::FsyncAll),
+    ];
+    let (mut seed, mut met) = (0, [false; 5]);
+    for (disk, op) in held {
+        disk.hold(op, ..);
+    }
+    start_mirror(&source, destination.address(), options);
+    // What is looked at meanwhile must not keep a flush waiting: the migration would wait for a better time to end.
+    let unchecked = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        let (moments, taken) = mpsc::channel::<Moment>();
+        let unchecked = &unchecked;
+        scope.spawn(move || {
+            for moment in taken {
+                moment.check();
+                unchecked.fetch_sub(1, Ordering::Relaxed);
+            }
+        });
+        let mut is_over = false;
+        while !is_over {
+            let written = there.count(Op::Write);
+            wait_for("the migration to go on", SOON, || {
+                is_over = !source.process.is_running();
+                let is_held = held.iter().any(|(disk, op)| disk.waiting(*op) > 0);
+                (is_over || is_held || there.count(Op::Write) > written).then_some(())
+            });
+            let waiting = held.map(|(disk, op)| disk.waiting(op) > 0);
+            // The moments that matter, and others when there is time.
+            if is_over || waiting.contains(&true) || unchecked.load(Ordering::Relaxed) == 0 {
+                let take = || [&here, &there].map(|disk| disk.power_failures(seed));
+                let (expected, [at_source, at_destination]) = ledger.at_once(take);
+                let is_removing = waiting[1] || waiting[2];
+                unchecked.fetch_add(1, Ordering::Relaxed);
+                // It fails when the other side has, which tells why.
+                let _ = moments.send(Moment { expected, at_source, at_destination, unlinks, is_removing });
+                seed += 1;
+            }
+            for ((disk, op), _) in held.iter().zip(waiting).filter(|(_, is_waiting)| *is_waiting) {
+                disk.heal(*op);
+                disk.hold(*op, ..);
+            }
+            (0..5).for_each(|n| met[n] |= waiting[n]);
+        }
+    });
     for (disk, op) in held {
         disk.heal(op);
     }
