@@ -29,6 +29,8 @@ use std::time::Duration;
 
 /// How long the answer to a control command may take: that to `mirror` comes after a connection and a greeting.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// How long a status may take for `mirror --wait`, which hears of Ctrl-C in between.
+const LOOK_LIMIT: Duration = Duration::from_secs(1);
 /// How often `mirror --wait` asks for the status, in milliseconds: often enough for a line that seems to move.
 const LOOK_EVERY_MS: u64 = 250;
 /// How the answer to `mirror` begins when the destination cannot be connected to.
@@ -95,7 +97,8 @@ fn unfold(text: &str) -> String {
     unfolded
 }
 
-/// Starts a migration by way of a control socket; with `progress`, waits until it ends, also when it runs already. Prints what was done to `out`; the
+/// Starts a migration by way of a control socket; with `progress`, waits until it ends, also when it runs already. Prints what
+/// was done to `out`; the
 /// progress, a refusal and why the migration failed go to `err`. Returns the code of the last answer.
 ///
 /// `wait` is sent before `mirror`: a small image may have moved, and the server be gone, before a later command arrives.
@@ -107,7 +110,7 @@ pub fn mirror(
     err: &mut impl Write,
 ) -> Result<u8, Error> {
     let begin = |to: &Endpoint| {
-        let waiting = progress.map(|form| Ok((form, send_command(path, &["wait"])?))).transpose()?;
+        let waiting = progress.map(|form| Ok((form, send_command(path, &["wait"], ANSWER_LIMIT)?))).transpose()?;
         let (addr, port) = to.words();
         let words = ["mirror".into(), addr, port].into_iter().chain(migration.words.iter().cloned());
         Ok((waiting, ask(path, &words.collect::<Vec<_>>())?))
@@ -203,7 +206,8 @@ fn watch(path: &Path, waiting: UnixStream, progress: &mut ProgressLine<impl Writ
             sys::end_by_interrupt();
         }
         // A status that does not come is no reason to stop: if the server is gone, `waiting` becomes readable.
-        if let Ok(status) = ask(path, &["status"]) {
+        let status = send_command(path, &["status"], LOOK_LIMIT).and_then(|asked| receive_answer(path, asked));
+        if let Ok(status) = status {
             if let Some(report) = Report::parse(&status.text) {
                 let columns = sys::columns(io::stderr().as_fd()).map_or(COLUMNS, usize::from);
                 progress.show(&report, sys::monotonic_ms(), columns.saturating_sub(1));
@@ -222,19 +226,19 @@ fn print_answer(answer: &Answer, done: &str, out: &mut impl Write, err: &mut imp
 }
 
 fn ask(path: &Path, words: &[impl AsRef<str>]) -> Result<Answer, Error> {
-    receive_answer(path, send_command(path, words)?)
+    receive_answer(path, send_command(path, words, ANSWER_LIMIT)?)
 }
 
-fn send_command(path: &Path, words: &[impl AsRef<str>]) -> Result<UnixStream, Error> {
+fn send_command(path: &Path, words: &[impl AsRef<str>], limit: Duration) -> Result<UnixStream, Error> {
     let failed = |what: &str, error: &io::Error| Error(format!("{}: {what}: {}", path.display(), explain(error)));
     let words: Vec<_> = words.iter().map(AsRef::as_ref).collect();
-    let mut stream = connect_unix(path, ANSWER_LIMIT)?;
-    set_limits(&stream, ANSWER_LIMIT).map_err(|error| failed("cannot set a limit", &error))?;
+    let mut stream = connect_unix(path, limit)?;
+    set_limits(&stream, limit).map_err(|error| failed("cannot set a limit", &error))?;
     let mut command = encode_command(&words);
     // The end of a migration is waited for without a limit.
-    if let Some(clock) = sys::clock_name().filter(|_| words != ["wait"]) {
-        let limit_ms = u64::try_from(ANSWER_LIMIT.as_millis()).unwrap_or(u64::MAX);
-        command.extend(encode_end(sys::monotonic_ms().saturating_add(limit_ms), &clock));
+    if words != ["wait"] {
+        let limit_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        command.extend(encode_end(sys::monotonic_ms().saturating_add(limit_ms), sys::clock_began_s()));
     }
     stream.write_all(&command).map_err(|error| failed("cannot send the command", &error))?;
     Ok(stream)

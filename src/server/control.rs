@@ -14,6 +14,8 @@ use std::io::{IoSlice, IoSliceMut};
 
 /// How long a control connection may take to send its command, and then to take its answer, in milliseconds.
 const DEADLINE_MS: u64 = 10_000;
+/// How far apart two clocks may have begun that are the same, in seconds: the time of day is corrected now and then.
+const SAME_CLOCK_S: u64 = 2;
 /// How much is received at once, in bytes: a whole command, as a rule.
 const RECEIVE_MAX: usize = 4096;
 
@@ -82,7 +84,7 @@ impl Control {
         match command {
             Ok(None) => return Next::Again,
             Ok(Some(_))
-                if bytes.and_then(parse_end).is_some_and(|(end_ms, clock)| is_over(end_ms, clock, sh.now_ms)) =>
+                if bytes.and_then(parse_end).is_some_and(|(end_ms, began_s)| is_over(end_ms, began_s, sh.now_ms)) =>
             {
                 warn!("{self}: whoever sent this command waits no more: it is not carried out");
                 return Next::Close(Reason::HungUp);
@@ -173,9 +175,9 @@ impl Control {
     }
 }
 
-/// True when this time has passed, by a clock that is this server's, too: a socket may be forwarded to another machine.
-fn is_over(at_ms: u64, clock: &str, now_ms: u64) -> bool {
-    at_ms <= now_ms && sys::clock_name().is_some_and(|own| own == clock)
+/// True when this time has passed, by a clock that began when this server's did: a socket may be forwarded to another machine.
+fn is_over(at_ms: u64, began_s: u64, now_ms: u64) -> bool {
+    at_ms <= now_ms && began_s.abs_diff(sys::clock_began_s()) <= SAME_CLOCK_S
 }
 
 impl fmt::Display for Control {

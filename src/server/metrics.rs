@@ -60,8 +60,7 @@ pub(super) fn page(server: &Reactor) -> String {
     page.family("info", "gauge", "What serves the image; always 1.");
     let version = label("version", env!("CARGO_PKG_VERSION"));
     page.sample("info", &format!(",{version}"), &1);
-    let started = status::unix_seconds(server.started_ms, sh.now_ms);
-    page.gauge("start_time_seconds", "When the server began, in seconds since 1970.", started);
+    page.gauge("start_time_seconds", "When the server began, in seconds since 1970.", server.started_s);
     page.gauge("size_bytes", "The size of the image.", sh.backend.export().size);
     page.gauge("clients", "Clients that are connected.", sh.admission.clients() as u64);
     page.gauge("clients_max", "Clients that may be connected.", sh.admission.clients_max() as u64);
@@ -112,7 +111,7 @@ fn of_requests(page: &mut Page, server: &Reactor) {
     page.counter("read_bytes_total", "Bytes of good reads.", totals.read_bytes);
     page.counter("written_bytes_total", "Bytes of good writes, zeroes included.", totals.written_bytes);
     if let Some(disk) = server.shared.backend.disk() {
-        page.counter("syncs_total", "Calls of fdatasync, which clients share.", disk.syncs());
+        page.counter("syncs_total", "Calls of fdatasync and fsync, which clients share.", disk.syncs());
     }
     page.family("longest_turn_seconds", "gauge", "The longest turn of the loop since the start; nobody else had one.");
     page.sample("longest_turn_seconds", "", &seconds(admission.timings.longest_turn_us()));

@@ -43,6 +43,8 @@ pub(super) struct Reactor {
     pub addresses: Vec<(Dialect, String)>,
     /// When the server began.
     pub started_ms: u64,
+    /// The same, in seconds since 1970: what is collected over time must not move with the time of day.
+    pub started_s: u64,
     /// Numbers connections in the order in which they came.
     pub next_id: u64,
 }

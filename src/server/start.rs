@@ -122,6 +122,7 @@ impl Reactor {
             supervisor: None,
             addresses: Vec::new(),
             started_ms: now_ms,
+            started_s: sys::clock_began_s().saturating_add(now_ms / 1000),
             next_id: 1,
         };
         server.add_first_slots(signals, config)?;

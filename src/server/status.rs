@@ -242,7 +242,7 @@ fn seconds(ms: u64) -> String {
 }
 
 /// A time of the server's clock, in seconds since 1970.
-pub(super) fn unix_seconds(at_ms: u64, now_ms: u64) -> u64 {
+fn unix_seconds(at_ms: u64, now_ms: u64) -> u64 {
     let unix_now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     unix_now.saturating_sub(Duration::from_millis(now_ms.saturating_sub(at_ms))).as_secs()
 }

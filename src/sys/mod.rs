@@ -22,7 +22,7 @@ use std::io::{self, ErrorKind, Read};
 use std::mem::{size_of, MaybeUninit};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::ptr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The signals that stop the program.
 const STOP_SIGNALS: [c_int; 4] = [libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGHUP];
@@ -114,11 +114,10 @@ pub fn columns(terminal: BorrowedFd) -> Option<u16> {
     Some(size.ws_col).filter(|&columns| known && columns > 0)
 }
 
-/// What [`monotonic_ms`] counts: this boot of this machine, and the namespace of time in it. `None` when it cannot be told.
-pub fn clock_name() -> Option<String> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
-    let space = std::fs::read_link("/proc/self/ns/time").unwrap_or_default();
-    Some(format!("{}/{}", boot.trim(), space.display()))
+/// When [`monotonic_ms`] was 0, by the time of day, in seconds since 1970.
+pub fn clock_began_s() -> u64 {
+    let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since_1970.as_secs().saturating_sub(monotonic_ms() / 1000)
 }
 
 /// The stop signals (SIGINT, SIGQUIT, SIGTERM, SIGHUP) as something to poll and read.

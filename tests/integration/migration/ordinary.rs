@@ -384,9 +384,14 @@ fn waiting_for_the_end() {
     expect_exit(&mut source, 0);
 }
 
-/// To end the waiting does not end the migration.
+/// To end the waiting does not end the migration, and does not wait for a server that answers nothing.
 #[test]
 fn who_waits_may_leave() {
+    leave(false);
+    leave(true);
+}
+
+fn leave(is_frozen: bool) {
     let mut source = Server::serve().content(&pattern(1, 1 << 20)).start();
     let mut destination = listen(0).size(1 << 20).start();
     let mut command = Command::new(BIN);
@@ -396,8 +401,12 @@ fn who_waits_may_leave() {
     command.arg(&source.sock).stdout(Stdio::null()).stderr(File::create(&said).unwrap());
     let mut waiting = Process::spawn(&mut command);
     wait_for("the first progress", SOON, || fs::read_to_string(&said).unwrap().contains("copying: ").then_some(()));
+    if is_frozen {
+        source.process.freeze();
+    }
     waiting.signal("INT");
-    assert_eq!(waiting.wait(SOON).signal(), Some(libc::SIGINT), "as a shell expects it of Ctrl-C");
+    assert_eq!(waiting.wait(SOON / 3).signal(), Some(libc::SIGINT), "as a shell expects it of Ctrl-C");
+    source.process.signal("CONT");
     let last = format!("the migration goes on; flexnbd break --sock {} stops it\n", source.sock.display());
     assert!(fs::read_to_string(&said).unwrap().ends_with(&last));
     wait_for_status(&source, "is_mirroring", "true");
