@@ -110,7 +110,8 @@ impl Reactor {
         }
     }
 
-    /// The server ends. Those who wait for the end of a migration hear what that means for it.
+    /// The server ends. Those who wait for the end of a migration hear what that means for it, and who waits for a snapshot that
+    /// there is none.
     pub(super) fn tell_waiters(&mut self, outcome: &Result<(), Fatal>) {
         let answer = match (outcome, &self.shared.life) {
             (Err(why), _) => Answer::failed(&*why.0),
@@ -119,6 +120,13 @@ impl Reactor {
         };
         // That ends nothing but what has ended.
         let _ = self.apply(Effect::AnswerWaiters(answer));
+        let stopped = self.slots.iter().find_map(|(_, slot)| match slot {
+            Slot::Snapshot(snapshot) => snapshot.stopped(),
+            _ => None,
+        });
+        if let Some((asker, answer)) = stopped {
+            self.answer(asker, &answer);
+        }
     }
 
     /// A received image is durable, and so is that it is one.

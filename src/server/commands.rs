@@ -229,6 +229,10 @@ impl Reactor {
         if disk.access() == Access::ReadOnly {
             return Err("this server is read-only and does not keep others from writing the image".into());
         }
+        if sh.gate.takes_back() {
+            // To set the mark, too, waits for whoever has the file locked.
+            return Err("a migration has just ended, and the mark on the image is being taken back; try again".into());
+        }
         sh.lock_image().map_err(|_| "another server has the image open and may write it; stop that server first")?;
         let added = self
             .slots

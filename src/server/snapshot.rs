@@ -129,6 +129,12 @@ impl Snapshot {
         }
     }
 
+    /// The server stops: whoever waits for the answer gets one.
+    pub(super) fn stopped(&self) -> Option<(Key, Answer)> {
+        let answer = Answer::failed("no snapshot: the server has been stopped");
+        (!matches!(self.stage, Stage::GivenUp(_))).then_some((self.asker, answer))
+    }
+
     /// Answers, and lets clients go on.
     fn end(&self, outcome: Result<(), String>, sh: &mut Shared) -> Next {
         self.answer(outcome, sh);

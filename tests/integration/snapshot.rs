@@ -7,6 +7,7 @@ use crate::support::{
     TempDir, BIN, SOON,
 };
 use std::fs::{self, File};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
@@ -180,6 +181,9 @@ fn whatever_ends_the_server_leaves_no_half_file() {
         let ended = server.stop_by(signal);
         assert_eq!(ended.code(), (signal == "TERM").then_some(0), "{}", server.log());
         assert_eq!(made.wait(SOON).code(), Some(1));
+        let mut said = String::new();
+        made.0.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert_eq!(said == "no snapshot: the server has been stopped\n", signal == "TERM", "{said}");
         let names: Vec<_> = fs::read_dir(mount.join("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["image"]);
     }

@@ -167,6 +167,9 @@ fn they_refuse_no_call_that_a_server_makes() {
         assert_eq!(client.ask(kind, 0, 0, 4096, &[]), 0);
     }
     assert_eq!(peers::tell("acl", &server, "127.0.0.1").0, Some(0));
+    // Whether files can share blocks there or not.
+    let copy = server.dir().join("copy");
+    peers::tell("snapshot", &server, &format!("--to {}", copy.display()));
     let mut destination = peers::listen(0).size(4 << 20).start();
     peers::start_mirror(&server, destination.address(), "");
     peers::expect_migrated(&mut server, &mut destination);
@@ -177,6 +180,7 @@ fn they_refuse_no_call_that_a_server_makes() {
         .filter(|name| name.starts_with(|c: char| c.is_ascii_lowercase()))
         .collect();
     assert!(made.contains("fdatasync") || made.contains("io_uring_enter"), "{made:?}");
+    assert!(made.contains("close_range"), "there was no child process: {made:?}");
     let unit = unit("flexnbd@.service");
     let allowed = allowed(&unit);
     let refused: Vec<_> = made.difference(&allowed).collect();
