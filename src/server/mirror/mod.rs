@@ -184,7 +184,7 @@ impl Mirror {
         }
         self.wake_ms = None;
         self.end_pause(sh);
-        let next = match self.check_deadline(sh.now_ms) {
+        let next = match self.check_deadline(sh) {
             Ok(next) => next,
             Err(why) => self.failed(&why, key, sh),
         };
@@ -204,7 +204,8 @@ impl Mirror {
         sh.effects.push_back(Effect::ResumeClients);
     }
 
-    fn check_deadline(&mut self, now_ms: u64) -> Result<Next, Failure> {
+    fn check_deadline(&mut self, sh: &mut Shared) -> Result<Next, Failure> {
+        let now_ms = sh.now_ms;
         let Some(attempt) = &self.attempt else { return Ok(Next::Again) };
         attempt.dial.check_deadline(now_ms)?;
         if attempt.stage == Stage::Dialling || now_ms < self.deadline_ms {
@@ -217,6 +218,10 @@ impl Mirror {
                 Ok(Next::Close(Reason::Migrated))
             }
             Stage::Copying if attempt.dial.session.unanswered() == 0 => {
+                if let Some(plan) = sh.life.plan().filter(|plan| plan.is_marked()) {
+                    let ms = plan.paused_ms(now_ms);
+                    warn!("{self}: clients are paused for {ms} ms: the disk here does not make the mark durable");
+                }
                 self.deadline_ms = now_ms.saturating_add(limit_ms);
                 Ok(Next::Again)
             }
