@@ -109,6 +109,16 @@ stop_writing() {
     writer=
 }
 
+# Writes from `step: writing` on, until a line on standard input says that whatever was to happen is over.
+write_until_told() {
+    write_on &
+    writer=$!
+    step "writing"
+    read -r _
+    kill -0 "$writer" 2>/dev/null || fail "the writer ended"
+    stop_writing
+}
+
 # Reads everything back, from the file system and beside it, and detaches the device. $1 is what has happened.
 finish() {
     verify "$1"

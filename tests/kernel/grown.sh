@@ -13,12 +13,7 @@ blocks() {
 
 attach 900
 put stays 4096
-write_on &
-writer=$!
-step "writing"
-read -r _
-kill -0 "$writer" 2>/dev/null || fail "the writer ended"
-stop_writing
+write_until_told
 before=$(blocks)
 verify "before it grows"
 umount "$mnt"

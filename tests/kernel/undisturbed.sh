@@ -22,12 +22,7 @@ for n in 1 2 3 4 5 6 7 8; do
 done
 verify "before"
 
-write_on &
-writer=$!
-step "writing"
-read -r _
-kill -0 "$writer" 2>/dev/null || fail "the writer ended"
-stop_writing
+write_until_told
 [ "$(lost_connections)" = "$lost" ] || fail "a connection was lost: $(dmesg | grep "block $name: " | tail -n 5)"
 step "$(cat "$work/count") files written without an error, over the first connections"
 
