@@ -120,7 +120,7 @@ chaos: ## Migrations while everything goes wrong that a seed decides (ROUNDS=100
 chaos-teeth: ## Show that those rounds find a program that is broken in one of five ways (ROUNDS=40, SEED=1, ONLY=regex)
 	ROUNDS=$(ROUNDS) SEED=$(SEED) ONLY="$(ONLY)" $(call within,7200) bash tests/chaos/teeth.sh
 
-simulation-teeth: ## Show that the simulation finds promises of proxies and migrations broken in ten ways (ONLY=regex)
+simulation-teeth: ## Show that the simulation finds promises of proxies and migrations broken in twelve ways (ONLY=regex)
 	ONLY="$(ONLY)" $(call within,7200) bash tests/simulation/teeth.sh
 
 demo: $(BINARY) ## Show migrations under a client that goes on, in half a minute

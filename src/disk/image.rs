@@ -18,7 +18,8 @@ pub(super) struct Image {
 }
 
 impl Image {
-    /// True when it can be asked where its holes are, and answers at once. A file system that asks others may not have told them yet what was
+    /// True when it can be asked where its holes are, and answers at once. A file system that asks others may not have told
+    /// them yet what was
     /// written: on `GlusterFS` 10, what was written to a hole a moment ago is still said to be one.
     pub(super) fn knows_its_holes(&self) -> bool {
         !self.is_device && self.source != FileSystem::Distributed && !self.is_copied

@@ -2,9 +2,9 @@
 //!
 //! The way through is always [`Disk::submit`], [`Disk::kick`], [`Disk::pop_done`]. An operation owns its buffer until
 //! it is done, so whoever asked may vanish meanwhile. What becomes of it is in `engine`; what the kernel does of it while
-//! this thread goes on, in `ring` and `changes`; what waits is in `queue`; how long a step may take, in `pace`; what can be read at once,
-//! in `reads`. The mark on its file is in `mark`. What holes are and how they stay is in `sparse`; what is called beside the queue, and why that may be, is in
-//! `open`. There is no socket here and no word of a protocol.
+//! this thread goes on, in `ring` and `changes`; what waits is in `queue`; how long a step may take, in `pace`; what can be
+//! read at once, in `reads`. The mark on its file is in `mark`. What holes are and how they stay is in `sparse`; what is called
+//! beside the queue, and why that may be, is in `open`. There is no socket here and no word of a protocol.
 //!
 //! Operations that are queued together may be carried out in any order, and long ones in steps between others, so two
 //! of them that overlap have no defined order unless the first was done when the second was submitted.

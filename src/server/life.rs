@@ -72,28 +72,14 @@ impl Life {
 
     /// The outgoing migration's plan.
     pub(super) fn plan(&mut self) -> Option<&mut Plan> {
-        match self {
-            Self::Sending { plan, .. } => Some(plan),
-            Self::Serving
-            | Self::Snapshot
-            | Self::Receiving { .. }
-            | Self::Sealing { .. }
-            | Self::Relaying
-            | Self::Over => None,
-        }
+        let Self::Sending { plan, .. } = self else { return None };
+        Some(plan)
     }
 
     /// The slot of the outgoing migration.
     pub(super) fn mirror(&self) -> Option<Key> {
-        match self {
-            Self::Sending { mirror, .. } => Some(*mirror),
-            Self::Serving
-            | Self::Snapshot
-            | Self::Receiving { .. }
-            | Self::Sealing { .. }
-            | Self::Relaying
-            | Self::Over => None,
-        }
+        let Self::Sending { mirror, .. } = self else { return None };
+        Some(*mirror)
     }
 
     /// The sender has written every byte and said DISC.

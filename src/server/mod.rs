@@ -26,7 +26,8 @@
 //!  mark         what the image is marked as
 //!  offer, change, outage                        what another server is like; how it is changed; when it is away
 //!  shared       what every slot is lent         backend     what stands behind the requests
-//!  gate, quota, life, admit, effect          what may pass; how much of it; what the server does; who is let in; what slots ask of others
+//!  gate, quota, life, admit, effect          what may pass; how much of it; what the server does; who is let in; what slots
+//!                                            ask of others
 //!  timings                                   how long requests and turns take
 //!  reason, grace, complaints                 why a slot closes; when deadlines count; how often peers are complained of
 //!  watch, socket, bind, signals, config      is a peer still there; a peer; listening; what stops the server; what to do

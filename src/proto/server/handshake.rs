@@ -1,6 +1,7 @@
 //! Newstyle negotiation from the server's side: options in, replies out, until the client enters transmission or leaves.
 //!
-//! There is one export, the default one, whose name is empty; it may have a second name. A client may name its session, and waits then until its caller has ended an
+//! There is one export, the default one, whose name is empty; it may have a second name. A client may name its session, and
+//! waits then until its caller has ended an
 //! older connection of that name. Every length here is hostile: an option is looked at only when it is whole
 //! and at most [`OPTION_MAX`] bytes long, and a longer one is drained or ends the connection.
 //!

@@ -213,7 +213,7 @@ impl Moment {
         })
     }
 
-    fn applied<'a>(&'a self, to: &Folder, set: Set, of: impl Fn(&Change) -> bool) -> Folder {
+    fn applied(&self, to: &Folder, set: Set, of: impl Fn(&Change) -> bool) -> Folder {
         let mut folder = to.clone();
         let there = self.changes(set).filter(|(recorded, is_there)| *is_there && of(&recorded.change));
         there.for_each(|(recorded, _)| folder.apply(&recorded.change));
