@@ -38,7 +38,8 @@ use std::os::fd::{AsFd, AsRawFd};
 /// Memory for the payloads of all clients together, in bytes.
 const POOL_BYTES: usize = 16 << 20;
 /// Descriptors of what is opened later and is no connection from outside that has a place: the control socket and its folder,
-/// a migration's connection and the file that it unlinks, a client for each listener that has to be refused.
+/// a migration's connection and the file that it unlinks (or a snapshot's process), a client for each listener that has to
+/// be refused.
 const LATER_DESCRIPTORS: u64 = 8;
 /// Descriptors that are open at the start where that cannot be counted, because there is no /proc.
 const OPEN_DESCRIPTORS: u64 = 20;

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::ptr;
+use std::{process, ptr};
 
 /// `FICLONE` of `linux/fs.h`, `_IOW(0x94, 9, int)`.
 const FICLONE: c_ulong = 0x4004_9409;
@@ -39,27 +39,22 @@ impl Cloning {
         let folder = copy.parent().ok_or(ErrorKind::InvalidInput)?;
         let (folder, copy) = (path(folder)?, path(copy)?);
         let mode = file.metadata()?.mode() & 0o777;
-        let parent = std::process::id();
+        let parent = process::id();
+        // Without a descriptor for the child, nobody would hear of its end: better before there is one.
+        drop(pidfd_of(parent)?);
         // SAFETY: the child calls nothing but `make`, which takes no lock and no memory, and ends.
         let pid = check(unsafe { libc::fork() })?;
         if pid == 0 {
-            let errno =
-                make(parent, file.as_raw_fd(), &folder, &copy, mode).err().and_then(|error| error.raw_os_error());
+            let result = make(parent, file.as_raw_fd(), &folder, &copy, mode);
+            let errno = result.map_or_else(|error| error.raw_os_error().unwrap_or(libc::EIO), |()| 0);
             // SAFETY: ends the child at once, without what the parent wants done at its own end.
-            unsafe { libc::_exit(errno.unwrap_or_default()) }
+            unsafe { libc::_exit(errno) }
         }
-        // SAFETY: takes two numbers. The child is not waited for yet, so its number is its own.
-        let opened = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-        match check(c_int::try_from(opened).unwrap_or(-1)) {
-            // SAFETY: `fd` is open and nobody else owns it.
-            Ok(fd) => Ok(Self { pid, pidfd: unsafe { OwnedFd::from_raw_fd(fd) } }),
-            Err(error) => {
-                // SAFETY: takes two numbers. The child was not waited for, so its number is its own.
-                unsafe { libc::kill(pid, libc::SIGKILL) };
-                let _ = reap(pid, 0);
-                Err(error)
-            }
-        }
+        // The child is not waited for yet, so its number is its own.
+        pidfd_of(pid.unsigned_abs()).map(|pidfd| Self { pid, pidfd }).inspect_err(|_| {
+            // SAFETY: takes two numbers; as above.
+            unsafe { libc::kill(pid, libc::SIGKILL) };
+        })
     }
 
     /// How it ended, once; `None` while it works. The error is the operating system's, or `Interrupted` when that is not known:
@@ -96,6 +91,15 @@ impl AsFd for Cloning {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
     }
+}
+
+/// A descriptor of a process.
+fn pidfd_of(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two numbers.
+    let opened = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = check(c_int::try_from(opened).unwrap_or(-1))?;
+    // SAFETY: it is open and nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn path(path: &Path) -> io::Result<CString> {
