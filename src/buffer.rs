@@ -14,30 +14,49 @@ pub const BULK: usize = 1 << 20;
 /// The sizes of buffers, in bytes: so few that a buffer given back soon fits another request.
 const CLASSES: [usize; 5] = [4 << 10, 16 << 10, 64 << 10, SLICE, BULK];
 
+/// What the memory of a buffer begins at a multiple of, in bytes. Some processors take three times as long to copy from a page
+/// when the target begins a few bytes further from a page boundary than the source. An allocator returns just that: it puts
+/// its own words, 16 bytes, in front of whole pages.
+const ALIGNMENT: usize = 64;
+
 /// A fixed piece of memory with a filled window `start..end`.
 ///
-/// Invariant 1: `start <= end <= bytes.len()`.
+/// Invariant 1: `start <= end <= capacity`.
 #[derive(Debug)]
 pub struct Buffer {
+    /// [`ALIGNMENT`] more than it can hold, or nothing.
     bytes: Box<[u8]>,
+    /// Where in `bytes` it begins.
+    base: usize,
     start: usize,
     end: usize,
 }
 
 impl Buffer {
-    /// A buffer of `capacity` bytes that belongs to no pool.
+    /// A buffer of `capacity` bytes that belongs to no pool. One of none takes no memory.
     pub fn with_capacity(capacity: usize) -> Self {
-        Self::over(vec![0; capacity].into_boxed_slice())
+        let bytes = if capacity > 0 { capacity + ALIGNMENT } else { 0 };
+        Self::over(vec![0; bytes].into_boxed_slice())
     }
 
-    /// An empty buffer over this memory.
+    /// An empty buffer over this memory, which has [`ALIGNMENT`] bytes more than it will hold.
     fn over(bytes: Box<[u8]>) -> Self {
-        Self { bytes, start: 0, end: 0 }
+        let base = bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        Self { bytes, base, start: 0, end: 0 }
     }
 
     /// How many bytes it can hold.
     pub fn capacity(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len().saturating_sub(ALIGNMENT)
+    }
+
+    fn memory(&self) -> &[u8] {
+        self.bytes.get(self.base..self.base + self.capacity()).unwrap_or_default()
+    }
+
+    fn memory_mut(&mut self) -> &mut [u8] {
+        let range = self.base..self.base + self.capacity();
+        self.bytes.get_mut(range).unwrap_or_default()
     }
 
     /// How many bytes are filled and not consumed.
@@ -52,18 +71,19 @@ impl Buffer {
 
     /// The filled bytes.
     pub fn filled(&self) -> &[u8] {
-        self.bytes.get(self.start..self.end).unwrap_or_default()
+        self.memory().get(self.start..self.end).unwrap_or_default()
     }
 
     /// The memory behind the filled bytes, to be written to; [`Buffer::advance`] then counts it as filled.
     pub fn spare(&mut self) -> &mut [u8] {
-        self.bytes.get_mut(self.end..).unwrap_or_default()
+        let end = self.end;
+        self.memory_mut().get_mut(end..).unwrap_or_default()
     }
 
     /// Counts `n` bytes written into [`Buffer::spare`] as filled.
     pub fn advance(&mut self, n: usize) {
-        debug_assert!(n <= self.bytes.len() - self.end, "invariant 1");
-        self.end = self.end.saturating_add(n).min(self.bytes.len());
+        debug_assert!(n <= self.capacity() - self.end, "invariant 1");
+        self.end = self.end.saturating_add(n).min(self.capacity());
     }
 
     /// Drops the first `n` filled bytes.
@@ -79,7 +99,7 @@ impl Buffer {
     pub fn take(&mut self, n: usize) -> &[u8] {
         let (start, n) = (self.start, n.min(self.len()));
         self.consume(n);
-        self.bytes.get(start..start.saturating_add(n)).unwrap_or_default()
+        self.memory().get(start..start.saturating_add(n)).unwrap_or_default()
     }
 
     /// Appends as much of `bytes` as there is room for and says how much that was.
@@ -93,7 +113,8 @@ impl Buffer {
 
     /// Moves the filled bytes to the front, so that the spare room is one piece as large as it can be.
     pub fn compact(&mut self) {
-        self.bytes.copy_within(self.start..self.end, 0);
+        let filled = self.start..self.end;
+        self.memory_mut().copy_within(filled, 0);
         self.end -= self.start;
         self.start = 0;
     }
@@ -259,7 +280,7 @@ impl Pool {
     /// Allocates a buffer. While the source refuses, drops free buffers to make room for it.
     fn allocate(&mut self, capacity: usize, left: usize) -> Option<Buffer> {
         loop {
-            if let Some(bytes) = (self.source)(capacity, left) {
+            if let Some(bytes) = (self.source)(capacity + ALIGNMENT, left) {
                 self.allocated += capacity;
                 return Some(Buffer::over(bytes));
             }
@@ -292,6 +313,22 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn it_begins_where_the_processor_copies_fast() {
+        let is_aligned = |buffer: &Buffer| buffer.filled().as_ptr() as usize % ALIGNMENT == 0;
+        assert_eq!(Buffer::with_capacity(0).append(b"a"), 0);
+        for capacity in [1, 8, 4096, SLICE, BULK] {
+            let mut buffer = Buffer::with_capacity(capacity);
+            assert!(is_aligned(&buffer) && buffer.capacity() == capacity);
+            assert_eq!(buffer.append(&vec![7; capacity + 1]), capacity);
+        }
+        let mut pool = Pool::new(8 << 20);
+        for &size in &CLASSES {
+            let buffer = pool.take(size).unwrap();
+            assert!(is_aligned(&buffer) && buffer.capacity() == size);
+        }
+    }
 
     #[test]
     fn a_window_moves_through_the_buffer() {
