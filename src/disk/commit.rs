@@ -1,4 +1,7 @@
 //! One fdatasync for all operations that wait for one, and its error, which sticks.
+//!
+//! Those that come while it runs are in the next group. Where the image is open twice, that group has a second fdatasync, which
+//! runs beside the first: the disk has more to write at once. A third would gain no more.
 
 use super::image::Image;
 use super::queue::Job;
@@ -16,18 +19,25 @@ const ALONE_OPS: u32 = 64;
 /// How much may have been written since the last fdatasync when the next is a short one, in bytes.
 const SHORT_BYTES: u64 = 64 << 10;
 
+/// Operations whose fdatasync runs, or none.
+#[derive(Debug, Default)]
+struct Group {
+    /// Invariant 1: each was done before that fdatasync began.
+    jobs: Vec<Job>,
+    /// It is an fsync.
+    syncs_all: bool,
+}
+
 /// Operations that are done but for the fdatasync they share, and whether what was written is on stable storage.
 ///
-/// Invariant 1: at most one fdatasync runs at any time. Its error is reported once per open file, so that of two the
-/// second could succeed for what the first has failed to write.
-///
-/// Invariant 2: each member of `syncing` was done before that fdatasync began.
+/// Invariant 2: on each open file, at most one fdatasync runs at any time. The kernel reports an error once to each, so that
+/// of two the second could succeed for what the first has failed to write.
 #[derive(Debug, Default)]
 pub(super) struct Commit {
     /// They are in the next group.
     gathering: Vec<Job>,
-    /// The group whose fdatasync runs.
-    syncing: Vec<Job>,
+    /// Each has the open file of its number, of [`Image::files`].
+    groups: Vec<Group>,
     /// The errno of the fdatasync that failed.
     errno: Option<i32>,
     syncs: u64,
@@ -38,11 +48,13 @@ pub(super) struct Commit {
     /// The mark on the image has changed since then. The next one is an fsync: an fdatasync need not cover it, and on ext4 it
     /// does not.
     is_marked: bool,
-    /// The one that runs is an fsync.
-    syncs_all: bool,
 }
 
 impl Commit {
+    pub(super) fn new(image: &Image) -> Self {
+        Self { groups: image.files().map(|_| Group::default()).collect(), ..Self::default() }
+    }
+
     /// How many times fdatasync was called.
     pub(super) fn syncs(&self) -> u64 {
         self.syncs
@@ -61,9 +73,9 @@ impl Commit {
         self.is_marked = true;
     }
 
-    /// True when the sync that has begun is an fsync.
-    pub(super) fn syncs_all(&self) -> bool {
-        self.syncs_all
+    /// True when the sync of a group that has started is an fsync.
+    pub(super) fn syncs_all(&self, group: usize) -> bool {
+        self.groups.get(group).is_some_and(|group| group.syncs_all)
     }
 
     /// True when an fdatasync would be short, and only one owner would wait for it because no other has asked for
@@ -76,48 +88,59 @@ impl Commit {
         self.gathering.push(job);
     }
 
-    /// True when a group may start: somebody waits, and no fdatasync runs.
+    /// True when a group may start: somebody waits, and there is an open file on which no fdatasync runs.
     pub(super) fn may_start(&self) -> bool {
-        self.syncing.is_empty() && !self.gathering.is_empty()
+        !self.gathering.is_empty() && self.vacant().is_some()
     }
 
-    /// Closes the group: its fdatasync begins. False: there is none any more, because one has failed.
-    pub(super) fn start(&mut self) -> bool {
-        debug_assert!(self.syncing.is_empty(), "invariant 1");
-        self.syncing = mem::take(&mut self.gathering);
+    /// The number of the next group.
+    fn vacant(&self) -> Option<usize> {
+        self.groups.iter().position(|group| group.jobs.is_empty())
+    }
+
+    /// Closes a group: its fdatasync begins, unless [`Commit::has_failed`]. The number of the group.
+    pub(super) fn start(&mut self) -> Option<usize> {
+        let number = self.vacant()?;
+        let group = self.groups.get_mut(number)?;
+        *group = Group { jobs: mem::take(&mut self.gathering), syncs_all: mem::take(&mut self.is_marked) };
         self.written = 0;
-        self.syncs_all = mem::take(&mut self.is_marked);
-        let begins = self.errno.is_none();
-        self.syncs += u64::from(begins);
-        begins
+        self.syncs += u64::from(self.errno.is_none());
+        Some(number)
     }
 
-    /// The fdatasync of the group by this thread.
-    pub(super) fn sync(&mut self, image: &Image, done: &mut VecDeque<Done>) {
-        let synced = if self.syncs_all { image.file.sync_all() } else { image.file.sync_data() };
-        self.ended(synced, done);
+    /// True when no fdatasync will begin any more, because one has failed.
+    pub(super) fn has_failed(&self) -> bool {
+        self.errno.is_some()
     }
 
-    /// The fdatasync of the group has ended, or there was none. After one has failed there is no other: the kernel may have
+    /// The fdatasync of a group by this thread.
+    pub(super) fn sync(&mut self, group: usize, image: &Image, done: &mut VecDeque<Done>) {
+        let Some(file) = image.files().nth(group) else { return };
+        let synced = if self.syncs_all(group) { file.sync_all() } else { file.sync_data() };
+        self.ended(group, synced, done);
+    }
+
+    /// The fdatasync of a group has ended, or there was none. After one has failed there is no other: the kernel may have
     /// dropped the pages it could not write and count them as clean, so that the next one would succeed without them. Every
     /// later one fails the same way.
-    pub(super) fn ended(&mut self, result: io::Result<()>, done: &mut VecDeque<Done>) {
+    pub(super) fn ended(&mut self, group: usize, result: io::Result<()>, done: &mut VecDeque<Done>) {
         if let (Err(error), None) = (result, self.errno) {
             log::error!("disk: {SYNC_LOST}: {error}");
             self.errno = Some(error.raw_os_error().unwrap_or(libc::EIO));
         }
         let result = || self.errno.map_or(Ok(()), |errno| Err(io::Error::from_raw_os_error(errno)));
-        done.extend(self.syncing.drain(..).map(|job| job.finish(result())));
+        let jobs = self.groups.get_mut(group).map(|group| mem::take(&mut group.jobs)).unwrap_or_default();
+        done.extend(jobs.into_iter().map(|job| job.finish(result())));
     }
 
     /// The owners of the operations whose fdatasync runs.
     pub(super) fn syncing(&self) -> impl Iterator<Item = u64> + '_ {
-        self.syncing.iter().map(|job| job.op.owner)
+        self.groups.iter().flat_map(|group| &group.jobs).map(|job| job.op.owner)
     }
 
     /// True while an fdatasync runs.
     pub(super) fn is_syncing(&self) -> bool {
-        !self.syncing.is_empty()
+        self.groups.iter().any(|group| !group.jobs.is_empty())
     }
 
     /// Takes out what no fdatasync has begun for yet.

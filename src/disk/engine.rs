@@ -12,7 +12,7 @@
 //!
 //! Invariant 2: a step stays inside what is left of its range.
 //!
-//! Invariant 3: an fdatasync that the ring carries out ends in one kick, and the next begins in a later one: the replies
+//! Invariant 3: when an fdatasync that the ring carries out has ended in a kick, the next begins in a later one: the replies
 //! have gone out by then and the sockets were looked at, so that many share it.
 
 use super::changes::Changes;
@@ -92,7 +92,7 @@ impl Engine {
             flights,
             last_pieces: Vec::new(),
             marks: Marks::default(),
-            commit: Commit::default(),
+            commit: Commit::new(image),
             done: VecDeque::new(),
             way: Way::of(image),
             holes: Holes::default(),
@@ -136,7 +136,7 @@ impl Engine {
         if self.may_mark() {
             self.marks.set(image, &mut self.commit, &mut self.done);
         }
-        if self.commit.may_start() && !has_synced {
+        if self.may_sync() && !has_synced {
             self.start_sync(image);
         }
         self.depart();
@@ -147,7 +147,7 @@ impl Engine {
     pub(super) fn has_work(&self) -> bool {
         !self.quick.is_empty()
             || !self.dear.is_empty()
-            || self.commit.may_start()
+            || self.may_sync()
             || self.may_mark()
             || self.flights.as_ref().is_some_and(|flights| flights.has_work(self.holds_changes()))
     }
@@ -371,12 +371,12 @@ impl Engine {
                 Landed::Ended(job, result) => self.complete(job, result),
                 Landed::Onward(job) => self.dear.push_front(job),
                 Landed::Cancelled(job) => self.waited_step(image, job),
-                Landed::Synced(Some(result)) => {
-                    self.commit.ended(result, &mut self.done);
+                Landed::Synced(group, Some(result)) => {
+                    self.commit.ended(group, result, &mut self.done);
                     has_synced = true;
                 }
-                Landed::Synced(None) => {
-                    self.commit.sync(image, &mut self.done);
+                Landed::Synced(group, None) => {
+                    self.commit.sync(group, image, &mut self.done);
                     has_synced = true;
                 }
             }
@@ -398,6 +398,11 @@ impl Engine {
         !self.marks.is_empty() && !self.commit.is_syncing() && !flies
     }
 
+    /// True when a group may be synced. While a mark waits none is, so that its moment comes.
+    fn may_sync(&self) -> bool {
+        self.marks.is_empty() && self.commit.may_start()
+    }
+
     /// Does a step, waiting for the disk, of what the kernel has no thread for.
     fn waited_step(&mut self, image: &Image, mut job: Job) {
         let is_change = job.op.action.touches().is_some();
@@ -417,14 +422,15 @@ impl Engine {
     /// Begins the fdatasync for all that wait for one. This thread does it where that is cheaper and nobody has to wait for
     /// it.
     fn start_sync(&mut self, image: &Image) {
-        let is_idle = self.dear.is_empty() && self.flights.as_ref().is_none_or(Flights::is_empty);
-        let is_alone = is_idle && self.commit.serves_one() && !image.is_copied;
+        let flies_none = self.flights.as_ref().is_none_or(Flights::is_empty) && !self.commit.is_syncing();
+        let is_alone = flies_none && self.dear.is_empty() && self.commit.serves_one() && !image.is_copied;
         let is_inline = image.source == FileSystem::Memory || image.source == FileSystem::Local && is_alone;
-        if !self.commit.start() {
-            self.commit.ended(Ok(()), &mut self.done);
-        } else if is_inline || !self.flights.as_mut().is_some_and(|flights| flights.push_sync(self.commit.syncs_all()))
-        {
-            self.commit.sync(image, &mut self.done);
+        let Some(group) = self.commit.start() else { return };
+        let all = self.commit.syncs_all(group);
+        if self.commit.has_failed() {
+            self.commit.ended(group, Ok(()), &mut self.done);
+        } else if is_inline || !self.flights.as_mut().is_some_and(|flights| flights.push_sync(group, all)) {
+            self.commit.sync(group, image, &mut self.done);
         }
     }
 
@@ -604,7 +610,7 @@ mod tests {
         for (seed, way) in [(31, Way::Nowait), (32, Way::Blind)] {
             let temp = TempFile::new("ring");
             let image = image(&temp, 3_000_832);
-            let Ok(flights) = Flights::open(&image.file) else { return };
+            let Ok(flights) = Flights::open(&image.file, None) else { return };
             let engine = Engine { way, ..Engine::new(&image, Some(flights)) };
             agrees_with_a_model(&image, engine, seed);
         }
@@ -616,7 +622,7 @@ mod tests {
         let image = image(&temp, 4 << 20);
         image.file.write_all_at(&vec![7; 4 << 20], 0).unwrap();
         forget_pages(&temp);
-        let Ok(flights) = Flights::open(&image.file) else { return };
+        let Ok(flights) = Flights::open(&image.file, None) else { return };
         let mut engine = Engine::new(&image, Some(flights));
         for tag in 0..100 {
             engine.submit(op(tag, read(u64::from(tag) * 40_000, 4096, false)));

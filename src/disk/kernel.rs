@@ -11,7 +11,7 @@ pub(super) trait Kernel {
     fn push_read(&mut self, id: u32, buffer: Buffer, offset: u64, len: usize) -> Result<(), Buffer>;
     fn push_write(&mut self, id: u32, buffer: Buffer, from: usize, offset: u64, len: usize) -> Result<(), Buffer>;
     fn push_punch_hole(&mut self, id: u32, offset: u64, length: u64) -> bool;
-    fn push_sync(&mut self, id: u32, all: bool) -> bool;
+    fn push_sync(&mut self, id: u32, number: usize, all: bool) -> bool;
     fn enter(&mut self) -> io::Result<()>;
     fn pop(&mut self) -> Option<Completion>;
     fn is_stuck(&self) -> bool;
@@ -32,8 +32,8 @@ impl Kernel for Ring {
         self.push_punch_hole(id, offset, length)
     }
 
-    fn push_sync(&mut self, id: u32, all: bool) -> bool {
-        self.push_sync(id, all)
+    fn push_sync(&mut self, id: u32, number: usize, all: bool) -> bool {
+        self.push_sync(id, number, all)
     }
 
     fn enter(&mut self) -> io::Result<()> {
@@ -66,8 +66,8 @@ pub(super) enum Landed {
     Onward(Job),
     /// The kernel gave the operation up without a try: it had no thread for it.
     Cancelled(Job),
-    /// The fdatasync has ended. `None`: the kernel gave it up, which says nothing about what was written.
-    Synced(Option<io::Result<()>>),
+    /// The fdatasync of a group has ended. `None`: the kernel gave it up, which says nothing about what was written.
+    Synced(usize, Option<io::Result<()>>),
 }
 
 /// True for an error of the moment: the operation is tried again.

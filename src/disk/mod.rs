@@ -93,25 +93,29 @@ impl Disk {
     /// Opens a regular file or a block device. Where it is to be overwritten (`claim`), a block device must be in nobody's use,
     /// and nobody mounts it as long as it is open.
     pub fn open(path: &Path, access: Access, claim: bool, choice: EngineChoice) -> Result<Self, OpenError> {
-        let (image, tail) = open::open(path, access, claim)?;
-        let flights = Self::flights(&image, choice).map_err(|error| OpenError::no_ring(path, error))?;
+        let (mut image, tail) = open::open(path, access, claim)?;
+        let flights = Self::flights(&mut image, access, choice).map_err(|error| OpenError::no_ring(path, error))?;
         let engine = Engine::Real(Box::new(engine::Engine::new(&image, flights)));
         Ok(Self { image, path: path.to_owned(), access, tail, engine, in_flight: 0 })
     }
 
-    /// A ring, where one is wanted and to be had; says so in the log.
-    fn flights(image: &Image, choice: EngineChoice) -> io::Result<Option<Flights>> {
+    /// A ring, where one is wanted and to be had; says so in the log. An image that is changed is opened once more for it.
+    fn flights(image: &mut Image, access: Access, choice: EngineChoice) -> io::Result<Option<Flights>> {
         let why = match choice {
             EngineChoice::Sync => "as it was told".into(),
             EngineChoice::Auto if image.source == FileSystem::Memory => "because the image lies in memory".into(),
-            EngineChoice::Auto | EngineChoice::Ring => match Flights::open(&image.file) {
-                Ok(flights) => {
-                    info!("disk: engine ring");
-                    return Ok(Some(flights));
+            EngineChoice::Auto | EngineChoice::Ring => {
+                let again = if access == Access::ReadOnly { None } else { open::again(image) };
+                match Flights::open(&image.file, again.clone()) {
+                    Ok(flights) => {
+                        info!("disk: engine ring");
+                        image.again = again;
+                        return Ok(Some(flights));
+                    }
+                    Err(error) if choice == EngineChoice::Ring => return Err(error),
+                    Err(error) => format!("because there is no io_uring: {error}"),
                 }
-                Err(error) if choice == EngineChoice::Ring => return Err(error),
-                Err(error) => format!("because there is no io_uring: {error}"),
-            },
+            }
         };
         info!("disk: engine sync, {why}");
         Ok(None)

@@ -12,8 +12,10 @@ use crate::sys::pages::FileSystem;
 use std::fmt;
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// Whether an image is to be changed here, and what other servers of this machine may do meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,7 +55,14 @@ fn try_open(path: &Path, access: Access, claim: bool) -> Result<(Image, u64), Pr
         return Err(Problem::TooSmall(tail));
     }
     let source = sys::pages::file_system(&file).unwrap_or(FileSystem::Local);
-    Ok((Image { file, size, is_device: kind.is_block_device(), source, is_copied: false }, tail))
+    Ok((Image { file, again: None, size, is_device: kind.is_block_device(), source, is_copied: false }, tail))
+}
+
+/// Opens the same file once more, whatever its path names by now, if it can be synced then as well as before. Other machines
+/// may report an error to that open file alone through which was written. It need not be writable.
+pub(super) fn again(image: &Image) -> Option<Rc<File>> {
+    let path = format!("/proc/self/fd/{}", image.file.as_raw_fd());
+    (image.source == FileSystem::Local).then(|| File::open(path).map(Rc::new).ok()).flatten()
 }
 
 /// The bytes of its whole sectors, and of the rest.

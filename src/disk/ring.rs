@@ -3,12 +3,13 @@
 //! The life of an operation: it waits for room, flies, and lands. A read that lands short waits again with its rest; a
 //! verification goes back to the engine after each piece, because the next one may be cached.
 //!
-//! Invariant 1: at most [`FLYING_MAX`] reads and verifications fly, besides changes and one fdatasync. The ring has room for
-//! as many.
+//! Invariant 1: at most [`FLYING_MAX`] reads and verifications fly, besides changes and an fdatasync of each group. The ring has
+//! room for as many.
 //!
 //! Invariant 2: the buffer of a read that flies belongs to the ring; its job has an empty one meanwhile.
 
 use super::changes::{self, Changes};
+use super::image::FILES_MAX;
 use super::kernel::{is_brief, Kernel, Landed};
 use super::queue::{Job, Lanes};
 use crate::buffer::Buffer;
@@ -21,6 +22,7 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::mem;
 use std::os::fd::BorrowedFd;
+use std::rc::Rc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,8 +31,9 @@ use std::time::{Duration, Instant};
 const FLYING_MAX: usize = 128;
 
 /// The room that a ring needs.
-const ROOM: u32 = 145;
-const _: () = assert!(ROOM as usize == FLYING_MAX + changes::FLYING_MAX + 1, "all that fly, and an fdatasync");
+const ROOM: u32 = 146;
+const _: () =
+    assert!(ROOM as usize == FLYING_MAX + changes::FLYING_MAX + FILES_MAX, "all that fly, and an fdatasync a file");
 
 /// What reads cost the kernel, and what that says about changes.
 #[derive(Clone, Copy, Debug)]
@@ -68,8 +71,8 @@ const VERIFY_STEP: u64 = 128 << 10;
 /// How often it is looked for the end of changes.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// The number of an fdatasync. Changes have numbers of their own; the others are indexes of `flying`.
-const SYNC: u32 = u32::MAX;
+/// The numbers from here on are those of groups. Changes have numbers of their own; the others are indexes of `flying`.
+const FIRST_GROUP: u32 = u32::MAX - 1;
 
 /// The operations in the kernel's hands, and those that wait for their turn to be.
 pub(super) struct Flights {
@@ -92,10 +95,12 @@ struct Flight {
 }
 
 impl Flights {
-    /// Opens a ring for a file. An error when the kernel has none, or forbids it.
-    pub(super) fn open(file: &File) -> io::Result<Self> {
+    /// Opens a ring for a file and, if it is opened once more, that one. An error when the kernel has none, or forbids it.
+    pub(super) fn open(file: &File, again: Option<Rc<File>>) -> io::Result<Self> {
         let cost = Cost::of(file);
-        Ok(Self::of(Box::new(Ring::open(file, ROOM, cost.workers_max)?), cost))
+        let mut ring = Ring::open(file, ROOM, cost.workers_max)?;
+        ring.set_again(again);
+        Ok(Self::of(Box::new(ring), cost))
     }
 
     pub(super) fn of(kernel: Box<dyn Kernel>, cost: Cost) -> Self {
@@ -143,9 +148,10 @@ impl Flights {
         }
     }
 
-    /// Pushes an fdatasync or, when `all` is true, an fsync. False: the ring is full.
-    pub(super) fn push_sync(&mut self, all: bool) -> bool {
-        self.kernel.push_sync(SYNC, all)
+    /// Pushes the fdatasync of a group or, when `all` is true, an fsync. False: the ring is full.
+    pub(super) fn push_sync(&mut self, group: usize, all: bool) -> bool {
+        let id = u32::try_from(group).ok().and_then(|group| FIRST_GROUP.checked_add(group));
+        id.is_some_and(|id| self.kernel.push_sync(id, group, all))
     }
 
     /// The next that has ended, of what was collected. The rest of a short read waits again.
@@ -158,9 +164,10 @@ impl Flights {
                 self.changes.measure();
                 return None;
             };
-            if id == SYNC {
+            if let Some(group) = id.checked_sub(FIRST_GROUP) {
                 let result = result.map(drop);
-                return Some(Landed::Synced(if says_nothing(&result) { None } else { Some(result) }));
+                let verdict = if says_nothing(&result) { None } else { Some(result) };
+                return Some(Landed::Synced(group as usize, verdict));
             }
             if let Some(key) = changes::key_of(id) {
                 match self.changes.land(key, result, buffer) {
@@ -284,7 +291,7 @@ impl Flights {
     /// Pushes what is left of an operation. Hands it back when the ring is full.
     fn push(&mut self, mut job: Job) -> Option<Job> {
         let place = self.flying.vacant_entry();
-        let id = u32::try_from(place.key()).unwrap_or(SYNC);
+        let id = u32::try_from(place.key()).unwrap_or(FIRST_GROUP);
         let pushed = match &mut job.op.action {
             Action::Read { offset, length, buffer, .. } => {
                 let (at, rest) = (offset.saturating_add(buffer.len() as u64), length.saturating_sub(buffer.len()));

@@ -5,6 +5,7 @@
 use super::engine::Engine;
 use super::image::Image;
 use super::kernel::Kernel;
+use super::mark;
 use super::reads::Way;
 use super::ring::{Cost, Flights};
 use super::tests::{buffer, TempFile};
@@ -28,7 +29,7 @@ enum Pushed {
     Read { id: u32, buffer: Buffer, offset: u64, len: usize },
     Write { id: u32, buffer: Buffer, from: usize, offset: u64, len: usize },
     Punch { id: u32, offset: u64, length: u64 },
-    Sync { id: u32, all: bool },
+    Sync { id: u32, number: usize, all: bool },
 }
 
 /// What a ring was given, and what it is to say.
@@ -78,8 +79,8 @@ impl Kernel for Told {
         self.script.borrow_mut().push(Pushed::Punch { id, offset, length }).is_ok()
     }
 
-    fn push_sync(&mut self, id: u32, all: bool) -> bool {
-        self.script.borrow_mut().push(Pushed::Sync { id, all }).is_ok()
+    fn push_sync(&mut self, id: u32, number: usize, all: bool) -> bool {
+        self.script.borrow_mut().push(Pushed::Sync { id, number, all }).is_ok()
     }
 
     fn enter(&mut self) -> io::Result<()> {
@@ -145,9 +146,19 @@ impl House {
     }
 
     pub(super) fn costly(cost: Cost) -> Self {
+        Self::build(cost, false)
+    }
+
+    /// The image is open twice.
+    pub(super) fn twice() -> Self {
+        Self::build(Cost::NONE, true)
+    }
+
+    fn build(cost: Cost, is_open_twice: bool) -> Self {
         let temp = TempFile::new("scripted");
         temp.file.write_all_at(&bytes(0, SIZE as usize), 0).unwrap();
-        let image = Image::of(&temp.file, SIZE);
+        let again = is_open_twice.then(|| Rc::new(temp.file.try_clone().unwrap()));
+        let image = Image { again, ..Image::of(&temp.file, SIZE) };
         let script = Script {
             pushed: Vec::new(),
             taken: Vec::new(),
@@ -191,6 +202,14 @@ impl House {
 
     pub(super) fn is_sync(&self, index: usize) -> bool {
         matches!(self.script.borrow().taken[index], Pushed::Sync { .. })
+    }
+
+    /// The number of the open file that it is of.
+    fn synced_file(&self, index: usize) -> usize {
+        match self.script.borrow().taken[index] {
+            Pushed::Sync { number, .. } => number,
+            _ => panic!("it is no sync"),
+        }
     }
 
     /// Whether that is an fsync.
@@ -383,6 +402,106 @@ fn one_fdatasync_runs_at_a_time_and_the_next_begins_in_a_later_kick() {
     house.kick();
     assert_eq!(house.done(), [3, 4, 5, 6, 7].map(|tag| (tag, None)));
     assert!(!house.engine.has_work() && house.engine.flying().is_empty());
+}
+
+#[test]
+fn of_an_image_that_is_open_twice_two_groups_are_synced_at_once_and_the_third_waits() {
+    for first in [0, 1] {
+        let mut house = House::twice();
+        for tag in 1..=3 {
+            house.submit(u64::from(tag), tag, write(0, 10, true));
+            house.kick();
+            assert!(house.done().is_empty());
+        }
+        assert_eq!((house.taken(), house.synced_file(0), house.synced_file(1)), (2, 0, 1));
+        assert_eq!((house.engine.has_work(), house.engine.flying()), (false, vec![1, 2]));
+        house.end(first, Ok(0));
+        house.kick();
+        assert_eq!((house.done(), house.taken()), (vec![(1 + first as u32, None)], 1), "none begins in the same kick");
+        assert!(house.engine.has_work());
+        house.kick();
+        assert_eq!((house.taken(), house.synced_file(1)), (2, first), "the file on which none runs");
+        house.end(0, Ok(0));
+        house.end(0, Ok(0));
+        house.kick();
+        let mut done = house.done();
+        done.sort_unstable_by_key(|&(tag, _)| tag);
+        assert_eq!(done, [(2 - first as u32, None), (3, None)]);
+        assert!(house.engine.flying().is_empty() && !house.engine.has_work());
+        assert_eq!(house.engine.syncs(), 3);
+    }
+}
+
+#[test]
+fn when_one_of_two_fdatasyncs_fails_the_other_does_too_whatever_its_end() {
+    let failed = Some(io::Error::from_raw_os_error(libc::EIO).kind());
+    for (first, other) in [(0, Ok(0)), (1, Ok(0)), (0, Err(libc::EIO)), (1, Err(libc::ECANCELED))] {
+        let mut house = House::twice();
+        for tag in 0..3 {
+            house.submit(1, tag, write(0, 10, true));
+            house.kick();
+        }
+        house.end(first, Err(libc::EIO));
+        house.kick();
+        assert_eq!(house.done(), [(first as u32, failed)]);
+        house.kick();
+        assert_eq!((house.done(), house.taken()), (vec![(2, failed)], 1), "none begins for the third");
+        house.end(0, other);
+        house.kick();
+        assert_eq!(house.done(), [(1 - first as u32, failed)]);
+    }
+    // One that has ended well before was about other writes.
+    let mut house = House::twice();
+    for tag in 0..2 {
+        house.submit(1, tag, write(0, 10, true));
+        house.kick();
+    }
+    house.end(0, Ok(0));
+    house.end(0, Err(libc::EIO));
+    house.kick();
+    assert_eq!(house.done(), [(0, None), (1, failed)]);
+}
+
+#[test]
+fn while_an_fdatasync_runs_this_thread_does_none_on_the_other_file() {
+    let mut house = House::twice();
+    house.engine.way = Way::InMemory;
+    for tag in 0..70 {
+        house.submit(1, tag, read(0, 10));
+    }
+    house.kick();
+    assert_eq!(house.done().len(), 70);
+    // Its bytes are too many for this thread to wait for; the next is alone and short.
+    house.submit(1, 100, write(0, 64 << 10, true));
+    house.kick();
+    house.submit(1, 101, write(0, 10, true));
+    house.kick();
+    assert_eq!((house.taken(), house.done()), (2, vec![]));
+}
+
+#[test]
+fn a_mark_has_its_moment_beside_two_groups_without_end() {
+    let mut house = House::twice();
+    if mark::set(&house.image, None).is_err() {
+        // The file system of temporary files has no marks; the tests of migrations say so.
+        return;
+    }
+    for tag in 0..2 {
+        house.submit(1, tag, write(0, 10, true));
+        house.kick();
+    }
+    house.engine.submit_mark(9, 100, Some("moved".into()), true);
+    for tag in 2..4 {
+        house.submit(1, tag, write(0, 10, true));
+        house.end(0, Ok(0));
+        house.kick();
+        house.kick();
+    }
+    assert_eq!(mark::get(&house.image).unwrap().unwrap(), b"moved");
+    assert_eq!((house.taken(), house.syncs_all(0)), (1, true), "one group, with the mark");
+    house.end(0, Ok(0));
+    house.kick();
+    assert_eq!(house.done(), [0, 1, 2, 3, 100].map(|tag| (tag, None)));
 }
 
 #[test]

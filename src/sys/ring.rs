@@ -20,10 +20,12 @@ use io_uring::{opcode, squeue, EnterFlags, IoUring};
 use slab::Slab;
 use std::fs::File;
 use std::io::{self, ErrorKind};
+use std::iter;
 use std::marker::PhantomData;
 use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
+use std::rc::Rc;
 
 /// The most kernel threads of the kind that carries out what may never end. A ring has no such operations, and the
 /// kernel takes zero for «as many as you like».
@@ -36,6 +38,8 @@ const UNBOUND_WORKERS_MAX: u32 = 1;
 pub struct Ring {
     uring: IoUring,
     file: File,
+    /// The same file, opened once more.
+    again: Option<Rc<File>>,
     notifier: OwnedFd,
     flights: Slab<Flight>,
     in_flight_max: usize,
@@ -87,7 +91,12 @@ impl Ring {
         uring.submitter().register_eventfd(notifier.as_raw_fd())?;
         let in_flight_max = in_flight_max as usize;
         let flights = Slab::with_capacity(in_flight_max);
-        Ok(Self { uring, file, notifier, flights, in_flight_max, _one_thread: PhantomData })
+        Ok(Self { uring, file, again: None, notifier, flights, in_flight_max, _one_thread: PhantomData })
+    }
+
+    /// Takes the same file, opened once more, to be synced beside the first.
+    pub fn set_again(&mut self, again: Option<Rc<File>>) {
+        self.again = again;
     }
 
     /// Pushes a read of at most `len` bytes at `offset` of the file into the spare room of `buffer`, from `at` on, and of
@@ -116,11 +125,13 @@ impl Ring {
         Ok(())
     }
 
-    /// Pushes an fdatasync or, when `all` is true, an fsync. False: the ring is full.
+    /// Pushes an fdatasync or, when `all` is true, an fsync, of the open file of that number: 0, or 1 for that of
+    /// [`Ring::set_again`]. False: the ring is full, or there is no such file.
     #[must_use]
-    pub fn push_sync(&mut self, id: u32, all: bool) -> bool {
+    pub fn push_sync(&mut self, id: u32, number: usize, all: bool) -> bool {
+        let Some(file) = iter::once(&self.file).chain(self.again.as_deref()).nth(number) else { return false };
         let flags = if all { FsyncFlags::empty() } else { FsyncFlags::DATASYNC };
-        let sync = opcode::Fsync::new(self.fd()).flags(flags).build();
+        let sync = opcode::Fsync::new(Fd(file.as_raw_fd())).flags(flags).build();
         // SAFETY: no memory is named.
         unsafe { self.push_bare(id, sync) }
     }
@@ -355,7 +366,7 @@ mod tests {
         let mut ended = Vec::new();
         ring.enter().unwrap();
         loop {
-            ended.extend(std::iter::from_fn(|| ring.pop()));
+            ended.extend(iter::from_fn(|| ring.pop()));
             if ring.in_flight() == 0 {
                 return ended;
             }
@@ -394,7 +405,7 @@ mod tests {
             }
             let refused = ring.push_read(READS, filled(b"mine"), 0, 0, BLOCK).unwrap_err();
             assert_eq!(refused.filled(), b"mine", "a full ring hands the buffer back");
-            assert!(!ring.push_sync(READS, false));
+            assert!(!ring.push_sync(READS, 0, false));
             assert_eq!((ring.in_flight(), ring.queued()), (128, 128));
 
             let mut ended = finish(&mut ring);
@@ -457,9 +468,13 @@ mod tests {
         file.read_exact_at(&mut bytes, 99).unwrap();
         assert_eq!(bytes, *b"\0written\0");
 
-        assert!(ring.push_sync(2, false));
+        assert!(ring.push_sync(2, 0, false));
         let ended = finish_one(&mut ring);
         assert_eq!((ended.id, ended.result.unwrap(), ended.buffer.is_none()), (2, 0, true));
+        assert!(!ring.push_sync(2, 1, false), "the file is open once");
+        ring.set_again(Some(Rc::new(file.try_clone().unwrap())));
+        assert!(ring.push_sync(2, 0, true) && ring.push_sync(2, 1, true) && !ring.push_sync(2, 2, true));
+        assert!(finish(&mut ring).into_iter().map(|ended| ended.result.unwrap()).eq([0, 0]));
 
         let block_bytes = BLOCK as u64;
         let inline = punch_hole(&file, block_bytes, block_bytes).map(|()| 0);

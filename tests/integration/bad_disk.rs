@@ -3,8 +3,9 @@
 use crate::support::fuse::{Disk, Op, Remains};
 use crate::support::newstyle::{structured, PORT};
 use crate::support::peers::{expect_migrated, listen, start_mirror};
-use crate::support::{errno, flag, kind, pattern, request, Client, Server};
+use crate::support::{errno, flag, has, kind, pattern, request, Client, Loop, Need, Server};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::thread;
 
 const SIZE: u64 = 4 << 20;
@@ -144,6 +145,55 @@ fn a_failing_fdatasync_sticks() {
         assert_eq!(disk.count(Op::Fsync), 2, "not tried again");
         server.expect_healthy();
     }
+}
+
+/// Two fdatasyncs run at once, each on an open file of its own. That is sound because of what the kernel promises here.
+#[test]
+fn a_lost_write_is_told_to_each_open_file() {
+    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    let Some(device) = Loop::attach(&disk.furnish("disk", &pattern(1, SIZE as usize))) else { return };
+    let files = [true, false].map(|write| File::options().read(true).write(write).open(device.path()).unwrap());
+    for first in [0, 1] {
+        disk.fail_once(Op::Write, .., libc::EIO);
+        files[0].write_all_at(&[2; 4096], 4096).unwrap();
+        for file in [first, 1 - first] {
+            assert_eq!(files[file].sync_data().unwrap_err().raw_os_error(), Some(libc::EIO), "{first} {file}");
+        }
+        assert!(files.iter().all(|file| file.sync_data().is_ok()), "the kernel says it once to each");
+    }
+}
+
+#[test]
+fn a_lost_write_fails_all_that_are_being_synced() {
+    if !has(&[Need::Ring]) {
+        return;
+    }
+    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    let Some(device) = Loop::attach(&disk.furnish("disk", &pattern(1, SIZE as usize))) else { return };
+    let server = Server::serve().file(device.path().to_owned()).engine("ring").start();
+    let mut clients = [server.connect(), server.connect(), server.connect()];
+    for client in &mut clients {
+        assert_eq!(client.ask(kind::WRITE, flag::FUA, 0, 512, &[1; 512]), 0);
+    }
+    disk.hold(Op::Write, ..MIB);
+    disk.fail(Op::Write, ..MIB, libc::EIO);
+    for (number, client) in clients.iter_mut().enumerate() {
+        let at = number as u64 * MIB;
+        client.send(&request(kind::WRITE, flag::FUA, number as u64, at, 4096));
+        client.send(&[2; 4096]);
+        if number == 0 {
+            disk.wait_for_waiting(Op::Write, 1);
+        }
+    }
+    // When this is answered, the second has an fdatasync of its own, and the third waits for one of the two.
+    assert_eq!(server.connect().read(0, 512).unwrap(), [2; 512]);
+    disk.heal(Op::Write);
+    for (number, client) in clients.iter_mut().enumerate() {
+        assert_eq!(client.read_reply(), (errno::EIO, number as u64));
+        assert_eq!(client.flush(), errno::EIO);
+        assert_eq!(client.write(0, &[3; 512]), 0);
+    }
+    server.expect_healthy();
 }
 
 #[test]
