@@ -2,9 +2,9 @@
 //! fdatasync. Where there is a ring, the kernel does what would keep this thread waiting: reads of what is not cached,
 //! fdatasync, and changes of an image that other machines or another process keep.
 //!
-//! A kick begins with what is quick: reads of what is cached, writes and, without a ring, hints to the kernel to read what
+//! A kick begins with what is quick: reads of what is cached, short writes and, without a ring, hints to the kernel to read what
 //! is not cached, so that a disk has many reads at once. What may take long is dear: reads of what is not cached, questions
-//! for holes, ranges of zeroes, trims, hints for long ranges. It is done in steps, each owner in turn, within the time that
+//! for holes, long writes, ranges of zeroes, trims, hints for long ranges. It is done in steps, each owner in turn, within the time that
 //! a kick has.
 //!
 //! Invariant 1: an operation is in `quick`, in `dear`, in `flights`, in `last_pieces`, in `marks`, in `commit` or, as its
@@ -38,6 +38,9 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
+
+/// The most bytes of a write that is quick. Of longer ones, many clients could fill a kick with more than its time.
+const QUICK_MAX: usize = 64 << 10;
 
 /// How long the end of the process waits for changes that the kernel has in hand. Most are over by then, and the next server
 /// finds the image free.
@@ -206,7 +209,9 @@ impl Engine {
         let Some(mut job) = self.fly(image, job) else { return };
         match &mut job.op.action {
             Action::Flush => return self.complete(job, Ok(())),
-            Action::Write { offset, payload, .. } if !sparse::has_zeroes(image, *offset, payload.filled()) => {
+            Action::Write { offset, payload, .. }
+                if payload.len() <= QUICK_MAX && !sparse::has_zeroes(image, *offset, payload.filled()) =>
+            {
                 let written = self.timed(image, |_| image.file.write_all_at(payload.filled(), *offset));
                 return self.complete(job, written);
             }
@@ -758,6 +763,18 @@ mod tests {
         assert!(untouched.count() >= 99, "one after the other");
         engine.forget(1);
         assert!(!engine.has_work());
+    }
+
+    #[test]
+    fn a_long_write_comes_after_all_that_is_quick() {
+        let temp = TempFile::new("long-write");
+        let image = image(&temp, 1 << 20);
+        let mut engine = Engine::new(&image, None);
+        engine.submit(op(1, write(0, &vec![7; QUICK_MAX + 1], true)));
+        engine.submit(op(2, write(0, &vec![8; QUICK_MAX], false)));
+        engine.submit(op(3, read(0, 4096, false)));
+        engine.kick(&image);
+        assert_eq!(done(&mut engine), [(2, None), (3, None), (1, None)]);
     }
 
     #[test]

@@ -133,12 +133,20 @@ fn only_what_a_migration_keeps_waiting_is_excused() {
     cut_after("half a head", &mut half_head, since, limit);
     cut_after("replies that nobody takes", &mut never_reads, since, limit);
     assert!(source.status().line().contains("migration_write_limit="), "{}", source.log());
-    for number in 0..4 {
-        assert_eq!(kept.read_reply(), (0, number), "a write that was kept for {:?}", since.elapsed());
+    let mut answered: Vec<u64> = Vec::new();
+    while answered.len() < 5 {
+        let (error, cookie) = kept.read_reply();
+        assert_eq!(error, 0, "request {cookie}, which was kept for {:?}", since.elapsed());
+        if cookie == 4 {
+            assert_eq!(kept.read_bytes(512), [7; 512]);
+        }
+        answered.push(cookie);
     }
     let took = since.elapsed();
     assert!(took > limit.mul_f32(1.5), "{took:?} are no test of a killswitch of {limit:?}");
-    assert_eq!((kept.read_reply(), kept.read_bytes(512)), ((0, 4), vec![7; 512]));
+    // The read may overtake the last write, which takes the disk longer.
+    answered.sort_unstable();
+    assert_eq!(answered, [0, 1, 2, 3, 4]);
     reader.expect_alive();
     let cut = source.log().lines().filter(|line| line.contains("killswitch")).count();
     assert_eq!(cut, 2, "{}", source.log());
