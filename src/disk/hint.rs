@@ -1,7 +1,7 @@
 //! Hints that a range will be read soon, in steps, as far as the disk takes them without being waited for.
 
 use super::image::Image;
-use super::pace::{Stride, STEP_MIN};
+use super::pace::Stride;
 use crate::sys;
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// longer than this.
 const STEP_MAX: u64 = 1 << 20;
 
-/// A step of the smallest size that takes so long has waited for the disk, whose queue is full.
+/// A step that takes so long has waited for the disk, whose queue is full: most take a hundredth of it.
 const SLOW: Duration = Duration::from_millis(2);
 
 /// After such a step, hints are dropped for so many times as long as it took, so that they take a twentieth of the
@@ -50,7 +50,7 @@ impl Hints {
     /// A step of so many bytes began then and took so long.
     fn note(&mut self, bytes: u64, began: Instant, took: Duration) {
         self.stride.note(bytes, took);
-        if bytes <= STEP_MIN && took >= SLOW {
+        if took >= SLOW {
             self.rest_until = Some(began + took.saturating_mul(1 + PATIENCE));
         }
     }
@@ -62,15 +62,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hints_rest_when_the_shortest_one_waits() {
+    fn hints_rest_when_one_has_waited() {
         let temp = TempFile::new("hints");
         let image = Image::of(&temp.file, 1 << 30);
         let (mut hints, now) = (Hints::default(), Instant::now());
-        hints.note(STEP_MAX, now, Duration::from_millis(50));
-        assert!(!hints.rests(now), "a long one has much to do");
-        hints.note(STEP_MIN, now, SLOW / 2);
-        assert!(!hints.rests(now));
-        hints.note(STEP_MIN, now, SLOW);
+        hints.note(STEP_MAX, now, SLOW / 2);
+        assert!(!hints.rests(now), "it had much to do");
+        hints.note(STEP_MAX, now, SLOW);
         assert!(hints.rests(now + SLOW * PATIENCE) && !hints.rests(now + SLOW * (PATIENCE + 1)));
         hints.rest_until = Some(now + Duration::from_secs(3600));
         assert_eq!(hints.step(&image, 0, 1 << 30), 1 << 30, "all of it is dropped");
