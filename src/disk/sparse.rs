@@ -121,6 +121,8 @@ impl Holes {
         suspect.and_then(|at| self.slow.remove(at));
         let range = offset..end_of(&found);
         if took >= SLOW && !range.is_empty() {
+            // What lies in front of it is likely to be slow for the same reason, and would be walked through as well.
+            let range = offset.saturating_sub(range.end - offset)..range.end;
             if self.slow.len() == SLOW_MAX {
                 self.slow.pop_front();
             }
@@ -358,6 +360,11 @@ mod tests {
         assert!(holes.hole(&image, B..2 * B).is_some());
         (0..100).for_each(|n| ask(&mut holes, n..n + 1, true));
         assert_eq!(holes.slow.len(), SLOW_MAX);
+
+        // Who asks further in front each time would have it walked each time.
+        holes = Holes::default();
+        (0..2).for_each(|_| ask(&mut holes, 5 * B..8 * B, true));
+        assert_eq!([2 * B - 1, 2 * B, 8 * B].map(|at| holes.known_slow(at)), [None, Some(8 * B), None]);
     }
 
     #[test]
