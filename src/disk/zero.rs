@@ -10,9 +10,9 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-/// How much one call of fallocate takes at most, in bytes. It takes milliseconds where there is much to free, and a device
-/// may write the zeroes itself, at the speed of the medium.
-const STEP_MAX: u64 = 16 << 20;
+/// How much one call of fallocate takes at most, in bytes. Where there is much to free it takes milliseconds, also when those
+/// before it were about holes and took none; and a device may write the zeroes itself, at the speed of the medium.
+const STEP_MAX: u64 = 4 << 20;
 
 /// How many zeroes are written in one step at most, in bytes.
 const WRITE_MAX: usize = 1 << 20;
