@@ -58,11 +58,12 @@ fn try_open(path: &Path, access: Access, claim: bool) -> Result<(Image, u64), Pr
     Ok((Image { file, again: None, size, is_device: kind.is_block_device(), source, is_copied: false }, tail))
 }
 
-/// Opens the same file once more, whatever its path names by now, if it can be synced then as well as before. Other machines
-/// may report an error to that open file alone through which was written. It need not be writable.
+/// Opens the same file once more, whatever its path names by now, where two open files can be synced as well as one. To be
+/// synced, it need not be writable.
 pub(super) fn again(image: &Image) -> Option<Rc<File>> {
     let path = format!("/proc/self/fd/{}", image.file.as_raw_fd());
-    (image.source == FileSystem::Local).then(|| File::open(path).map(Rc::new).ok()).flatten()
+    let is_safe = sys::pages::tells_each_open_file(&image.file).unwrap_or(false);
+    is_safe.then(|| File::open(path).map(Rc::new).ok()).flatten()
 }
 
 /// The bytes of its whole sectors, and of the rest.

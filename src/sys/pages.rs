@@ -30,6 +30,14 @@ const DISTRIBUTED: [u32; 9] = [
     0x7461_636f, // OCFS2
 ];
 
+/// File systems that tell each open file of an error of writing back, as the kernel does for them.
+const TOLD_EACH: [u32; 4] = [
+    0x0000_ef53, // ext2, ext3, ext4
+    0x5846_5342, // XFS
+    0x9123_683e, // btrfs
+    0xf2f5_2010, // F2FS
+];
+
 /// Where the bytes of a file come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileSystem {
@@ -106,6 +114,22 @@ pub fn file_system(file: &File) -> io::Result<FileSystem> {
         // A device lies in the file system of its node, which says nothing about it.
         return Ok(FileSystem::Local);
     }
+    let magic = magic(file)?;
+    Ok(match magic {
+        _ if MEMORY.contains(&magic) => FileSystem::Memory,
+        _ if DISTRIBUTED.contains(&magic) => FileSystem::Distributed,
+        _ => FileSystem::Local,
+    })
+}
+
+/// True when a lost write is known to fail the next sync of each open file: on a block device and on some file systems.
+/// Others may tell the first that asks, and no other.
+pub fn tells_each_open_file(file: &File) -> io::Result<bool> {
+    Ok(!file.metadata()?.is_file() || TOLD_EACH.contains(&magic(file)?))
+}
+
+/// The number of the kind of file system that a file lies in.
+fn magic(file: &File) -> io::Result<u32> {
     let mut found = MaybeUninit::<libc::statfs>::zeroed();
     // SAFETY: `found` is a valid statfs for the call to fill, and the descriptor is open while `file` is borrowed.
     retry(|| check(unsafe { libc::fstatfs(file.as_raw_fd(), found.as_mut_ptr()) }))?;
@@ -117,11 +141,7 @@ pub fn file_system(file: &File) -> io::Result<FileSystem> {
         reason = "the numbers have 32 bits; the type of the field differs between architectures"
     )]
     let magic = found.f_type as u32;
-    Ok(match magic {
-        _ if MEMORY.contains(&magic) => FileSystem::Memory,
-        _ if DISTRIBUTED.contains(&magic) => FileSystem::Distributed,
-        _ => FileSystem::Local,
-    })
+    Ok(magic)
 }
 
 #[cfg(test)]
@@ -166,5 +186,11 @@ mod tests {
         assert_eq!(file_system(&File::open("/proc/self/status").unwrap()).unwrap(), FileSystem::Local);
         // It lies in a tmpfs, but is none of its files.
         assert_eq!(file_system(&File::open("/dev/null").unwrap()).unwrap(), FileSystem::Local);
+    }
+
+    #[test]
+    fn only_of_some_it_is_known_that_they_tell_each_open_file() {
+        assert!(!tells_each_open_file(&scratch::memory_file()).unwrap());
+        assert!(tells_each_open_file(&File::open("/dev/null").unwrap()).unwrap(), "a device is the kernel's own");
     }
 }
