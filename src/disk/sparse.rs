@@ -118,8 +118,11 @@ impl Holes {
         let (began, before) = (Instant::now(), suspect.map(|_| sys::thread_time()));
         let found = call();
         let took = before.map_or_else(|| began.elapsed(), |before| sys::thread_time().saturating_sub(before));
-        suspect.and_then(|at| self.slow.remove(at));
         let range = offset..end_of(&found);
+        // A quick answer about what lies in front clears nothing of what was slow.
+        let is_decided = |slow: &Slow| took >= SLOW || range.end >= slow.range.end;
+        let suspect = suspect.filter(|&at| self.slow.get(at).is_some_and(is_decided));
+        suspect.and_then(|at| self.slow.remove(at));
         if took >= SLOW && !range.is_empty() {
             // What lies in front of it is likely to be slow for the same reason, and would be walked through as well.
             let range = offset.saturating_sub(range.end - offset)..range.end;
@@ -363,7 +366,9 @@ mod tests {
 
         // Who asks further in front each time would have it walked each time.
         holes = Holes::default();
-        (0..2).for_each(|_| ask(&mut holes, 5 * B..8 * B, true));
+        ask(&mut holes, 5 * B..8 * B, true);
+        holes.ask(3 * B, || 4 * B, |&end| end);
+        ask(&mut holes, 5 * B..8 * B, true);
         assert_eq!([2 * B - 1, 2 * B, 8 * B].map(|at| holes.known_slow(at)), [None, Some(8 * B), None]);
     }
 
