@@ -131,7 +131,7 @@ pub type Source = fn(usize, usize) -> Option<Box<[u8]>>;
 
 /// Hands out buffers and takes them back.
 ///
-/// Invariant 2: `allocated` is the memory of all buffers of this pool, handed out or free. It exceeds `cap` only by what
+/// Invariant 2: `allocated` is the capacity of all buffers of this pool, handed out or free. It exceeds `cap` only by what
 /// was taken beyond it ([`Pool::take_beyond`], [`Pool::take_reserve`]): for each connection at most one buffer to receive
 /// into (16 KiB while it negotiates, else 4 KiB) and one for a payload (64 KiB for a READ with DF, else 4 KiB), and one
 /// slice for the migration.

@@ -2,10 +2,10 @@
 //! fdatasync. Where there is a ring, the kernel does what would keep this thread waiting: reads of what is not cached,
 //! fdatasync, and changes of an image that other machines or another process keep.
 //!
-//! A kick begins with what is quick: reads of what is cached, short writes and, without a ring, hints to the kernel to read what
-//! is not cached, so that a disk has many reads at once. What may take long is dear: reads of what is not cached, questions
-//! for holes, long writes, ranges of zeroes, trims, hints for long ranges. It is done in steps, each owner in turn, within the time that
-//! a kick has.
+//! A kick begins with what is quick: reads of what is cached, short writes and, without a ring, hints to the kernel to read
+//! what is not cached, so that a disk has many reads at once. What may take long is dear: reads of what is not cached,
+//! questions for holes, long writes, ranges of zeroes, trims, hints for long ranges. It is done in steps, each owner in turn,
+//! within the time that a kick has.
 //!
 //! Invariant 1: an operation is in `quick`, in `dear`, in `flights`, in `last_pieces`, in `marks`, in `commit` or, as its
 //! `Done`, in `done`.

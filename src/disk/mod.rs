@@ -238,7 +238,7 @@ impl Disk {
         Ok(())
     }
 
-    /// Works through the queue for about a millisecond, each owner in turn. Operations that ask for stable storage share one
+    /// Works through the queue for about a millisecond, each owner in turn. Operations that ask for stable storage share an
     /// fdatasync at the end and are done after it. While [`Disk::has_work`], there is more to do.
     pub fn kick(&mut self) {
         match &mut self.engine {

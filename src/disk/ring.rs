@@ -3,8 +3,8 @@
 //! The life of an operation: it waits for room, flies, and lands. A read that lands short waits again with its rest; a
 //! verification goes back to the engine after each piece, because the next one may be cached.
 //!
-//! Invariant 1: at most [`FLYING_MAX`] reads and verifications fly, besides changes and an fdatasync of each group. The ring has
-//! room for as many.
+//! Invariant 1: at most [`FLYING_MAX`] reads and verifications fly, besides changes and an fdatasync of each group. The ring
+//! has room for as many.
 //!
 //! Invariant 2: the buffer of a read that flies belongs to the ring; its job has an empty one meanwhile.
 
@@ -26,8 +26,8 @@ use std::rc::Rc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The most reads and verifications that fly at once: fewer than a disk takes from the kernel (256 requests, as a rule), because a ring
-/// that hands over more waits for the disk.
+/// The most reads and verifications that fly at once: fewer than a disk takes from the kernel (256 requests, as a rule),
+/// because a ring that hands over more waits for the disk.
 const FLYING_MAX: usize = 128;
 
 /// The room that a ring needs.
@@ -45,8 +45,8 @@ pub(super) struct Cost {
 }
 
 impl Cost {
-    /// Where the file system starts a read and tells of its end. Only an fdatasync takes a thread, and no client has as many
-    /// requests as may fly.
+    /// Where the file system starts a read and tells of its end. Only an fdatasync takes a thread, and no client has as
+    /// many requests as may fly.
     pub(super) const NONE: Self = Self { workers_max: 4, of_owner_max: FLYING_MAX };
 
     /// Where each read takes a thread as long as it lasts. If the disk hangs in what one owner reads, half of the threads
@@ -73,6 +73,7 @@ const LOOK: Duration = Duration::from_millis(1);
 
 /// The numbers from here on are those of groups. Changes have numbers of their own; the others are indexes of `flying`.
 const FIRST_GROUP: u32 = u32::MAX - 1;
+const _: () = assert!((u32::MAX - FIRST_GROUP) as usize + 1 == FILES_MAX, "a number for each group");
 
 /// The operations in the kernel's hands, and those that wait for their turn to be.
 pub(super) struct Flights {

@@ -50,7 +50,8 @@ impl Cloning {
             // SAFETY: ends the child at once, without what the parent wants done at its own end.
             unsafe { libc::_exit(errno) }
         }
-        // The child is not waited for yet, so its number is its own.
+        // The child is not waited for yet, so its number is its own. One that is killed here stays a zombie: to wait for it
+        // would be to wait for the disk.
         pidfd_of(pid.unsigned_abs()).map(|pidfd| Self { pid, pidfd }).inspect_err(|_| {
             // SAFETY: takes two numbers; as above.
             unsafe { libc::kill(pid, libc::SIGKILL) };

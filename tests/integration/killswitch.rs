@@ -134,7 +134,7 @@ fn only_what_a_migration_keeps_waiting_is_excused() {
     cut_after("replies that nobody takes", &mut never_reads, since, limit);
     assert!(source.status().line().contains("migration_write_limit="), "{}", source.log());
     let mut answered: Vec<u64> = Vec::new();
-    while answered.len() < 5 {
+    for _ in 0..5 {
         let (error, cookie) = kept.read_reply();
         assert_eq!(error, 0, "request {cookie}, which was kept for {:?}", since.elapsed());
         if cookie == 4 {
@@ -144,9 +144,8 @@ fn only_what_a_migration_keeps_waiting_is_excused() {
     }
     let took = since.elapsed();
     assert!(took > limit.mul_f32(1.5), "{took:?} are no test of a killswitch of {limit:?}");
-    // The read may overtake the last write, which takes the disk longer.
-    answered.sort_unstable();
-    assert_eq!(answered, [0, 1, 2, 3, 4]);
+    // The read may overtake the last write, which takes the disk longer, and nothing else changes places.
+    assert!([[0, 1, 2, 3, 4], [0, 1, 2, 4, 3]].contains(&answered[..].try_into().unwrap()), "{answered:?}");
     reader.expect_alive();
     let cut = source.log().lines().filter(|line| line.contains("killswitch")).count();
     assert_eq!(cut, 2, "{}", source.log());
