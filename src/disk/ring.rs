@@ -53,6 +53,11 @@ impl Cost {
     /// are left for others.
     pub(super) const THREAD: Self = Self { workers_max: 32, of_owner_max: 16 };
 
+    /// True when each read takes a thread.
+    fn takes_threads(self) -> bool {
+        self.of_owner_max < FLYING_MAX
+    }
+
     /// A file system that starts reads without waiting reads what is cached without waiting, too.
     fn of(file: &File) -> Self {
         match pages::read_nowait(file, &mut [0], 0) {
@@ -99,7 +104,7 @@ impl Flights {
     /// Opens a ring for a file and, if it is opened once more, that one. An error when the kernel has none, or forbids it.
     pub(super) fn open(file: &File, again: Option<Rc<File>>) -> io::Result<Self> {
         let cost = Cost::of(file);
-        let mut ring = Ring::open(file, ROOM, cost.workers_max)?;
+        let mut ring = Ring::open(file, ROOM, cost.workers_max, cost.takes_threads())?;
         ring.set_again(again);
         Ok(Self::of(Box::new(ring), cost))
     }
@@ -121,7 +126,7 @@ impl Flights {
 
     /// Where reads take threads, changes may take as long, and fly.
     pub(super) fn changes(&self) -> Option<&Changes> {
-        (self.cost.of_owner_max < FLYING_MAX).then_some(&self.changes)
+        self.cost.takes_threads().then_some(&self.changes)
     }
 
     /// The same, to be changed.

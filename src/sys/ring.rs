@@ -27,8 +27,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::rc::Rc;
 
-/// The most kernel threads of the kind that carries out what may never end. A ring has no such operations, and the
-/// kernel takes zero for «as many as you like».
+/// The most kernel threads of the kind that carries out what may never end, in a ring without such operations. The kernel
+/// takes zero for «as many as you like».
 const UNBOUND_WORKERS_MAX: u32 = 1;
 
 /// Operations on one file that are under way in the kernel, and their buffers.
@@ -43,6 +43,8 @@ pub struct Ring {
     notifier: OwnedFd,
     flights: Slab<Flight>,
     in_flight_max: usize,
+    /// Of each read and write.
+    flags: squeue::Flags,
     /// The kernel takes calls from the thread alone that opened the ring.
     _one_thread: PhantomData<*const ()>,
 }
@@ -66,11 +68,12 @@ pub struct Completion {
 
 impl Ring {
     /// A ring for at most `in_flight_max` operations at once on `file`, which needs Linux 6.1. What the kernel cannot do
-    /// without waiting it gives to at most `workers_max` threads of its own.
+    /// without waiting it gives to at most `workers_max` threads of its own. With `threads` it gives them every read and
+    /// write. Without, it tries first, and in this thread; a file on FUSE always counts as ready, so that it tries 128 times.
     ///
     /// Only regular files and block devices are taken: operations on those always end. `file` loses `O_NONBLOCK`, under
     /// which the kernel waits for file systems without non-blocking reads in [`Ring::enter`] instead of in a thread.
-    pub fn open(file: &File, in_flight_max: u32, workers_max: u32) -> io::Result<Self> {
+    pub fn open(file: &File, in_flight_max: u32, workers_max: u32, threads: bool) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(ErrorKind::InvalidInput.into());
@@ -86,12 +89,15 @@ impl Ring {
             .setup_coop_taskrun()
             .setup_taskrun_flag()
             .build(in_flight_max)?;
-        uring.submitter().register_iowq_max_workers(&mut [workers_max, UNBOUND_WORKERS_MAX])?;
+        // The kernel does not know yet what file an operation is about that goes straight to a thread: it may never end.
+        let unbound_max = if threads { workers_max } else { UNBOUND_WORKERS_MAX };
+        uring.submitter().register_iowq_max_workers(&mut [workers_max, unbound_max])?;
         try_out(&mut uring)?;
         uring.submitter().register_eventfd(notifier.as_raw_fd())?;
         let in_flight_max = in_flight_max as usize;
         let flights = Slab::with_capacity(in_flight_max);
-        Ok(Self { uring, file, again: None, notifier, flights, in_flight_max, _one_thread: PhantomData })
+        let flags = if threads { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        Ok(Self { uring, file, again: None, notifier, flights, in_flight_max, flags, _one_thread: PhantomData })
     }
 
     /// Takes the same file, opened once more, to be synced beside the first.
@@ -102,11 +108,11 @@ impl Ring {
     /// Pushes a read of at most `len` bytes at `offset` of the file into the spare room of `buffer`, from `at` on, and of
     /// at most as many as there is room for. Hands the buffer back when the ring is full.
     pub fn push_read(&mut self, id: u32, buffer: Buffer, at: usize, offset: u64, len: usize) -> Result<(), Buffer> {
-        let fd = self.fd();
+        let (fd, flags) = (self.fd(), self.flags);
         let Some((index, place)) = self.place(id) else { return Err(buffer) };
         let room = place.insert(buffer).spare().get_mut(at..).unwrap_or_default();
         let len = length(len.min(room.len()));
-        let read = opcode::Read::new(fd, room.as_mut_ptr(), len).offset(position(offset)).build();
+        let read = opcode::Read::new(fd, room.as_mut_ptr(), len).offset(position(offset)).build().flags(flags);
         // SAFETY: the memory is the room of the buffer in the place of `index`, and no longer than it.
         unsafe { self.push(index, read) };
         Ok(())
@@ -115,11 +121,11 @@ impl Ring {
     /// Pushes a write of at most `len` of the filled bytes of `buffer`, from `from` on, at `offset` of the file. Hands the
     /// buffer back when the ring is full.
     pub fn push_write(&mut self, id: u32, buffer: Buffer, from: usize, offset: u64, len: usize) -> Result<(), Buffer> {
-        let fd = self.fd();
+        let (fd, flags) = (self.fd(), self.flags);
         let Some((index, place)) = self.place(id) else { return Err(buffer) };
         let bytes = place.insert(buffer).filled().get(from..).unwrap_or_default();
         let len = length(len.min(bytes.len()));
-        let write = opcode::Write::new(fd, bytes.as_ptr(), len).offset(position(offset)).build();
+        let write = opcode::Write::new(fd, bytes.as_ptr(), len).offset(position(offset)).build().flags(flags);
         // SAFETY: the memory is what is filled of the buffer in the place of `index`, and the kernel only reads it.
         unsafe { self.push(index, write) };
         Ok(())
@@ -328,7 +334,11 @@ mod tests {
 
     /// A ring, or `None` where the kernel has none or forbids it.
     fn open(file: &File, in_flight_max: u32) -> Option<Ring> {
-        match Ring::open(file, in_flight_max, 4) {
+        open_with(file, in_flight_max, false)
+    }
+
+    fn open_with(file: &File, in_flight_max: u32, threads: bool) -> Option<Ring> {
+        match Ring::open(file, in_flight_max, 4, threads) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => None,
             ring => Some(ring.unwrap()),
         }
@@ -393,9 +403,9 @@ mod tests {
     fn as_many_reads_as_there_is_room_for_fly_together_from_the_disk_and_from_the_cache() {
         const READS: u32 = 128;
         let file = numbered(1024);
-        let Some(mut ring) = open(&file, READS) else { return };
         let number = |id: u32| id * 389 % 1024;
-        for cold in [true, false] {
+        for (threads, cold) in [(false, true), (false, false), (true, true), (true, false)] {
+            let Some(mut ring) = open_with(&file, READS, threads) else { return };
             if cold {
                 forget(&file);
             }
@@ -459,8 +469,12 @@ mod tests {
 
     #[test]
     fn writes_and_what_changes_holes_are_as_without_a_ring() {
+        [false, true].into_iter().for_each(change);
+    }
+
+    fn change(threads: bool) {
         let file = numbered(4);
-        let Some(mut ring) = open(&file, 8) else { return };
+        let Some(mut ring) = open_with(&file, 8, threads) else { return };
         ring.push_write(1, filled(b"--written--"), 2, 100, 7).unwrap();
         let ended = finish_one(&mut ring);
         assert_eq!((ended.id, ended.result.unwrap(), ended.buffer.unwrap().filled()), (1, 7, &b"--written--"[..]));
@@ -607,14 +621,18 @@ mod tests {
         let refused = |result: io::Result<Ring>| result.err().unwrap();
         let (socket, _peer) = UnixStream::pair().unwrap();
         let socket = File::from(OwnedFd::from(socket));
-        assert_eq!(refused(Ring::open(&socket, 8, 4)).kind(), ErrorKind::InvalidInput, "a read of it may never end");
+        assert_eq!(
+            refused(Ring::open(&socket, 8, 4, false)).kind(),
+            ErrorKind::InvalidInput,
+            "a read of it may never end"
+        );
         let file = numbered(1);
-        assert_eq!(refused(Ring::open(&file, 0, 4)).raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(refused(Ring::open(&file, 0, 4, false)).raw_os_error(), Some(libc::EINVAL));
         for call in [libc::SYS_io_uring_setup, libc::SYS_io_uring_register, libc::SYS_io_uring_enter] {
             let file = file.try_clone().unwrap();
             let forbidden = thread::spawn(move || {
                 forbid(call);
-                refused(Ring::open(&file, 8, 4)).raw_os_error()
+                refused(Ring::open(&file, 8, 4, false)).raw_os_error()
             });
             assert_eq!(forbidden.join().unwrap(), Some(libc::EPERM), "system call {call}");
         }

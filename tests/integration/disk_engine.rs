@@ -160,6 +160,25 @@ fn reads_that_hang_hold_no_other_and_cost_no_turns() {
 }
 
 #[test]
+fn a_read_that_takes_a_thread_is_not_tried_in_the_loop() {
+    if !has(&[Need::Ring]) {
+        return;
+    }
+    let Some(disk) = Disk::mount(2 * SIZE) else { return };
+    let content = pattern(1, SIZE as usize);
+    let server = Server::serve().file(disk.furnish("image", &content)).engine("ring").start();
+    let mut client = server.connect();
+    disk.hold(Op::Read, ..);
+    ask_to_read(&mut client, 0, 4096);
+    disk.wait_for_waiting(Op::Read, 1);
+    // The kernel would have tried it 128 times before it took a thread.
+    assert!(!disk.threads(Op::Read).contains(&server.pid()));
+    disk.heal(Op::Read);
+    expect_read(&mut client, &content, 0, 4096);
+    server.expect_healthy();
+}
+
+#[test]
 fn an_fdatasync_that_hangs_holds_no_read_and_costs_no_turns() {
     let Some((disk, content, server, trace)) = counted() else { return };
     let (mut slow, mut other) = (server.connect(), server.connect());

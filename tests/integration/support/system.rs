@@ -101,7 +101,7 @@ impl Need<'_> {
             Self::Ring => {
                 let dir = TempDir::new();
                 let file = File::create(dir.join("file")).unwrap();
-                Ring::open(&file, 1, 1).err().map(|error| format!("there is no io_uring: {error}"))
+                Ring::open(&file, 1, 1, false).err().map(|error| format!("there is no io_uring: {error}"))
             }
             Self::Kernel(script) => {
                 let output = run_command(program("sh").args(["-c", script]), &[]);

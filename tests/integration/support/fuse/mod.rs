@@ -159,6 +159,11 @@ impl Disk {
         self.common.lock().waiting(op)
     }
 
+    /// The threads that have made the requests of a kind that wait for their time.
+    pub fn threads(&self, op: Op) -> Vec<u32> {
+        self.common.lock().threads(op)
+    }
+
     /// Waits until this many requests of a kind wait for their time.
     #[track_caller]
     pub fn wait_for_waiting(&self, op: Op, count: usize) {

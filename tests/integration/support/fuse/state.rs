@@ -135,6 +135,11 @@ impl State {
         Some((waiting.request.unique, self.carry_out(&waiting.request, error)))
     }
 
+    /// The threads that requests of a kind wait for.
+    pub fn threads(&self, op: Op) -> Vec<u32> {
+        self.waiting.iter().filter(|waiting| waiting.op == op).map(|waiting| waiting.request.thread).collect()
+    }
+
     /// How many requests of a kind wait.
     pub fn waiting(&self, op: Op) -> usize {
         self.waiting.iter().filter(|waiting| waiting.op == op).count()
