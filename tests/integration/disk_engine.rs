@@ -4,13 +4,14 @@
 use crate::support::fuse::{Disk, Op};
 use crate::support::peers::{expect_migrated, listen, start_mirror, Worker};
 use crate::support::{
-    errno, flag, has, kind, pattern, program, request, run, run_command, wait_for, Builder, Client, Mount, Need,
-    Server, TempDir, BIN, SOON,
+    errno, flag, has, kind, pattern, program, request, run, run_command, wait_for, Builder, Client, Loop, Mount, Need,
+    Server, TempDir, Throttle, BIN, SOON,
 };
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SIZE: u64 = 4 << 20;
 const MIB: u64 = 1 << 20;
@@ -156,6 +157,48 @@ fn reads_that_hang_hold_no_other_and_cost_no_turns() {
         assert!(slow.read_bytes(4096) == content[offset as usize..][..4096]);
     }
     assert!(offsets.is_empty());
+    server.expect_healthy();
+}
+
+/// Others are done long before those who wait for a device that is read twice in a second.
+#[test]
+fn reads_of_a_throttled_device_hold_no_other() {
+    if !has(&[Need::Ring]) {
+        return;
+    }
+    let (dir, content) = (TempDir::new(), pattern(3, SIZE as usize));
+    fs::write(dir.join("disk"), &content).unwrap();
+    let Some(device) = Loop::attach(&dir.join("disk")) else { return };
+    let Some(throttle) = Throttle::reads(device.path(), 2) else { return };
+    // Nothing is cached but what others ask for, as long as the device is open.
+    let cached = fs::File::open(device.path()).unwrap();
+    cached.read_exact_at(&mut vec![0; 2 * MIB as usize], 2 * MIB).unwrap();
+    let builder = Server::serve().file(device.path().to_owned()).engine("ring").through(&throttle.joining());
+    let server = builder.start();
+    let (mut slow, mut other) = (server.connect(), server.connect());
+    for n in 0..4 {
+        ask_to_read(&mut slow, MIB + n * (128 << 10), 4096);
+    }
+    let slow = thread::spawn(move || {
+        for _ in 0..4 {
+            assert_eq!(slow.read_reply().0, 0);
+            slow.read_bytes(4096);
+        }
+        Instant::now()
+    });
+    let mut longest = Duration::ZERO;
+    for n in 0..200 {
+        let began = Instant::now();
+        let offset = 2 * MIB + n * 8192;
+        assert!(other.read(offset, 4096).unwrap() == content[offset as usize..][..4096]);
+        assert_eq!(other.write(offset + 4096, &[7; 4096]), 0);
+        longest = longest.max(began.elapsed());
+    }
+    let (is_over, busy) = (Instant::now(), server.processor_time());
+    let end = slow.join().unwrap();
+    assert!(is_over < end, "they waited for the device; the longest {longest:?}");
+    let (busy, took) = (server.processor_time().saturating_sub(busy), end.duration_since(is_over));
+    assert!(busy < took / 4, "{busy:?} of {took:?}: it spins");
     server.expect_healthy();
 }
 

@@ -9,15 +9,6 @@ use std::time::{Duration, Instant};
 
 const MIB: u32 = 1 << 20;
 
-/// The time that a server has had a processor for.
-fn processor_time(server: &Server) -> Duration {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", server.pid())).unwrap();
-    let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
-    let ticks: u64 = [11, 12].iter().map(|&field| fields[field].parse::<u64>().unwrap()).sum();
-    // A hundred of them are a second, on every machine that Linux runs on.
-    Duration::from_millis(ticks * 10)
-}
-
 /// Reads 512 bytes so many times, in one go.
 fn read_many(client: &mut Client, times: u32) {
     client.send(&request(kind::READ, 0, 7, 0, 512).repeat(times as usize));
@@ -31,7 +22,7 @@ fn requests_per_second_are_those_of_all_clients_together() {
     const RATE: u32 = 100;
     let server = Server::serve().size(MIB.into()).args("--max-iops 100 --killswitch=0.5").start();
     let start = Instant::now();
-    let began = processor_time(&server);
+    let began = server.processor_time();
     let all: u32 = std::thread::scope(|scope| {
         let clients = [10, 90, 150, 50].map(|times| {
             let mut client = server.connect();
@@ -45,7 +36,7 @@ fn requests_per_second_are_those_of_all_clients_together() {
     let took = start.elapsed();
     // A second's worth is there at the start.
     assert!(took >= Duration::from_millis(u64::from(all - RATE) * 1000 / u64::from(RATE)), "{all} in {took:?}");
-    let busy = processor_time(&server).saturating_sub(began);
+    let busy = server.processor_time().saturating_sub(began);
     assert!(busy < took / 4, "{busy:?} of {took:?}: it spins");
     assert!(!server.log().contains("killswitch"), "{}", server.log());
     // What is refused is not counted, and neither is what asks for no data.

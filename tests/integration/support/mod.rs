@@ -18,7 +18,7 @@ pub use client::{errno, flag, greeting, kind, reply, request, uninterrupted, Cli
 pub use link::Link;
 pub use process::{run, run_command, run_within, Output, Process, TempDir};
 pub use server::{Builder, Server, Status};
-pub use system::{has, leave_stale_socket, must, not_tested, program, reserved_port, Loop, Mount, Need};
+pub use system::{has, leave_stale_socket, must, not_tested, program, reserved_port, Loop, Mount, Need, Throttle};
 
 use std::fmt::Display;
 use std::fs;

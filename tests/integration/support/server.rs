@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
 
 /// The environment variable with the `--disk-engine` of all servers that are not told another.
 const DISK_ENGINE: &str = "FLEXNBD_TEST_DISK_ENGINE";
@@ -248,6 +249,15 @@ impl Server {
         wait_for(format_args!("a log line with {text:?}"), SOON, || {
             self.log().lines().find(|line| line.contains(text)).map(str::to_owned)
         })
+    }
+
+    /// The time that it has had a processor for, the kernel's threads of it included.
+    pub fn processor_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+        let ticks: u64 = [11, 12].iter().map(|&field| fields[field].parse::<u64>().unwrap()).sum();
+        // A hundred of them are a second, on every machine that Linux runs on.
+        Duration::from_millis(ticks * 10)
     }
 
     /// A figure of /proc/PID/status in KiB, `VmRSS` or `VmHWM`.

@@ -8,8 +8,9 @@ use std::env;
 use std::ffi::OsStr;
 use std::fmt::Display;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, ErrorKind, Write};
 use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -128,7 +129,7 @@ pub fn not_tested(why: impl Display) {
     let line = format!("{}: {why}\n", thread::current().name().unwrap_or("a thread of a test"));
     match env::var_os("FLEXNBD_NOT_TESTED") {
         Some(list) => File::options().append(true).create(true).open(list).unwrap().write_all(line.as_bytes()).unwrap(),
-        None => drop(std::io::stderr().write_all(format!("not tested: {line}").as_bytes())),
+        None => drop(io::stderr().write_all(format!("not tested: {line}").as_bytes())),
     }
 }
 
@@ -158,6 +159,52 @@ impl Loop {
 impl Drop for Loop {
     fn drop(&mut self) {
         let _ = program("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+/// A control group whose processes may read so often in a second from a device, removed when dropped.
+pub struct Throttle(PathBuf);
+
+impl Throttle {
+    /// `None` where the machine has none to give; that has been told then.
+    #[track_caller]
+    pub fn reads(device: &Path, per_second: u32) -> Option<Self> {
+        let id = fs::metadata(device).unwrap().rdev();
+        let device = format!("{}:{}", libc::major(id), libc::minor(id));
+        Self::make(&device, per_second)
+            .map_err(|why| not_tested(format_args!("no control group for disks: {why}")))
+            .ok()
+    }
+
+    fn make(device: &str, per_second: u32) -> io::Result<Self> {
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let found = mounts.find_map(|mount| match mount[2] {
+            "cgroup" if mount[3].split(',').any(|option| option == "blkio") => {
+                Some((mount[1].to_owned(), "blkio.throttle.read_iops_device", format!("{device} {per_second}")))
+            }
+            "cgroup2" if fs::write(format!("{}/cgroup.subtree_control", mount[1]), "+io").is_ok() => {
+                Some((mount[1].to_owned(), "io.max", format!("{device} riops={per_second}")))
+            }
+            _ => None,
+        });
+        let (root, file, limit) = found.ok_or(ErrorKind::NotFound)?;
+        let group = Self(Path::new(&root).join(format!("flexnbd-test-{}-{device}", std::process::id())));
+        fs::create_dir(&group.0)?;
+        fs::write(group.0.join(file), limit)?;
+        Ok(group)
+    }
+
+    /// The words of a command that joins it and becomes the command behind them.
+    pub fn joining(&self) -> [String; 4] {
+        let script = format!("echo $$ >'{}' && exec \"$@\"", self.0.join("cgroup.procs").display());
+        ["sh".into(), "-c".into(), script, "sh".into()]
+    }
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
     }
 }
 
