@@ -178,6 +178,7 @@ impl Reactor {
         }
         // Opening everything may have used the reserve up.
         keep_reserve()?;
+        sys::memory::trim();
         Ok(true)
     }
 

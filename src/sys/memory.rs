@@ -127,6 +127,15 @@ pub fn is_short() -> bool {
     OF_PROGRAM.is_given_up()
 }
 
+/// Gives the system back what is free. The C library keeps it: of the pages that reading the command line takes, most.
+pub fn trim() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: no memory is passed, and nothing that is allocated moves.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// So many bytes, all zero; `None` when they cannot be had and as many as `left` after them, or the reserve is given up.
 /// To look at what is left takes two system calls, so they look far enough ahead for many buffers.
 pub fn zeroed(bytes: usize, left: usize) -> Option<Box<[u8]>> {

@@ -143,14 +143,15 @@ fn a_start_without_memory_is_an_error() {
     let dir = TempDir::new();
     let image = dir.join("image");
     File::create(&image).unwrap().set_len(4096).unwrap();
-    let idle = Server::serve().size(4096).start().memory_kib("VmSize:");
+    // A start needs more than is left of it.
+    let peak = Server::serve().size(4096).start().memory_kib("VmPeak:");
     let serve = |wrapper: &[&str], kib: u64| {
         let limit = format!("--as={}", kib << 10);
         let words = [wrapper, &["prlimit", &limit, BIN, "serve", "-q", "-l", "127.0.0.1", "-p", "0", "-f"]].concat();
         run_command(Command::new(words[0]).args(&words[1..]).arg(&image), &[])
     };
-    let output = serve(&[], idle - (1 << 10));
+    let output = serve(&[], peak - (1 << 10));
     assert!(output.code == Some(1) && output.stderr.contains(":F:"), "{output:?}");
     assert!(output.stderr.contains("not enough memory"), "{output:?}");
-    assert_eq!(serve(&["timeout", "1"], idle + 256).code, Some(124), "it runs until it is stopped");
+    assert_eq!(serve(&["timeout", "1"], peak + 256).code, Some(124), "it runs until it is stopped");
 }
