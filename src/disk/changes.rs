@@ -1,7 +1,7 @@
 //! Changes of the image that the kernel carries out while this thread goes on: writes, zeroes and trims, where each may have
 //! to wait for other machines or another process.
 //!
-//! The kernel lets one change of a file through at a time, and no fdatasync beside it. So while one of them flies, whatever
+//! As a rule the kernel lets one change of a file through at a time, and no fdatasync beside it. So while one flies, whatever
 //! else changes the image takes the same way: this thread would wait for it. When none does, this thread carries one out
 //! itself in each kick, as long as they are quick, because the way through a thread of the kernel costs a lone client as
 //! much as a short write.
@@ -27,12 +27,12 @@ use std::mem;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-/// The most changes that fly at once: enough for the kernel always to have the next, and half of the threads that it may
-/// take where reads take them, too.
-pub(super) const FLYING_MAX: usize = 16;
+/// The most changes that fly at once: enough for the kernel always to have the next. Each takes a thread of the kernel, also
+/// while it waits for the one before it, which may hang.
+pub(super) const FLYING_MAX: usize = 8;
 
 /// The most changes of one owner that fly at once. If the disk hangs in them, there is room for those of others.
-const OF_OWNER_MAX: usize = 8;
+const OF_OWNER_MAX: usize = 4;
 
 /// How much of a range is punched at once, in bytes. Other changes wait for it.
 const PUNCH_MAX: u64 = 16 << 20;
@@ -349,7 +349,8 @@ impl Gauge {
         self.since = Instant::now();
     }
 
-    /// The kernel has carried out one after the other what has landed.
+    /// What has landed counts as carried out one after the other. Where the kernel has done it at once, each took up to
+    /// [`FLYING_MAX`] times as long as this says.
     fn measure(&mut self) {
         if let Some(took) = self.since.elapsed().checked_div(mem::take(&mut self.landed)) {
             self.begin();

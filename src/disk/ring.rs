@@ -31,15 +31,15 @@ use std::time::{Duration, Instant};
 const FLYING_MAX: usize = 128;
 
 /// The room that a ring needs.
-const ROOM: u32 = 146;
+const ROOM: u32 = 138;
 const _: () =
     assert!(ROOM as usize == FLYING_MAX + changes::FLYING_MAX + FILES_MAX, "all that fly, and an fdatasync a file");
 
 /// What reads cost the kernel, and what that says about changes.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cost {
-    /// The most threads that the kernel may take for what it cannot do without waiting.
-    workers_max: u32,
+    /// The most threads that the kernel may take for reads and writes, if each takes one.
+    threads_max: Option<u32>,
     /// The most reads and verifications of one owner that fly at once.
     of_owner_max: usize,
 }
@@ -47,16 +47,11 @@ pub(super) struct Cost {
 impl Cost {
     /// Where the file system starts a read and tells of its end. Only an fdatasync takes a thread, and no client has as
     /// many requests as may fly.
-    pub(super) const NONE: Self = Self { workers_max: 4, of_owner_max: FLYING_MAX };
+    pub(super) const NONE: Self = Self { threads_max: None, of_owner_max: FLYING_MAX };
 
-    /// Where each read takes a thread as long as it lasts. If the disk hangs in what one owner reads, half of the threads
-    /// are left for others.
-    pub(super) const THREAD: Self = Self { workers_max: 32, of_owner_max: 16 };
-
-    /// True when each read takes a thread.
-    fn takes_threads(self) -> bool {
-        self.of_owner_max < FLYING_MAX
-    }
+    /// Where each read takes a thread as long as it lasts. If the disk hangs in what one owner reads, threads are left for
+    /// another.
+    pub(super) const THREAD: Self = Self { threads_max: Some(28), of_owner_max: 16 };
 
     /// A file system that starts reads without waiting reads what is cached without waiting, too.
     fn of(file: &File) -> Self {
@@ -104,7 +99,7 @@ impl Flights {
     /// Opens a ring for a file and, if it is opened once more, that one. An error when the kernel has none, or forbids it.
     pub(super) fn open(file: &File, again: Option<Rc<File>>) -> io::Result<Self> {
         let cost = Cost::of(file);
-        let mut ring = Ring::open(file, ROOM, cost.workers_max, cost.takes_threads())?;
+        let mut ring = Ring::open(file, ROOM, cost.threads_max)?;
         ring.set_again(again);
         Ok(Self::of(Box::new(ring), cost))
     }
@@ -126,7 +121,7 @@ impl Flights {
 
     /// Where reads take threads, changes may take as long, and fly.
     pub(super) fn changes(&self) -> Option<&Changes> {
-        self.cost.takes_threads().then_some(&self.changes)
+        self.cost.threads_max.map(|_| &self.changes)
     }
 
     /// The same, to be changed.

@@ -127,7 +127,7 @@ pub fn is_short() -> bool {
     OF_PROGRAM.is_given_up()
 }
 
-/// Gives the system back what is free. The C library keeps it: of the pages that reading the command line takes, most.
+/// Gives the system back what is free. The C library keeps it: most of what reading the command line took.
 pub fn trim() {
     #[cfg(target_env = "gnu")]
     // SAFETY: no memory is passed, and nothing that is allocated moves.

@@ -27,8 +27,12 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::rc::Rc;
 
-/// The most kernel threads of the kind that carries out what may never end, in a ring without such operations. The kernel
-/// takes zero for «as many as you like».
+/// The most threads that the kernel may take for what it cannot do without waiting, apart from reads and writes that take one
+/// each.
+const WORKERS_MAX: u32 = 4;
+
+/// The most threads of the kind that carries out what may never end, of a ring without such operations. The kernel takes zero
+/// for «as many as you like».
 const UNBOUND_WORKERS_MAX: u32 = 1;
 
 /// Operations on one file that are under way in the kernel, and their buffers.
@@ -37,7 +41,7 @@ const UNBOUND_WORKERS_MAX: u32 = 1;
 /// the process, when a disk may hang, [`Ring::leak`] does not wait.
 pub struct Ring {
     uring: IoUring,
-    file: File,
+    file: Rc<File>,
     /// The same file, opened once more.
     again: Option<Rc<File>>,
     notifier: OwnedFd,
@@ -67,20 +71,21 @@ pub struct Completion {
 }
 
 impl Ring {
-    /// A ring for at most `in_flight_max` operations at once on `file`, which needs Linux 6.1. What the kernel cannot do
-    /// without waiting it gives to at most `workers_max` threads of its own. With `threads` it gives them every read and
-    /// write. Without, it tries first, and in this thread; a file on FUSE always counts as ready, so that it tries 128 times.
+    /// A ring for at most `in_flight_max` operations at once on `file`, which needs Linux 6.1. With `threads_max`, the kernel
+    /// carries out each read and write in a thread of its own, and takes at most so many for them. Without, it tries first,
+    /// in this thread; a file on FUSE counts as ready at any time, so it tries 128 times.
     ///
     /// Only regular files and block devices are taken: operations on those always end. `file` loses `O_NONBLOCK`, under
-    /// which the kernel waits for file systems without non-blocking reads in [`Ring::enter`] instead of in a thread.
-    pub fn open(file: &File, in_flight_max: u32, workers_max: u32, threads: bool) -> io::Result<Self> {
+    /// which the kernel waits for file systems without non-blocking reads in [`Ring::enter`] instead of in a thread. The
+    /// limits are those of the thread that opens the ring: another ring of it changes them.
+    pub fn open(file: &File, in_flight_max: u32, threads_max: Option<u32>) -> io::Result<Self> {
         let kind = file.metadata()?.file_type();
         if !kind.is_file() && !kind.is_block_device() {
             return Err(ErrorKind::InvalidInput.into());
         }
         // The ring has a descriptor of its own rather than a registered file: the kernel lets go of registered files some
         // time after the process has ended, and until then a lock on the file would bar the next server.
-        let file = file.try_clone()?;
+        let file = Rc::new(file.try_clone()?);
         clear_nonblock(&file)?;
         let notifier = event_fd()?;
         let mut uring = IoUring::builder()
@@ -89,14 +94,14 @@ impl Ring {
             .setup_coop_taskrun()
             .setup_taskrun_flag()
             .build(in_flight_max)?;
-        // The kernel does not know yet what file an operation is about that goes straight to a thread: it may never end.
-        let unbound_max = if threads { workers_max } else { UNBOUND_WORKERS_MAX };
-        uring.submitter().register_iowq_max_workers(&mut [workers_max, unbound_max])?;
+        // Of a read or write that goes straight to a thread the kernel does not know the file yet, so it counts it among those
+        // that may never end.
+        uring.submitter().register_iowq_max_workers(&mut [WORKERS_MAX, threads_max.unwrap_or(UNBOUND_WORKERS_MAX)])?;
         try_out(&mut uring)?;
         uring.submitter().register_eventfd(notifier.as_raw_fd())?;
         let in_flight_max = in_flight_max as usize;
         let flights = Slab::with_capacity(in_flight_max);
-        let flags = if threads { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+        let flags = threads_max.map_or(squeue::Flags::empty(), |_| squeue::Flags::ASYNC);
         Ok(Self { uring, file, again: None, notifier, flights, in_flight_max, flags, _one_thread: PhantomData })
     }
 
@@ -135,7 +140,7 @@ impl Ring {
     /// [`Ring::set_again`]. False: the ring is full, or there is no such file.
     #[must_use]
     pub fn push_sync(&mut self, id: u32, number: usize, all: bool) -> bool {
-        let Some(file) = iter::once(&self.file).chain(self.again.as_deref()).nth(number) else { return false };
+        let Some(file) = iter::once(&self.file).chain(self.again.as_ref()).nth(number) else { return false };
         let flags = if all { FsyncFlags::empty() } else { FsyncFlags::DATASYNC };
         let sync = opcode::Fsync::new(Fd(file.as_raw_fd())).flags(flags).build();
         // SAFETY: no memory is named.
@@ -257,7 +262,7 @@ impl Ring {
     /// neither grows (invariant 2) nor is freed before the kernel is done: see `Drop` and [`Ring::leak`].
     unsafe fn push(&mut self, index: usize, operation: squeue::Entry) {
         let operation = operation.user_data(index as u64);
-        // SAFETY: as above. The file is open as long as the ring, and the kernel keeps it open for what it has taken.
+        // SAFETY: as above. The file stays open until the kernel is done: it looks the descriptor up when it begins.
         let pushed = unsafe { self.uring.submission().push(&operation) };
         debug_assert!(pushed.is_ok(), "invariant 2");
     }
@@ -268,8 +273,9 @@ impl Drop for Ring {
     fn drop(&mut self) {
         while self.in_flight() > 0 {
             if self.wait().is_err() {
-                // Nobody can say when the kernel is done, so the buffers are never freed.
+                // Nobody can say when the kernel is done, so the buffers are never freed, and the descriptors never closed.
                 mem::forget(mem::take(&mut self.flights));
+                mem::forget((Rc::clone(&self.file), self.again.take()));
                 return;
             }
             while self.pop().is_some() {}
@@ -334,11 +340,11 @@ mod tests {
 
     /// A ring, or `None` where the kernel has none or forbids it.
     fn open(file: &File, in_flight_max: u32) -> Option<Ring> {
-        open_with(file, in_flight_max, false)
+        open_with(file, in_flight_max, None)
     }
 
-    fn open_with(file: &File, in_flight_max: u32, threads: bool) -> Option<Ring> {
-        match Ring::open(file, in_flight_max, 4, threads) {
+    fn open_with(file: &File, in_flight_max: u32, threads_max: Option<u32>) -> Option<Ring> {
+        match Ring::open(file, in_flight_max, threads_max) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => None,
             ring => Some(ring.unwrap()),
         }
@@ -404,8 +410,8 @@ mod tests {
         const READS: u32 = 128;
         let file = numbered(1024);
         let number = |id: u32| id * 389 % 1024;
-        for (threads, cold) in [(false, true), (false, false), (true, true), (true, false)] {
-            let Some(mut ring) = open_with(&file, READS, threads) else { return };
+        for (threads_max, cold) in [(None, true), (None, false), (Some(4), true), (Some(4), false)] {
+            let Some(mut ring) = open_with(&file, READS, threads_max) else { return };
             if cold {
                 forget(&file);
             }
@@ -469,12 +475,12 @@ mod tests {
 
     #[test]
     fn writes_and_what_changes_holes_are_as_without_a_ring() {
-        [false, true].into_iter().for_each(change);
+        [None, Some(4)].into_iter().for_each(change);
     }
 
-    fn change(threads: bool) {
+    fn change(threads_max: Option<u32>) {
         let file = numbered(4);
-        let Some(mut ring) = open_with(&file, 8, threads) else { return };
+        let Some(mut ring) = open_with(&file, 8, threads_max) else { return };
         ring.push_write(1, filled(b"--written--"), 2, 100, 7).unwrap();
         let ended = finish_one(&mut ring);
         assert_eq!((ended.id, ended.result.unwrap(), ended.buffer.unwrap().filled()), (1, 7, &b"--written--"[..]));
@@ -606,14 +612,39 @@ mod tests {
             let Some(mut ring) = open(&file, 8) else { return };
             ring.push_read(0, Buffer::with_capacity(BLOCK), 0, 0, BLOCK).unwrap();
             assert_eq!(finish_one(&mut ring).result.unwrap(), BLOCK);
-            // SAFETY: no memory is passed, and it cannot fail.
-            let name = format!("iou-wrk-{}\n", unsafe { libc::gettid() });
-            let tasks = fs::read_dir("/proc/self/task").unwrap().filter_map(Result::ok);
-            let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
-            assert!(names.into_iter().any(|other| other == name), "tmpfs reads in a thread");
+            assert_eq!(threads(), 1, "tmpfs reads in a thread");
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn what_takes_a_thread_takes_at_most_so_many() {
+        thread::spawn(|| {
+            let file = numbered(4096);
+            let Some(mut ring) = open_with(&file, 64, Some(2)) else { return };
+            for cold in [false, true] {
+                if cold {
+                    forget(&file);
+                }
+                for id in 0..64 {
+                    let offset = u64::from(id) * 64 * BLOCK as u64;
+                    ring.push_read(id, Buffer::with_capacity(BLOCK), 0, offset, BLOCK).unwrap();
+                }
+                assert_eq!(finish(&mut ring).len(), 64);
+                assert!((1..=2).contains(&threads()), "{}", threads());
+            }
+        })
+        .join()
+        .unwrap();
+    }
+
+    /// How many threads the kernel has for what this one has asked of it.
+    fn threads() -> usize {
+        // SAFETY: no memory is passed, and it cannot fail.
+        let name = format!("iou-wrk-{}\n", unsafe { libc::gettid() });
+        let tasks = fs::read_dir("/proc/self/task").unwrap().filter_map(Result::ok);
+        tasks.filter(|task| fs::read_to_string(task.path().join("comm")).is_ok_and(|other| other == name)).count()
     }
 
     #[test]
@@ -621,18 +652,14 @@ mod tests {
         let refused = |result: io::Result<Ring>| result.err().unwrap();
         let (socket, _peer) = UnixStream::pair().unwrap();
         let socket = File::from(OwnedFd::from(socket));
-        assert_eq!(
-            refused(Ring::open(&socket, 8, 4, false)).kind(),
-            ErrorKind::InvalidInput,
-            "a read of it may never end"
-        );
+        assert_eq!(refused(Ring::open(&socket, 8, None)).kind(), ErrorKind::InvalidInput, "a read of it may never end");
         let file = numbered(1);
-        assert_eq!(refused(Ring::open(&file, 0, 4, false)).raw_os_error(), Some(libc::EINVAL));
+        assert_eq!(refused(Ring::open(&file, 0, None)).raw_os_error(), Some(libc::EINVAL));
         for call in [libc::SYS_io_uring_setup, libc::SYS_io_uring_register, libc::SYS_io_uring_enter] {
             let file = file.try_clone().unwrap();
             let forbidden = thread::spawn(move || {
                 forbid(call);
-                refused(Ring::open(&file, 8, 4, false)).raw_os_error()
+                refused(Ring::open(&file, 8, None)).raw_os_error()
             });
             assert_eq!(forbidden.join().unwrap(), Some(libc::EPERM), "system call {call}");
         }

@@ -170,7 +170,7 @@ fn reads_of_a_throttled_device_hold_no_other() {
     fs::write(dir.join("disk"), &content).unwrap();
     let Some(device) = Loop::attach(&dir.join("disk")) else { return };
     let Some(throttle) = Throttle::reads(device.path(), 2) else { return };
-    // Nothing is cached but what others ask for, as long as the device is open.
+    // Only what others ask for is cached, as long as the device is open.
     let cached = fs::File::open(device.path()).unwrap();
     cached.read_exact_at(&mut vec![0; 2 * MIB as usize], 2 * MIB).unwrap();
     let builder = Server::serve().file(device.path().to_owned()).engine("ring").through(&throttle.joining());
@@ -180,10 +180,12 @@ fn reads_of_a_throttled_device_hold_no_other() {
         ask_to_read(&mut slow, MIB + n * (128 << 10), 4096);
     }
     let slow = thread::spawn(move || {
+        let began = Instant::now();
         for _ in 0..4 {
             assert_eq!(slow.read_reply().0, 0);
             slow.read_bytes(4096);
         }
+        assert!(began.elapsed() > Duration::from_millis(500), "the kernel lets more through");
         Instant::now()
     });
     let mut longest = Duration::ZERO;
@@ -214,7 +216,7 @@ fn a_read_that_takes_a_thread_is_not_tried_in_the_loop() {
     disk.hold(Op::Read, ..);
     ask_to_read(&mut client, 0, 4096);
     disk.wait_for_waiting(Op::Read, 1);
-    // The kernel would have tried it 128 times before it took a thread.
+    // The kernel would have tried it 128 times before it took a thread, and sent it with the first.
     assert!(!disk.threads(Op::Read).contains(&server.pid()));
     disk.heal(Op::Read);
     expect_read(&mut client, &content, 0, 4096);

@@ -102,7 +102,7 @@ impl Need<'_> {
             Self::Ring => {
                 let dir = TempDir::new();
                 let file = File::create(dir.join("file")).unwrap();
-                Ring::open(&file, 1, 1, false).err().map(|error| format!("there is no io_uring: {error}"))
+                Ring::open(&file, 1, None).err().map(|error| format!("there is no io_uring: {error}"))
             }
             Self::Kernel(script) => {
                 let output = run_command(program("sh").args(["-c", script]), &[]);
@@ -190,6 +190,8 @@ impl Throttle {
         });
         let (root, file, limit) = found.ok_or(ErrorKind::NotFound)?;
         let group = Self(Path::new(&root).join(format!("flexnbd-test-{}-{device}", std::process::id())));
+        // One that was killed has left it.
+        let _ = fs::remove_dir(&group.0);
         fs::create_dir(&group.0)?;
         fs::write(group.0.join(file), limit)?;
         Ok(group)

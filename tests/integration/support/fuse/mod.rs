@@ -159,7 +159,7 @@ impl Disk {
         self.common.lock().waiting(op)
     }
 
-    /// The threads that have made the requests of a kind that wait for their time.
+    /// The threads that have made the requests of a kind that wait.
     pub fn threads(&self, op: Op) -> Vec<u32> {
         self.common.lock().threads(op)
     }

@@ -135,7 +135,7 @@ impl State {
         Some((waiting.request.unique, self.carry_out(&waiting.request, error)))
     }
 
-    /// The threads that requests of a kind wait for.
+    /// The threads that have made the requests of a kind that wait.
     pub fn threads(&self, op: Op) -> Vec<u32> {
         self.waiting.iter().filter(|waiting| waiting.op == op).map(|waiting| waiting.request.thread).collect()
     }
