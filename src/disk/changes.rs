@@ -9,7 +9,7 @@
 //! A long change flies piece by piece; what is left of it goes before the other changes of its owner, and before those of
 //! others that overlap it.
 //!
-//! Invariant 1: at most [`FLYING_MAX`] fly, and [`OF_OWNER_MAX`] of one owner.
+//! Invariant 1: at most [`FLYING_MAX`] fly, and of one owner half of what others leave of that.
 //!
 //! Invariant 2: no two that fly or are begun overlap, and of one owner's that overlap the one that was submitted first goes
 //! first: only the first of its owner's lane may fly.
@@ -30,9 +30,6 @@ use std::time::{Duration, Instant};
 /// The most changes that fly at once: enough for the kernel always to have the next. Each takes a thread of the kernel, also
 /// while it waits for the one before it, which may hang.
 pub(super) const FLYING_MAX: usize = 8;
-
-/// The most changes of one owner that fly at once. If the disk hangs in them, there is room for those of others.
-const OF_OWNER_MAX: usize = 4;
 
 /// How much of a range is punched at once, in bytes. Other changes wait for it.
 const PUNCH_MAX: u64 = 16 << 20;
@@ -312,8 +309,10 @@ fn blank() -> Buffer {
 /// True when this change may fly.
 fn may_fly(flying: &Slab<Flight>, begun: &[(u64, Range<u64>)], job: &Job) -> bool {
     let range = job.op.action.touches().unwrap_or_default();
-    flying.len() < FLYING_MAX
-        && flying.iter().filter(|(_, flight)| flight.job.op.owner == job.op.owner).count() < OF_OWNER_MAX
+    let of_owner = flying.iter().filter(|(_, flight)| flight.job.op.owner == job.op.owner).count();
+    let of_others = flying.len() - of_owner;
+    // If the disk hangs in them, there is room for those of the next owner, and of whoever comes after it.
+    of_owner < FLYING_MAX.saturating_sub(of_others).div_ceil(2)
         && !flying.iter().any(|(_, flight)| overlap(&flight.range, &range))
         && !begun.iter().any(|(number, left)| *number != job.number && overlap(left, &range))
 }

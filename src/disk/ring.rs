@@ -40,18 +40,22 @@ const _: () =
 pub(super) struct Cost {
     /// The most threads that the kernel may take for reads and writes, if each takes one.
     threads_max: Option<u32>,
-    /// The most reads and verifications of one owner that fly at once.
-    of_owner_max: usize,
 }
 
 impl Cost {
     /// Where the file system starts a read and tells of its end. Only an fdatasync takes a thread, and no client has as
     /// many requests as may fly.
-    pub(super) const NONE: Self = Self { threads_max: None, of_owner_max: FLYING_MAX };
+    pub(super) const NONE: Self = Self { threads_max: None };
 
-    /// Where each read takes a thread as long as it lasts. If the disk hangs in what one owner reads, threads are left for
-    /// another.
-    pub(super) const THREAD: Self = Self { threads_max: Some(28), of_owner_max: 16 };
+    /// Where each read takes a thread as long as it lasts.
+    pub(super) const THREAD: Self = Self { threads_max: Some(28) };
+
+    /// The most reads and verifications of one owner that fly while so many of others do. If the disk hangs in what one owner
+    /// reads, threads are left for the next, who may be the same client on a new connection, and for whoever comes after it.
+    fn of_owner_max(self, others: usize) -> usize {
+        let Some(threads) = self.threads_max else { return FLYING_MAX };
+        ((threads as usize).saturating_sub(others) * 2 / 3).max(1)
+    }
 
     /// A file system that starts reads without waiting reads what is cached without waiting, too.
     fn of(file: &File) -> Self {
@@ -315,8 +319,8 @@ impl Flights {
 
 /// True when an operation of this owner may fly.
 fn may_fly(flying: &Slab<Flight>, cost: Cost, job: &Job) -> bool {
-    let of_owner = || flying.iter().filter(|(_, flight)| flight.job.op.owner == job.op.owner).count();
-    flying.len() < cost.of_owner_max || of_owner() < cost.of_owner_max
+    let of_owner = flying.iter().filter(|(_, flight)| flight.job.op.owner == job.op.owner).count();
+    of_owner < cost.of_owner_max(flying.len() - of_owner)
 }
 
 /// True when an fdatasync never began or was given up: that says nothing about what was written.

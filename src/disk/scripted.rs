@@ -580,20 +580,38 @@ fn where_each_read_takes_a_thread_no_owner_takes_all_of_them() {
         house.submit(1, 50 + tag, Action::Verify { offset: 0, length: 10 });
     }
     house.kick();
-    assert_eq!((house.taken(), house.engine.has_work()), (16, false));
+    assert_eq!((house.taken(), house.engine.has_work()), (18, false));
     house.submit(2, 100, read(100, 10));
     house.submit(2, 101, Action::Verify { offset: 101, length: 10 });
     house.kick();
-    assert_eq!((house.taken(), house.range(16), house.range(17)), (18, (100, 10), (101, 10)));
+    assert_eq!((house.taken(), house.range(18), house.range(19)), (20, (100, 10), (101, 10)));
     while house.taken() > 0 {
         house.end(0, Ok(10));
         house.kick();
         while house.engine.has_work() {
             house.kick();
-            assert!(house.taken() <= 18);
+            assert!(house.taken() <= 20);
         }
     }
     assert_eq!(house.done().len(), 82);
+}
+
+#[test]
+fn who_comes_back_again_and_again_to_a_disk_that_hangs_leaves_threads_for_others() {
+    let mut house = House::costly(Cost::THREAD);
+    let mut taken = Vec::new();
+    for owner in 1..=5 {
+        for tag in 0..40 {
+            house.submit(owner, tag, read(u64::from(tag), 10));
+        }
+        house.kick();
+        taken.push(house.taken());
+        house.engine.forget(owner);
+    }
+    assert_eq!(taken, [18, 24, 26, 27, 28]);
+    house.submit(6, 0, read(0, 10));
+    house.kick();
+    assert_eq!(house.taken(), 29, "the kernel has it, and the next thread is for it");
 }
 
 #[test]
