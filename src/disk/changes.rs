@@ -9,7 +9,8 @@
 //! A long change flies piece by piece; what is left of it goes before the other changes of its owner, and before those of
 //! others that overlap it.
 //!
-//! Invariant 1: at most [`FLYING_MAX`] fly, and of one owner half of what others leave of that.
+//! Invariant 1: at most [`FLYING_MAX`] fly. One takes off only while its owner has less than half of what others leave of
+//! that.
 //!
 //! Invariant 2: no two that fly or are begun overlap, and of one owner's that overlap the one that was submitted first goes
 //! first: only the first of its owner's lane may fly.
